@@ -25,6 +25,7 @@ _HOME = {
     "adalora_config": "train",
     "find_all_linear_names": "train",
     "merge_adapter": "merge",
+    "adalora_to_lora": "merge",
 }
 __all__ = sorted(_HOME)
 

@@ -1,0 +1,302 @@
+"""Merging against PEFT's own `merge_and_unload`, and what a merge refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from chatmagic import adalora_to_lora, merge_adapter
+from chatmagic.merge import PROVENANCE, MergeError, base_fingerprint
+
+FAMILIES = ["baichuan2-7b-chat", "baichuan2-13b-chat", "qwen-7b-chat", "qwen-14b-chat", "internlm-chat-7b"]
+FAMILIES += ["chatglm2-6b", "llama-2-13b-chat"]
+IDS = torch.tensor([[5, 17, 3, 250, 9, 9, 41, 2]])
+
+
+def make_base(folder: Path, dtype=torch.bfloat16) -> Path:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 300, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="60KB")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def make_adapter(folder: Path, model, config) -> Path:
+    """An adapter with random factors, saved by PEFT; under AdaLoRA with ranks 4, 3, 2, 1, 0, 4, ..."""
+    torch.manual_seed(1)
+    model = get_peft_model(model, config)
+    layers = [name for name, _ in model.base_model.model.named_modules() if name.endswith("lora_A")]
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    if isinstance(config, AdaLoraConfig) and config.total_step == 10:
+        config.rank_pattern = {
+            f"{name[:-1]}E.default": [rank >= i % 5 for rank in range(4)] for i, name in enumerate(layers)
+        }
+    model.save_pretrained(folder)
+    return folder
+
+
+def adalora(total_step=10):
+    modules = ["q_proj", "k_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj"]
+    return AdaLoraConfig(init_r=4, target_r=2, total_step=total_step, lora_alpha=16, target_modules=modules)
+
+
+def lora(**settings):
+    return LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], **settings)
+
+
+CONFIGS = {
+    "adalora": adalora,
+    "adalora, nothing allocated yet": lambda: adalora(total_step=11),
+    "lora": lora,
+    "lora, patterns": lambda: lora(
+        use_rslora=True, rank_pattern={"layers.1.*q_proj": 7}, alpha_pattern={"down_proj": 5}
+    ),
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_base(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path, base):
+    return make_adapter(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(base), adalora())
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def assert_same_but_for_rounding(merged, unmerged, base, ids=IDS):
+    """Three models in float32: a merge into 16-bit weights may lose 2 % of what the adapter does to the logits."""
+    change = (logits(unmerged, ids) - logits(base, ids)).norm()
+    assert (logits(merged, ids) - logits(unmerged, ids)).norm() < 0.02 * change
+
+
+def weights(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_merged_weights_equal_those_of_peft_to_the_last_bit(tmp_path, kind, dtype):
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_adapter(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(base), CONFIGS[kind]())
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    expected = model.merge_and_unload().state_dict()
+
+    merged = weights(merge_adapter(base, adapter, tmp_path / "merged"))
+
+    assert merged.keys() == expected.keys() and len(merged) == 21
+    for name, weight in merged.items():
+        assert weight.dtype == dtype and torch.equal(weight, expected[name]), name
+    unchanged = [name for name, weight in weights(base).items() if torch.equal(weight, merged[name])]
+    assert len(unchanged) < len(merged) - 3
+
+
+def test_the_merged_folder_is_a_whole_checkpoint_in_the_shards_of_the_base(tmp_path, base, adapter):
+    merged = merge_adapter(base, adapter, tmp_path / "new" / "merged")
+
+    assert merged == tmp_path / "new" / "merged"
+    assert len(list(base.glob("*.safetensors"))) > 2
+    assert {file.name for file in merged.iterdir()} == {file.name for file in base.iterdir()}
+    for file in merged.iterdir():
+        assert file.suffix == ".safetensors" or file.read_bytes() == (base / file.name).read_bytes()
+    assert [folder.name for folder in merged.parent.iterdir()] == ["merged"]
+    assert_same_but_for_rounding(load(merged), PeftModel.from_pretrained(load(base), adapter), load(base))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_published_family_merges_into_a_native_checkpoint(tmp_path, tiny_models, family):
+    load_model = pytest.importorskip("chatmagic.load").load_model
+    base = tiny_models / family
+    adapter = make_adapter(tmp_path / "adapter", load_model(base)[0], adalora())
+    plain, tokenizer = load_model(base, dtype=torch.float32)
+    unmerged = PeftModel.from_pretrained(load_model(base, dtype=torch.float32)[0], adapter)
+
+    merged = merge_adapter(base, adapter, tmp_path / "merged")
+
+    model, merged_tokenizer = load_model(merged, dtype=torch.float32)
+    assert_same_but_for_rounding(model, unmerged, plain, IDS + 3)
+    assert merged_tokenizer("你好 <|im_end|>").input_ids == tokenizer("你好 <|im_end|>").input_ids
+    assert merged_tokenizer.chat_template == tokenizer.chat_template
+    assert "auto_map" not in json.loads((merged / "config.json").read_text())
+
+
+def test_adalora_becomes_a_lora_adapter_with_equal_logits(tmp_path):
+    base = make_base(tmp_path / "base", torch.float32)
+    adapter = make_adapter(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(base), adalora())
+
+    folded = adalora_to_lora(adapter, tmp_path / "lora")
+
+    config = json.loads((folded / "adapter_config.json").read_text())
+    tensors = load_file(folded / "adapter_model.safetensors")
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
+    assert not config["rank_pattern"]
+    kept = [
+        k for k, v in load_file(adapter / "adapter_model.safetensors").items() if "lora_A" in k and len(v)
+    ]
+    assert sorted(k for k in tensors if "lora_A" in k) == sorted(f"{k}.weight" for k in kept)
+    assert len(kept) == 8 == len(config["target_modules"])
+    assert {v.shape[0] for k, v in tensors.items() if "lora_A" in k} == {4}
+    assert {v.shape[1] for k, v in tensors.items() if "lora_B" in k} == {4}
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folded)
+    assert torch.allclose(logits(ours), logits(theirs), atol=1e-4)
+    merged = merge_adapter(base, folded, tmp_path / "merged")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(merged)), logits(theirs), atol=1e-4)
+
+
+def test_only_adalora_that_kept_a_rank_is_folded(tmp_path, base, adapter):
+    with pytest.raises(MergeError, match="not ADALORA"):
+        adalora_to_lora(adalora_to_lora(adapter, tmp_path / "lora"), tmp_path / "again")
+    file = adapter / "adapter_model.safetensors"
+    empty = {k: v[:, :0] if "lora_B" in k else v[:0] for k, v in load_file(file).items()}
+    save_file({k: v.contiguous() for k, v in empty.items()}, file)
+    with pytest.raises(MergeError, match="kept no rank"):
+        adalora_to_lora(adapter, tmp_path / "empty")
+
+
+def test_fingerprint_sees_the_config_and_every_layer(tmp_path, base):
+    first = base_fingerprint(base)
+    assert first == base_fingerprint(shutil.copytree(base, tmp_path / "copy"))
+    for shard in base.glob("*.safetensors"):
+        for name, weight in (tensors := load_file(shard)).items():
+            if weight.dim() == 2:
+                save_file(
+                    tensors | {name: weight + 1}, tmp_path / "copy" / shard.name, metadata={"format": "pt"}
+                )
+                assert base_fingerprint(tmp_path / "copy") != first, name
+        shutil.copy(shard, tmp_path / "copy")
+    assert base_fingerprint(tmp_path / "copy") == first
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"rope_theta": 5}))
+    assert base_fingerprint(tmp_path / "copy") != first
+
+
+def test_a_base_other_than_the_one_trained_on_is_refused(tmp_path, base, adapter):
+    (adapter / PROVENANCE).write_text(json.dumps({"base": base_fingerprint(base)}))
+    merge_adapter(base, adapter, tmp_path / "merged")
+    with pytest.raises(MergeError, match=rf"trained on another model.*base='{base}'"):
+        merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+
+
+def test_without_a_fingerprint_the_shapes_decide(tmp_path, base, adapter):
+    shard = next(file for file in base.glob("*.safetensors") if any("up_proj" in k for k in load_file(file)))
+    tensors = {k: v[:-1] if "up_proj" in k else v for k, v in load_file(shard).items()}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(MergeError, match=r"up_proj.weight as \(300, 32\).*holds \(299, 32\)"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+
+
+def test_a_quantised_base_is_refused_by_name(tmp_path, base, adapter):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(MergeError, match="16-bit"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert base_fingerprint(base) is None
+
+
+def test_nothing_is_written_over_a_folder(tmp_path, base, adapter):
+    (tmp_path / "merged").mkdir()
+    for act in (lambda: merge_adapter(base, adapter, tmp_path / "merged"),
+                lambda: adalora_to_lora(adapter, tmp_path / "merged")):  # fmt: skip
+        with pytest.raises(MergeError, match="rm -r"):
+            act()
+    assert not any((tmp_path / "merged").iterdir())
+
+
+def test_a_full_disk_is_told_before_the_start(tmp_path, base, adapter, monkeypatch):
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(size - 1))
+    monkeypatch.setattr("chatmagic.merge._merge_shard", lambda *_: pytest.fail("the merge began"))
+    with pytest.raises(MergeError, match="Make room"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_merge_that_breaks_leaves_nothing_and_a_killed_one_nothing_in_the_way(tmp_path, base, adapter):
+    last = max(base.glob("*.safetensors"))
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-1])
+    with pytest.raises(MergeError, match="ends within"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["adapter", "base"]
+    last.write_bytes(whole)
+
+    script = (
+        "import os, signal, sys; from chatmagic import merge; step = merge._merge_shard\n"
+        "def dies(*arguments): step(*arguments); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "merge._merge_shard = dies; merge.merge_adapter(*sys.argv[1:])"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, base, adapter, tmp_path / "merged"], check=False)
+    assert killed.returncode == -9 and not (tmp_path / "merged").exists()
+    merge_adapter(base, adapter, tmp_path / "merged")
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}]
+)
+def test_more_than_plain_lora_is_refused_with_the_way_to_go(tmp_path, base, adapter, setting):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    with pytest.raises(MergeError, match="merge_and_unload"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+
+
+def test_folders_that_are_no_model_or_no_adapter(tmp_path, base, adapter):
+    with pytest.raises(MergeError, match="config.json"):
+        merge_adapter(tmp_path, adapter, tmp_path / "merged")
+    with pytest.raises(MergeError, match="adapter_config.json"):
+        merge_adapter(base, base, tmp_path / "merged")
+    min(base.glob("*.safetensors")).unlink()
+    with pytest.raises(MergeError, match="names model-00001"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+
+
+def test_host_memory_stays_below_twice_the_largest_shard(tmp_path):
+    """Four shards of 64 MiB, of which a merge that held two would be seen."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(), adapter.mkdir()
+    (base / "config.json").write_text("{}")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "fan_in_fan_out": False}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    factors, weight_map = {}, {}
+    for shard in range(4):
+        layers = {f"layer.{shard}.{i}": torch.ones(1024, 2048, dtype=torch.bfloat16) for i in range(16)}
+        save_file({f"{name}.weight": w for name, w in layers.items()}, base / f"model-{shard}.safetensors")
+        weight_map |= dict.fromkeys((f"{name}.weight" for name in layers), f"model-{shard}.safetensors")
+        for name in layers:
+            factors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(2, 2048)
+            factors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(1024, 2)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    script = (
+        "import resource, sys; from chatmagic.merge import merge_adapter\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak(); merge_adapter(*sys.argv[1:]); print(peak() - before)"
+    )
+    command = [sys.executable, "-c", script, base, adapter, tmp_path / "merged"]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert grown < 2 * 64 * 2**20
+    assert load_file(tmp_path / "merged" / "model-3.safetensors")["layer.3.15.weight"][7, 9] == 1 + 2 * 2
