@@ -1,0 +1,48 @@
+"""Conversations as lists of `{"role": ..., "content": ...}`: how they are built and what they must look like."""
+
+from collections.abc import Iterable, Sequence
+
+from .errors import ChatmagicError
+
+ROLES = ("system", "user", "assistant")
+
+
+class MessagesError(ChatmagicError):
+    """A conversation that no chat template can render; the text names the message's index."""
+
+
+def build_messages(
+    query: str | None = None,
+    history: Iterable[tuple[str, str]] | None = None,
+    system: str | None = None,
+) -> list[dict[str, str]]:
+    """The conversation that asks `query` after `history`, a list of (query, reply) pairs."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, reply in history or ():
+        messages += {"role": "user", "content": question}, {"role": "assistant", "content": reply}
+    return messages if query is None else [*messages, {"role": "user", "content": query}]
+
+
+def validate_messages(messages: Sequence[dict[str, str]]) -> None:
+    """Raise MessagesError unless `messages` is at most one system text, then user and assistant in turn."""
+    if not messages:
+        raise MessagesError("The list of messages is empty; expected at least one user message.")
+    expected = ("system", "user")
+    for index, message in enumerate(messages):
+        try:
+            role, content = message["role"], message["content"]
+        except (TypeError, KeyError):
+            found = f"keys {sorted(message)}" if isinstance(message, dict) else type(message).__name__
+            raise MessagesError(
+                f"Message {index} must be a dict with 'role' and 'content'; found {found}."
+            ) from None
+        if role not in expected:
+            known = "" if role in ROLES else f" Roles are {', '.join(ROLES)}."
+            raise MessagesError(f"Message {index} has role {role!r}; expected {' or '.join(expected)}.{known}")
+        if not isinstance(content, str):
+            raise MessagesError(
+                f"Message {index} ({role}) has content of type {type(content).__name__}; expected a string."
+            )
+        expected = ("assistant",) if role == "user" else ("user",)
+    if role == "system":
+        raise MessagesError(f"Message {index} has role 'system' and nothing follows; expected user.")
