@@ -1,0 +1,103 @@
+"""The weight files of a checkpoint folder: opened without being read, and checked before a model is made."""
+
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .errors import ChatmagicError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CheckpointError(ChatmagicError):
+    """The folder is not a whole and safe checkpoint of the model that its config describes."""
+
+
+class Stored(NamedTuple):
+    """A tensor as a file holds it: memory-mapped, so nothing is read before it is used."""
+
+    tensor: "Tensor"
+    file: Path
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}): download the model again.") from None
+
+
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """The files that hold the weights, safetensors before `.bin`, each with the tensors its index promises.
+
+    A checkpoint of one file has no index: its list is empty. Raises CheckpointError where there are no
+    weights, or where an index names a file that is not there.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if weight_map := read_json(folder / f"{name}.index.json").get("weight_map"):
+            files = {folder / file: [] for file in dict.fromkeys(weight_map.values())}
+            for tensor, file in weight_map.items():
+                files[folder / file].append(tensor)
+            if missing := [file for file in files if not file.is_file()]:
+                raise CheckpointError(
+                    f"{missing[0]} is missing ({len(missing)} of {len(files)} shards are), and {files[missing[0]][0]} "
+                    f"with it. Download the model again: the files already there are kept."
+                )
+            return files
+        if (folder / name).is_file():
+            return {folder / name: []}
+    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise CheckpointError(
+        f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, no index of either. "
+        f"Found: {found}. Download the model again, or name the folder that has them."
+    )
+
+
+def open_weights(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the checkpoint by its published name, memory-mapped: opening 15 GB takes no memory.
+
+    `.bin` files go through `torch.load(weights_only=True)`. Raises CheckpointError for a file that is missing,
+    cut short, no checkpoint, lacks what its index promises, or holds anything but tensors.
+    """
+    stored = {}
+    for file, promised in weight_files(folder).items():
+        tensors = _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
+        for name in promised:
+            if name not in tensors:
+                raise CheckpointError(f"{file} does not hold {name}, though the index says so: download both again.")
+        stored |= {name: Stored(tensor, file) for name, tensor in tensors.items()}
+    return stored
+
+
+def _open_safetensors(file: Path) -> dict[str, "Tensor"]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is cut short or no checkpoint ({error}): download it again.") from None
+
+
+def _open_bin(file: Path) -> dict[str, "Tensor"]:
+    import torch
+
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{file} holds more than tensors: it asks to run {asked[1]}. Nothing was run or loaded, and there is "
+                f"no option to. Get the model from its publisher, best as safetensors."
+            ) from None
+        raise CheckpointError(f"{file} is cut short or no checkpoint: download it again.") from None
+    if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        raise CheckpointError(f"{file} holds more than tensors: {odd[0]} is a {type(tensors[odd[0]]).__name__}.")
+    return tensors

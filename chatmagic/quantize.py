@@ -1,0 +1,66 @@
+"""bitsandbytes: the two quantisations of the course, and the one place where it is put right."""
+
+import functools
+import logging
+
+
+def quantization_config(quantize: str, compute_dtype):
+    """transformers' BitsAndBytesConfig for "nf4" (4 bit, double quantisation; QLoRA, arXiv:2305.14314) or "int8"
+    (arXiv:2208.07339). `compute_dtype` is the torch dtype in which 4-bit layers multiply."""
+    from transformers import BitsAndBytesConfig
+
+    mend_bitsandbytes()
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+@functools.cache
+def mend_bitsandbytes() -> None:
+    """Import bitsandbytes without its noise, and let a 4-bit model on the CPU be saved and trained after it spoke.
+
+    On CPUs with AVX-512 BF16 the first forward in evaluation rearranges each 4-bit weight for a kernel that has no
+    backward, and rounds its scales to bfloat16 (bitsandbytes pull request 1804; still so in 0.50.2). From then on
+    gradients stop at every such layer, with no error, and `save_pretrained` writes scales that were quantised
+    twice; shapes that the kernel does not know fail. Here the original scales, a 64th of the weights, are kept
+    aside, so that the way back is exact; a layer goes back whenever it is trained; odd shapes are left as they are.
+    """
+    # Each import of bitsandbytes on such a CPU warns that an optional kernel of the hub was not found (issue 2064).
+    # Each int8 product warns that its input is cast to float16.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    from bitsandbytes.nn import Linear4bit, modules
+
+    pack, unpack = modules._convert_weight_packed_for_cpu, modules._convert_weight_packed_for_cpu_inverse
+    forward = Linear4bit.forward
+
+    def pack_keeping_scales(weight, state, *args):
+        original = dict(vars(state))
+        weight, state = pack(weight, state, *args)
+        state.before_packing = original
+        return weight, state
+
+    def unpack_exactly(weight, state, *args):
+        original = state.before_packing
+        weight, state = unpack(weight, state, *args)
+        vars(state).clear()
+        vars(state).update(original)
+        return weight, state
+
+    @functools.wraps(forward)
+    def forward_unpacked_in_training(self, x):
+        state = self.weight.quant_state
+        if state.shape[0] % 32 or state.shape[1] % state.blocksize:
+            self.support_avx512bf16_for_cpu = False
+        if getattr(state, "packing_format_for_cpu", False) and (self.training or x.requires_grad):
+            self.weight.data, _ = unpack_exactly(self.weight.data, state)
+        return forward(self, x)
+
+    modules._convert_weight_packed_for_cpu = pack_keeping_scales
+    modules._convert_weight_packed_for_cpu_inverse = unpack_exactly
+    Linear4bit.forward = forward_unpacked_in_training

@@ -1,0 +1,178 @@
+"""load_model on ordinary checkpoints: what comes back, and what is said when a folder is not whole."""
+
+import json
+import os
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from chatmagic import ChatmagicError, load_model
+from chatmagic.checkpoint import CheckpointError, open_weights
+from chatmagic.load import context_limit
+
+IDS = torch.tensor([[1, 5, 9, 2, 7, 7, 3]])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama of random weights in three safetensors shards, wide enough for bitsandbytes' packed CPU kernel."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=99,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="70KB")
+    vocabulary = {f"w{i}": i for i in range(64)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0"))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    """The same folder, free to be broken: its files are links that a test replaces."""
+    for file in llama.iterdir():
+        os.link(file, tmp_path / file.name)
+    return tmp_path
+
+
+def as_bin(folder):
+    """Rewrite a folder of safetensors as one pytorch_model.bin."""
+    weights = {name: tensor.clone() for name, (tensor, _) in open_weights(folder).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS.to(model.device)).logits.float().cpu()
+
+
+def test_auto_dtype_is_the_checkpoints(llama):
+    model, tokenizer = load_model(llama, device_map="cpu")
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert tokenizer("w5").input_ids == [5]
+    assert load_model(llama, dtype="float32", device_map="cpu")[0].dtype == torch.float32
+
+
+def test_nf4_has_double_quantisation_and_is_smaller(llama):
+    model, _ = load_model(llama, quantize="nf4")
+    config = model.config.quantization_config
+    assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert (logits(model) - logits(load_model(llama)[0])).abs().max() < 5
+
+
+def test_int8_stays_near(llama):
+    reference = logits(load_model(llama)[0])
+    assert (logits(load_model(llama, quantize="int8")[0]) - reference).abs().max() < 0.1 * reference.abs().max()
+
+
+@pytest.mark.parametrize("spoken", [False, True])
+def test_nf4_saves_exactly_before_and_after_a_forward(llama, tmp_path, spoken):
+    model, tokenizer = load_model(llama, quantize="nf4")
+    before = logits(model) if spoken else None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_model(tmp_path)
+    assert torch.equal(logits(again), logits(model) if before is None else before)
+
+
+def test_nf4_gradients_reach_the_first_layer_after_an_evaluation(llama):
+    model, _ = load_model(llama, quantize="nf4", dtype="bfloat16")
+    embedded = model.get_input_embeddings()(IDS.to(model.device)).detach()
+
+    def gradient():
+        leaf = embedded.clone().requires_grad_()
+        model.train()(inputs_embeds=leaf).logits.float().square().sum().backward()
+        return leaf.grad
+
+    fresh = gradient()
+    logits(model.eval())
+    assert torch.equal(gradient(), fresh) and fresh.abs().max() > 0
+
+
+def test_context_limit(llama):
+    assert context_limit(load_model(llama)[0]) == (99, "the model was trained on no longer texts")
+
+
+def test_unknown_quantisation(llama):
+    with pytest.raises(ChatmagicError, match="quantize='fp4' is not known: give 'nf4', 'int8' or None"):
+        load_model(llama, quantize="fp4")
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="There is no folder .*nowhere"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_a_folder_without_config(tmp_path):
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        load_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is an adapter, not a model"):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_weights(copy):
+    for file in copy.glob("model*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="holds no weights.*Found: config.json, generation_config.json"):
+        load_model(copy)
+
+
+def test_missing_shard(copy):
+    (copy / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003.safetensors is missing \(1 of 3 shards"):
+        load_model(copy)
+
+
+def test_truncated_safetensors(copy):
+    shard = copy / "model-00002-of-00003.safetensors"
+    whole = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors is cut short"):
+        load_model(copy)
+
+
+def test_truncated_bin(copy):
+    as_bin(copy)
+    whole = (copy / "pytorch_model.bin").read_bytes()
+    (copy / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is cut short"):
+        load_model(copy)
+
+
+def test_index_that_promises_too_much(copy):
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.extra.weight"] = "model-00001-of-00003.safetensors"
+    (copy / "model.safetensors.index.json").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="model-00001-of-00003.safetensors does not hold model.extra.weight"):
+        load_model(copy)
+
+
+class Payload:
+    """Pickles as a call of os.system."""
+
+    def __reduce__(self):
+        return os.system, ("touch chatmagic_was_here",)
+
+
+@pytest.mark.parametrize("payload, said", [(Payload(), "asks to run posix.system"), ("text", "x is a str")])
+def test_bin_with_more_than_tensors(copy, payload, said, monkeypatch):
+    as_bin(copy)
+    monkeypatch.chdir(copy)
+    torch.save({"x": payload}, copy / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=f"pytorch_model.bin holds more than tensors.*{said}"):
+        load_model(copy)
+    assert not (copy / "chatmagic_was_here").exists()
