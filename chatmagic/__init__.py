@@ -21,7 +21,7 @@ _HOME = {
     "snapshot_download": "download",
     "load_model": "load",
     "ChatLLM": "llm",
-    "connect": "llm",
+    "connect": "server",
     "adalora_config": "train",
     "find_all_linear_names": "train",
     "merge_adapter": "merge",
@@ -45,3 +45,10 @@ def load_ipython_extension(ipython) -> None:
     from .magic import load_ipython_extension
 
     load_ipython_extension(ipython)
+
+
+def unload_ipython_extension(ipython) -> None:
+    """`%unload_ext chatmagic`, and the first half of `%reload_ext chatmagic`."""
+    from .magic import unload_ipython_extension
+
+    unload_ipython_extension(ipython)

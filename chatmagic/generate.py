@@ -1,0 +1,216 @@
+"""A local model as a stream of text, with the keys and values of the conversation kept between turns."""
+
+import copy
+import difflib
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .errors import ChatmagicError
+from .labels import encode_prompt
+from .templates import get_template
+
+PREFILL_CHUNK = 512
+"""Prompt tokens run at once: bounds the memory of a long prompt, and how long Stop waits for the device."""
+
+
+class LocalModel:
+    """The chat model protocol of `llm.py` over a causal language model of transformers, or its PEFT wrapper.
+
+    Generation goes through the model's own `generate`, which prepares the logits processors of its
+    `generation_config`; only the loop over tokens is ours (`custom_generate`), run lazily in the caller's
+    thread. So tokens are those of plain `generate`, and a KeyboardInterrupt stops it at once.
+    """
+
+    def __init__(self, model, tokenizer, model_type: str | None = None):
+        self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
+        self.template = get_template(model_type, tokenizer, model)
+        self.name = Path(getattr(model.config, "name_or_path", "") or model.config.model_type).name
+        self.context = getattr(model.config, "max_position_embeddings", None)
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the kept keys and values."""
+        self._kept_ids: list[int] = []  # the ids whose keys and values are complete in every layer
+        self._cache = None
+        self._weights = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def count(self, messages: list[dict]) -> int:
+        """How many tokens the model is sent for these messages."""
+        return len(encode_prompt(messages, self.tokenizer, self.model_type))
+
+    def stream(self, messages: list[dict], stats, max_new_tokens: int, seed: int | None = None, **options
+               ) -> Iterator[str]:
+        """The reply, a piece of text for every token ("" while a character or a stop string is incomplete).
+
+        `options` are `greedy=True` or fields of `GenerationConfig`; the rest is as the model's own
+        `generation_config` has it. Fills `stats` as it goes. Raises ChatmagicError if the messages do not fit
+        the context, an option is unknown, or memory runs out (the kept keys and values are then freed).
+        """
+        ids = encode_prompt(messages, self.tokenizer, self.model_type)
+        stats.tokens_in, stats.tokens_out = len(ids), 0
+        room = max_new_tokens if self.context is None else min(max_new_tokens, self.context - len(ids))
+        if room < 1:
+            raise ChatmagicError(
+                f"the messages are {len(ids)} tokens, and the context of {self.name} is {self.context}: "
+                "nothing is left for a reply. Send less text, or forget the conversation with %chat_reset"
+            )
+        config = self._generation_config(**options)
+        config.max_new_tokens, config.max_length = room, None
+        text = TextStream(self.tokenizer, self.template.stop_strings)
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            for token in self._tokens(ids, config, seed, stats):
+                stats.tokens_out += 1
+                if token in config.eos_token_id:
+                    stats.stop_reason = "stop"
+                    break
+                yield text.push(token)
+                if text.stopped or stats.tokens_out == room:
+                    stats.stop_reason = "stop" if text.stopped else "length"
+                    break
+            yield text.flush()
+        except torch.OutOfMemoryError:
+            self.forget()
+            raise ChatmagicError(
+                f"{self.model.device} ran out of memory after {stats.tokens_in} tokens in and {stats.tokens_out} "
+                "out; the kept keys and values were freed. Forget the conversation with %chat_reset, ask for "
+                'fewer tokens with --max-new-tokens, or load the model in 4 bits: load_model(path, quantize="nf4")'
+            ) from None
+        finally:
+            for module in training:  # as it was, part by part: an adapter may train in a model that does not
+                module.training = True
+
+    def _generation_config(self, greedy: bool = False, **options):
+        """A copy of the model's `generation_config` with `options` over it and the template's stop ids in it."""
+        config = copy.deepcopy(self.model.generation_config)
+        if unknown := [name for name in options if not hasattr(config, name)]:
+            near = difflib.get_close_matches(unknown[0], vars(config), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ChatmagicError(f"unknown generation option {unknown[0]!r}{hint}")
+        if greedy or options.get("temperature") == 0:
+            options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        elif {"temperature", "top_p", "top_k"} & options.keys():
+            options.setdefault("do_sample", True)
+        config.update(num_beams=1, num_return_sequences=1, **options)
+        eos = config.eos_token_id
+        own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        config.eos_token_id = sorted({*own, *self.template.stop_token_ids(self.tokenizer)})
+        if config.pad_token_id is None and config.eos_token_id:
+            config.pad_token_id = config.eos_token_id[0]  # unused at batch 1; generate warns without one
+        return config
+
+    def _tokens(self, ids: list[int], config, seed: int | None, stats) -> Iterator[int]:
+        """The new token ids, without end; `generate` prepares, `_decode` runs as they are asked for."""
+        stats.tokens_reused = self._reuse(ids)
+        input_ids = torch.tensor([ids], device=self.model.device)
+        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        return self.model.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config,
+            generator=generator, custom_generate=self._decode,
+        )
+
+    @torch.no_grad()  # on a generator function torch enters and leaves this around every yield
+    def _decode(self, model, input_ids, logits_processor, generation_config, generator=None, **kwargs
+                ) -> Iterator[int]:
+        """Prefill what is not kept, then one forward a token. `input_ids`: int64, (1, length)."""
+        for chunk in input_ids[:, len(self._kept_ids):].split(PREFILL_CHUNK, dim=1):
+            ids = chunk[0].tolist()  # waits for the chunk before: a device that lags behind would not hear Stop
+            logits = self._forward(model, chunk)
+            self._kept_ids += ids
+        while True:
+            scores = logits_processor(input_ids, logits)
+            if generation_config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            yield (token_id := token.item())
+            input_ids = torch.cat([input_ids, token], dim=1)
+            logits = self._forward(model, token)
+            self._kept_ids.append(token_id)
+
+    def _forward(self, model, input_ids) -> torch.Tensor:
+        """Run `input_ids`, (1, n), after what the cache holds: the last position's logits, float32, (1, vocab)."""
+        output = model(input_ids=input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].float()
+
+    def _reuse(self, ids: list[int]) -> int:
+        """Cut the kept keys and values to the longest common prefix with `ids`; how many tokens that spares.
+
+        An interrupted forward leaves layers of unequal length: each is cut by itself, to tokens all of them have.
+        """
+        weights = self._weights_now()
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self._kept_ids)))
+        layers = self._cache.layers if self._cache is not None else []
+        if common and weights == self._weights and all(type(layer) is DynamicLayer for layer in layers):
+            for layer in layers:
+                layer.keys, layer.values = layer.keys[..., :common, :], layer.values[..., :common, :]
+            self._kept_ids = ids[:common]
+        else:
+            self._cache, self._kept_ids = DynamicCache(config=self.model.config), []
+        self._weights = weights
+        return len(self._kept_ids)
+
+    def _weights_now(self) -> list:
+        """Differs once a weight was trained, loaded or replaced, or an adapter added, merged or switched.
+
+        torch counts a tensor's in-place updates in `_version`; PEFT's layers tell the state of their adapters.
+        """
+        state = [(id(weight), weight._version) for weight in self.model.parameters()]
+        for module in self.model.modules():
+            if "merged_adapters" in vars(module):
+                state.append((module.disable_adapters, *module.active_adapters, *module.merged_adapters))
+        return state
+
+
+class TextStream:
+    """Text of token ids that arrive one by one: whole characters only, and nothing from a stop string on.
+
+    A token may hold part of a character, and some tokenizers decode a token differently after another; so the
+    text of a token is what decoding it together with the tokens shown just before adds to theirs.
+    """
+
+    def __init__(self, tokenizer, stop_strings: list[str]):
+        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.shown: list[int] = []  # the tokens of the last piece
+        self.pending: list[int] = []  # tokens after those, up to the end of a character
+        self.held = ""  # text that may be the beginning of a stop string
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        self.pending.append(token)
+        before, after = self._decode(self.shown), self._decode(self.shown + self.pending)
+        if after == before or after.endswith("\ufffd"):
+            return ""
+        self.shown, self.pending = self.pending, []
+        return self._until_stop(after[len(before):])
+
+    def flush(self) -> str:
+        """What is left at the end: an incomplete character as U+FFFD, text that was no stop string after all."""
+        rest = self._decode(self.shown + self.pending)[len(self._decode(self.shown)):]
+        self.pending = []
+        text = self._until_stop(rest) + self.held
+        self.held = ""
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _until_stop(self, text: str) -> str:
+        text, self.held = self.held + text, ""
+        ends = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return text[: min(ends)]
+        longest = max((n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
+                      default=0)
+        if longest:
+            text, self.held = text[:-longest], text[-longest:]
+        return text

@@ -1,0 +1,249 @@
+"""ChatLLM: a conversation with a chat model, local or behind a server."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from .errors import ChatmagicError
+from .messages import build_messages, validate_messages
+
+
+@dataclass
+class Stats:
+    """What a reply cost; None where a server does not tell."""
+
+    tokens_in: int | None = None
+    tokens_reused: int = 0  # of those in, how many had their keys and values kept from earlier turns
+    tokens_out: int | None = None
+    seconds_to_first_token: float | None = None
+    seconds: float = 0.0
+    stop_reason: str = "stop"  # or "length", "interrupted"
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of the tokens after the first."""
+        if not self.tokens_out or self.tokens_out < 2:
+            return None
+        return (self.tokens_out - 1) / (self.seconds - self.seconds_to_first_token)
+
+    def __str__(self) -> str:
+        def known(value, form: str) -> str:
+            return "?" if value is None else format(value, form)
+
+        return (
+            f"{known(self.tokens_in, 'd')} tokens in ({self.tokens_reused} kept), {known(self.tokens_out, 'd')} out, "
+            f"first after {known(self.seconds_to_first_token, '.2f')} s, "
+            f"{known(self.tokens_per_second, '.1f')} tokens/s, {self.stop_reason}"
+        )
+
+
+class Reply(str):
+    """What the model said: a string, with what it was asked, by which name it answers, and what it cost."""
+
+    query: str
+    model: str
+    stats: Stats
+
+    def json(self):
+        """The reply parsed as JSON, a Markdown fence around it allowed. Raises ChatmagicError if it is none."""
+        text = self.strip()
+        if text.startswith("```") and text.endswith("```"):
+            text = text[3:-3].removeprefix("json")
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ChatmagicError(
+                f"the reply is not JSON: {error}. It begins {self[:60]!r}. Ask for JSON alone, and allow enough "
+                "tokens for all of it with --max-new-tokens"
+            ) from None
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stop, or Ctrl-C, ended a reply; `reply` is what there was of it. The conversation is as it was before."""
+
+    _render_traceback_ = ChatmagicError._render_traceback_
+
+    def __init__(self, reply: Reply):
+        out = reply.stats.tokens_out
+        super().__init__(
+            f"stopped by you{'' if out is None else f' after {out} tokens'}; the conversation is as it was before"
+        )
+        self.reply = reply
+
+
+class ChatModel(Protocol):
+    """What ChatLLM asks of a model; `LocalModel`, `ServerModel` and a test's fake are such."""
+
+    name: str
+    context: int | None  # tokens that prompt and reply may have together, if known
+
+    def count(self, messages: list[dict]) -> int | None:
+        """Tokens of the prompt, if that can be known."""
+
+    def stream(self, messages: list[dict], stats: Stats, max_new_tokens: int, **options) -> Iterator[str]:
+        """Pieces of the reply as they come; fills the token counts and stop reason of `stats`."""
+
+    def forget(self) -> None:
+        """Free what is kept of the conversation."""
+
+
+models: WeakValueDictionary[str, "ChatLLM"] = WeakValueDictionary()
+"""Every ChatLLM that somebody holds, by name, the newest last: that one is active. Weak, so that deleting or
+replacing a reader's variable frees the GPU."""
+
+
+class ChatLLM:
+    """A conversation with `model`, a causal language model of transformers (or its PEFT wrapper) and its tokenizer.
+
+    `model_type` names a chat template (see `get_template`), by default the one that fits model and tokenizer.
+    The last `max_chat_rounds` rounds are remembered in `history`, a list of (query, reply). `stream` says
+    whether replies are printed as they come. Creating one registers it in `models` under `name`, by default that of
+    the model's folder, and in a notebook makes it the one `%%chat` talks to; nothing is sent to the model.
+    Without a tokenizer, `model` is a `ChatModel`.
+    """
+
+    def __init__(
+        self, model, tokenizer=None, model_type: str | None = None, max_chat_rounds: int = 20,
+        max_new_tokens: int = 512, stream: bool = True, history: list[tuple[str, str]] | None = None,
+        system: str | None = None, name: str | None = None,
+    ):
+        self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
+        if tokenizer is None:
+            self.backend: ChatModel = model
+        else:
+            from .generate import LocalModel
+
+            self.backend = LocalModel(model, tokenizer, model_type)
+        self.max_chat_rounds, self.max_new_tokens, self.stream = max_chat_rounds, max_new_tokens, stream
+        self.history = list(history or [])
+        self.system = system
+        self.name = name or self.backend.name
+        models.pop(self.name, None)
+        models[self.name] = self
+        if "IPython" in sys.modules:
+            from .magic import install
+
+            install()
+
+    build_messages = staticmethod(build_messages)
+
+    def build_prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The prompt as a string. The model is sent ids: see `encode_prompt`."""
+        validate_messages(messages)
+        pieces = self.backend.template.render(messages, add_generation_prompt)
+        return "".join(piece.text for piece in pieces)
+
+    def build_inputs_labels(self, messages: list[dict], multi_rounds: bool = True) -> tuple[list[int], list[int]]:
+        """Ids and labels of a conversation for training: see `chatmagic.build_inputs_labels`."""
+        from .labels import build_inputs_labels
+
+        return build_inputs_labels(messages, self.tokenizer, self.model_type, multi_rounds)
+
+    def __call__(
+        self, query: str, stream: bool | Callable[[str], None] | None = None, system: str | None = None,
+        remember: bool = True, **generation,
+    ) -> Reply:
+        """Ask `query` in the conversation so far, and remember the round; arguments as for `chat`.
+
+        `remember=False` asks it outside the conversation. A turn that fails or is interrupted leaves the history as
+        it was. When the rounds outgrow the model's context the oldest are left out of the prompt.
+        """
+        system = self.system if system is None else system
+        room = generation.get("max_new_tokens", self.max_new_tokens)
+        history = self._history_that_fits(query, system, room) if remember else []
+        stream = self.stream if stream is None else stream
+        reply = self.chat(build_messages(query, history, system), stream, **generation)
+        if remember:
+            self.history = self._last_rounds([*self.history, (query, reply)])
+        return reply
+
+    def chat(self, messages: list[dict], stream: bool | Callable[[str], None] = False, **generation) -> Reply:
+        """The reply to `messages`, history untouched.
+
+        `stream=True` prints it as it comes; a function is called with every piece of text instead. `generation`:
+        `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, for a local model also any other field of
+        transformers' `GenerationConfig`; what is not given is as the model's own configuration has it.
+        Raises Interrupted with the part there is on KeyboardInterrupt.
+        """
+        write = partial(print, end="", flush=True) if stream is True else stream or (lambda piece: None)
+        stats, pieces, start = Stats(), [], perf_counter()
+        interrupted = False
+        generation.setdefault("max_new_tokens", self.max_new_tokens)
+        try:
+            with closing(self.backend.stream(messages, stats, **generation)) as stream_of_text:
+                for piece in stream_of_text:
+                    stats.seconds_to_first_token = stats.seconds_to_first_token or perf_counter() - start
+                    if piece:
+                        pieces.append(piece)
+                        write(piece)
+        except KeyboardInterrupt:
+            stats.stop_reason, interrupted = "interrupted", True
+        if stream is True:
+            print()
+        stats.seconds = perf_counter() - start
+        reply = Reply("".join(pieces))
+        reply.query, reply.model, reply.stats = messages[-1]["content"], self.name, stats
+        if interrupted:
+            raise Interrupted(reply)
+        return reply
+
+    def reset(self) -> None:
+        """Forget the conversation, and free the keys and values kept of it."""
+        self.history = []
+        self.backend.forget()
+
+    def round_tokens(self) -> list[int | None]:
+        """Tokens of each round in `history`, its role marks included; None where only a server could count them."""
+        ends = [
+            self.backend.count(build_messages("", self.history[:index], self.system))
+            for index in range(len(self.history) + 1)
+        ]
+        return [None if end is None else end - start for start, end in pairwise(ends)]
+
+    def save(self, path: str | Path) -> None:
+        """Write system text and history as one line of JSON, `{"messages": [...]}`: a row of training data, too.
+
+        Atomic: the file is whole or as it was before.
+        """
+        path = Path(path).expanduser()
+        line = json.dumps({"messages": build_messages(None, self.history, self.system)}, ensure_ascii=False)
+        part = path.with_name(path.name + ".part")
+        part.write_text(line + "\n", encoding="utf-8")
+        part.replace(path)
+
+    def load(self, path: str | Path) -> None:
+        """Take system text and history from a file that `save` wrote. Raises ChatmagicError if it is none."""
+        try:
+            (line,) = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+            messages = json.loads(line)["messages"]
+        except (ValueError, LookupError, TypeError):
+            raise ChatmagicError(f'{path} is not one line of JSON of the form {{"messages": [...]}}') from None
+        validate_messages(messages)
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+        if messages[-1]["role"] != "assistant":
+            raise ChatmagicError(f"{path} ends with a question that was not answered; remove its last message")
+        contents = [message["content"] for message in messages]
+        self.history, self.system = list(zip(contents[::2], contents[1::2])), system
+
+    def _last_rounds(self, history: list) -> list:
+        return history[max(0, len(history) - self.max_chat_rounds):]
+
+    def _history_that_fits(self, query: str, system: str | None, max_new_tokens: int) -> list:
+        """The last rounds that leave room in the context for `max_new_tokens`, or for half a context of them."""
+        history = self._last_rounds(self.history)
+        if self.backend.context is not None:
+            limit = self.backend.context - min(max_new_tokens, self.backend.context // 2)
+            while history and self.backend.count(build_messages(query, history, system)) > limit:
+                history = history[1:]
+        return history
+
+    def __repr__(self) -> str:
+        return f"<ChatLLM {self.name!r}: {len(self.history)} rounds>"
