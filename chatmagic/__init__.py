@@ -24,6 +24,8 @@ _HOME = {
     "connect": "server",
     "adalora_config": "train",
     "find_all_linear_names": "train",
+    "KerasModel": "train",
+    "StepRunner": "train",
     "merge_adapter": "merge",
     "adalora_to_lora": "merge",
 }

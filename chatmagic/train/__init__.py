@@ -1,0 +1,13 @@
+"""Fine-tuning: AdaLoRA's schedule and ranks, torchkeras' KerasModel with a step and a `fit` for it, checkpoints."""
+
+import contextlib
+import io
+
+with contextlib.redirect_stdout(io.StringIO()):  # torchkeras prints on import that scikit-learn is missing
+    import torchkeras  # noqa: F401
+
+from .adalora import adalora_config, find_all_linear_names
+from .keras import KerasModel
+from .step import StepRunner
+
+__all__ = ["KerasModel", "StepRunner", "adalora_config", "find_all_linear_names"]

@@ -1,0 +1,178 @@
+"""What a run leaves on disk: the adapter, as PEFT reads it, and the state that a run goes on from.
+
+    CKPT_PATH/adapter_model.safetensors, adapter_config.json    the best adapter, pruned to its ranks
+    CKPT_PATH/last-000120/                                      the same of step 120, and state.pt beside it
+
+Everything is written to a temporary folder, flushed to the disk and renamed, so that what was there before stays
+whole, whatever happens.
+"""
+
+import copy
+import errno
+import io
+import json
+import os
+import random
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file, save
+
+from ..errors import ChatmagicError
+from ..merge import PROVENANCE, base_fingerprint
+
+WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def save_adapter(model, folder: str | Path) -> None:
+    """Write the adapter of a PEFT model to `folder`, AdaLoRA's factors pruned to their ranks. Main process only."""
+    folder = Path(folder)
+    with staged(folder, adapter_files(model)) as staging:
+        # Without its config an adapter is not one: a kill between these lines leaves no pair that disagrees.
+        (folder / CONFIG).unlink(missing_ok=True)
+        for name in (WEIGHTS, PROVENANCE, CONFIG):
+            os.replace(staging / name, folder / name)
+
+
+@torch.no_grad()
+def load_adapter(model, folder: str | Path) -> None:
+    """Put a saved adapter into the live factors of a PEFT model with the same targets, in place.
+
+    Pruned triplets get E = 0, which leaves the update that was saved. Raises ChatmagicError if there is no adapter
+    or its names are not the model's (`load_state_dict(strict=False)` would do nothing, in silence).
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ChatmagicError(
+            f"There is no adapter in {folder}: no {CONFIG}. Train one with fit(ckpt_path=...)."
+        )
+    saved = load_file(folder / WEIGHTS)
+    pattern = json.loads((folder / CONFIG).read_text()).get("rank_pattern") or {}
+    name_of = {
+        n.replace(f".{model.active_adapter}", ""): p for n, p in model.named_parameters() if p.requires_grad
+    }
+    if name_of.keys() != saved.keys():
+        other = sorted(name_of.keys() ^ saved.keys())
+        raise ChatmagicError(
+            f"The adapter in {folder} is for other layers: {len(other)} names differ, as {other[0]}."
+        )
+    for name, param in name_of.items():
+        layer, _, factor = name.removeprefix("base_model.model.").rpartition(".")
+        keep = pattern.get(f"{layer}.lora_E")
+        if keep is None:
+            param.copy_(saved[name])
+        elif factor == "lora_B":
+            param[:, keep] = saved[name].to(param)
+        else:
+            if factor == "lora_E":
+                param.zero_()
+            param[keep] = saved[name].to(param)
+
+
+def state_folder(ckpt_path: str | Path, step: int) -> Path:
+    return Path(ckpt_path) / f"last-{step:06d}"
+
+
+def save_state(model, state: dict, ckpt_path: str | Path) -> None:
+    """Write `state` (tensors and plain values) and the adapter to CKPT_PATH/last-STEP, then drop older ones."""
+    ckpt_path, folder = Path(ckpt_path), state_folder(ckpt_path, state["step"])
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with staged(ckpt_path, adapter_files(model) | {STATE: buffer.getbuffer()}) as staging:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(staging, folder)
+    for old in ckpt_path.glob("last-*"):
+        if old != folder:
+            shutil.rmtree(old)
+
+
+def load_state(ckpt_path: str | Path) -> dict:
+    """The newest state under `ckpt_path`. Raises ChatmagicError if there is none."""
+    folders = sorted(Path(ckpt_path).glob("last-*"))
+    if not folders:
+        raise ChatmagicError(
+            f"Nothing to resume in {ckpt_path}: no last-* folder. Start with fit(resume=False)."
+        )
+    return torch.load(folders[-1] / STATE, map_location="cpu", weights_only=True)
+
+
+def adapter_files(model) -> dict[str, bytes]:
+    """The files of a PEFT adapter folder, by name."""
+    name = model.active_adapter
+    config = model.peft_config[name]
+    live_pattern = getattr(config, "rank_pattern", None)
+    factors = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
+    # "auto" would ask the hub whether the base's vocabulary has grown.
+    tensors = get_peft_model_state_dict(model, factors, name, save_embedding_layers=False)
+    saved = copy.copy(config)
+    saved.inference_mode = True
+    fields = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in saved.to_dict().items()
+    }
+    config.rank_pattern = live_pattern  # get_peft_model_state_dict has renamed its layers
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    base = Path(config.base_model_name_or_path or "")
+    return {
+        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        PROVENANCE: json.dumps(
+            {"base": base_fingerprint(base) if (base / "config.json").is_file() else None}
+        ).encode(),
+        CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
+    }
+
+
+@contextmanager
+def staged(parent: Path, files: dict[str, bytes]):
+    """A temporary folder in `parent` that holds `files`, safe on the disk; what the block leaves of it goes."""
+    staging = parent / ".writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        for name, content in files.items():
+            with open(staging / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        yield staging
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        size = sum(map(len, files.values())) / 2**20
+        raise ChatmagicError(
+            f"The disk of {parent.absolute()} is full: {size:.0f} MiB do not fit. What was saved there before is "
+            "whole; free some space and go on with fit(resume=True)."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def get_rng(samplers: list) -> dict:
+    """The state of every random number generator that training draws from, `samplers`' own among them."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "samplers": [sampler.generator.get_state() for sampler in with_generator(samplers)],
+    }
+
+
+def set_rng(state: dict, samplers: list) -> None:
+    """Put the random number generators back to a state of `get_rng`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    for sampler, generator in zip(with_generator(samplers), state["samplers"]):
+        sampler.generator.set_state(generator)
+
+
+def with_generator(samplers: list) -> list:
+    return [sampler for sampler in samplers if getattr(sampler, "generator", None) is not None]

@@ -1,0 +1,150 @@
+"""One step of training or validation: cross-entropy, penalty, clipping, the optimizer, the rank allocation."""
+
+import math
+import resource
+import time
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..errors import ChatmagicError
+from .adalora import rank_allocator
+
+
+class StepRunner:
+    """torchkeras' step, for a causal language model with an adapter.
+
+    A batch is a dict of int64 (batch, length) tensors: input_ids, labels (-100 where nothing is learnt) and, if
+    anything is padded, attention_mask. A call returns torchkeras' pair, losses to average and metrics. The first
+    is empty, since a mean of batch means would weigh the tokens of short answers above those of long ones; the
+    metrics are those of the epoch so far, so that the last step's are the epoch's:
+
+    train_loss, val_loss: cross-entropy per label token. train_penalty, val_penalty: the orthogonality penalty.
+    lr, grad_norm (before clipping), rank_budget (triplets kept): of the last step.
+    tokens_per_s: without padding, all processes. peak_memory: GiB, of this process.
+    """
+
+    max_grad_norm = 1.0
+
+    def __init__(
+        self, net, loss_fn, accelerator, stage="train", metrics_dict=None, optimizer=None, lr_scheduler=None
+    ):
+        self.net, self.accelerator, self.stage = net.train(stage == "train"), accelerator, stage
+        self.optimizer, self.lr_scheduler, self.metrics_dict = optimizer, lr_scheduler, metrics_dict
+        self.model = accelerator.unwrap_model(net)
+        self.allocator = rank_allocator(self.model)
+        self.params = [param for param in self.model.parameters() if param.requires_grad]
+        self.pending = torch.zeros(
+            3, device=accelerator.device
+        )  # loss, label tokens, tokens: of the step so far
+        self.sums = [0.0, 0.0]  # loss and label tokens of the epoch so far
+        self.tokens = 0.0
+        self.started = time.perf_counter()
+        self.log = {f"{stage}_loss": math.nan}
+
+    def __call__(self, batch):
+        labels = batch["labels"][: self._rows_not_repeated(), 1:]
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        rows, columns = (labels != -100).nonzero(as_tuple=True)
+        with self.accelerator.autocast(), head_sees_only(self.model, rows, columns):
+            logits = self.net(**inputs, use_cache=False).logits[0]
+        loss = cross_entropy(logits.float(), labels[rows, columns], reduction="sum")
+        tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+        self.pending += torch.stack([loss.detach(), tokens.new_tensor(len(rows)), tokens])
+        if self.stage == "train":
+            self.accelerator.backward(loss)
+        if self.stage == "val" or self.accelerator.sync_gradients:
+            loss, taught, tokens = self.accelerator.reduce(self.pending, "sum").tolist()
+            self.pending = torch.zeros_like(self.pending)
+            if self.stage == "train":
+                self._update(taught)
+            elif self.allocator:
+                self.log["val_penalty"] = self.allocator.penalty(add_gradients=False).item()
+            self._add_to_log(loss, taught, tokens)
+        return {}, dict(self.log)
+
+    def _rows_not_repeated(self) -> int | None:
+        """accelerate fills the last global batch of an epoch with rows from its start: what to cut those off at."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        rows = state.active_dataloader.total_batch_size // self.accelerator.num_processes
+        return max(0, state.remainder - self.accelerator.process_index * rows)
+
+    def _update(self, taught: float):
+        """The optimizer step, with gradients of the mean over the `taught` label tokens of the global batch.
+
+        DDP has averaged the gradients of the processes' sums, and accelerate has divided them by the steps that
+        are accumulated: both are undone. The penalty joins after fp16's loss scale is off.
+        """
+        if not taught:
+            raise ChatmagicError(
+                "All labels of this batch are -100, so nothing is trained. show_labels(...) pictures a sample; "
+                "are the replies cut off by a length limit?"
+            )
+        grads = [param.grad for param in self.params]
+        if any(grad is None for grad in grads):
+            names = [
+                name
+                for name, param in self.model.named_parameters()
+                if param.requires_grad and param.grad is None
+            ]
+            raise ChatmagicError(
+                f"{len(names)} trainable parameters get no gradient, the first is {names[0]}. With gradient "
+                "checkpointing call model.enable_input_require_grads() first; freeze what the loss does not reach."
+            )
+        self.accelerator.unscale_gradients()
+        torch._foreach_mul_(
+            grads, self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps / taught
+        )
+        if not self.optimizer.state and not any(torch._foreach_norm(grads)):
+            raise ChatmagicError(
+                "All gradients of the first step are zero, so nothing would be trained. Is the adapter enabled, and "
+                "on layers that the logits depend on?"
+            )
+        if self.allocator:
+            self.log["train_penalty"] = self.allocator.penalty(add_gradients=True).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
+        self.log |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # fp16 overflowed: the gradients say nothing
+            if self.allocator:
+                # After the step and before zero_grad (importance reads the gradients): the one right place.
+                self.model.base_model.update_and_allocate(self.allocator.step)
+                self.allocator.step += 1
+                self.log["rank_budget"] = self.allocator.budget
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+
+    def _add_to_log(self, loss: float, taught: float, tokens: float):
+        if not (math.isfinite(loss) or self.accelerator.scaler):
+            raise ChatmagicError(
+                f"The {self.stage} loss is {loss}. Lower the learning rate, or train with mixed_precision='no'."
+            )
+        self.sums = [self.sums[0] + loss, self.sums[1] + taught]
+        self.log[f"{self.stage}_loss"] = self.sums[0] / self.sums[1] if self.sums[1] else math.nan
+        if self.stage == "train":
+            self.tokens += tokens
+            self.log["tokens_per_s"] = self.tokens / (time.perf_counter() - self.started)
+            self.log["peak_memory"] = peak_memory(self.accelerator.device)
+
+
+@contextmanager
+def head_sees_only(model, rows: torch.Tensor, columns: torch.Tensor):
+    """Let the output head compute logits, (1, n, vocabulary), at n positions of the batch instead of at all."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0][rows, columns][None],)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held so far, in GiB: torch's on a GPU, the whole process's on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
