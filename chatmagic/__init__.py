@@ -15,7 +15,7 @@ _HOME = {
     "get_template": "templates",
     "build_inputs_labels": "labels",
     "encode_prompt": "labels",
-    "show_labels": "labels",
+    "show_labels": "picture",
     "DataCollator": "dataset",
     "read_jsonl": "dataset",
     "snapshot_download": "download",

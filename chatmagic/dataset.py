@@ -1,43 +1,104 @@
 """From files of conversations to padded batches."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from .errors import ChatmagicError
+from .messages import MessagesError, validate_messages
 
 
 class DataError(ChatmagicError):
-    """Data that cannot be trained on."""
+    """A file or a batch that cannot be trained on."""
 
 
-@dataclass
+def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[str, str]]]:
+    """The conversations of a JSONL file, one a line, as lists of messages; the file is read as it is consumed.
+
+    A line is an object with `messages`, in ShareGPT's form (`conversations` of `from` and `value`, `system`) or in
+    Alpaca's (`instruction`, `input`, `output`, `system`, `history`). Empty lines are passed over. With `progress`, a bar
+    shows the bytes read. Raises DataError with the number of the line that is no valid conversation.
+    """
+    from tqdm.auto import tqdm
+
+    path = Path(path).expanduser()
+    with (
+        path.open("rb") as file,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
+    ):
+        for number, line in enumerate(file, 1):
+            bar.update(len(line))
+            if not line.strip():
+                continue
+            try:
+                messages = _messages(json.loads(line.decode("utf-8-sig")))
+                validate_messages(messages)
+            except (ValueError, MessagesError) as error:
+                raise DataError(f"{path.name}, line {number}: {error}") from error
+            yield messages
+
+
+# What ShareGPT files call the roles, next to their proper names.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+
+
+def _messages(row) -> list[dict]:
+    """The messages of one line, not yet validated."""
+    keys = set(row) if isinstance(row, dict) else set()
+    if "messages" in keys:
+        return row["messages"]
+    if not keys & {"conversations", "instruction"}:
+        found = f"the keys {sorted(keys)}" if keys else f"a JSON {type(row).__name__}"
+        raise ValueError(f"expected an object with 'messages', 'conversations' or 'instruction'; found {found}.")
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    if "conversations" in keys:
+        turns = [(turn.get("from"), turn.get("value")) for turn in row["conversations"]]
+    else:
+        asked = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        rounds = [*(row.get("history") or ()), (asked, row.get("output"))]
+        turns = [(role, text) for each in rounds for role, text in zip(("user", "assistant"), each, strict=True)]
+    return system + [{"role": _ROLES.get(role, role), "content": text} for role, text in turns]
+
+
 class DataCollator:
-    """Examples of differing lengths to one batch, in the order given.
+    """Examples of different lengths to one batch, in the order given.
 
-    Pads on the right, whatever `tokenizer.padding_side` says: that side is for generation, while every family
-    of the course was trained with position 0 at the first token.
+    Pads on the right, whatever `tokenizer.padding_side` says: that side is for generation, while all families of the
+    course were trained with their first token at position 0. Raises DataError where there is no pad token.
     """
 
-    tokenizer: object
-    pad_to_multiple_of: int | None = None
+    def __init__(self, tokenizer, pad_to_multiple_of: int | None = None):
+        if tokenizer.pad_token_id is None:
+            raise DataError(
+                "The tokenizer has no pad token. Choose one that is never trained: "
+                "tokenizer.pad_token = tokenizer.unk_token"
+            )
+        self.pad_token, self.pad_token_id = tokenizer.pad_token, tokenizer.pad_token_id
+        self.multiple = pad_to_multiple_of or 1
 
     def __call__(self, examples: Sequence[dict]) -> dict:
-        """`input_ids` and `labels` of each example to int64 tensors `input_ids`, `labels` (-100 in the padding) and
-        `attention_mask` (0 in the padding), all of shape (len(examples), length)."""
+        """The examples' `input_ids` and `labels` as int64 tensors of shape (len(examples), length), with -100 in the
+        labels' padding, and `attention_mask`, 0 there. Raises DataError for an example that trains the pad token: whoever
+        masks labels where the id is the pad's would never teach the model to end its turn."""
         import torch
 
         length = max(len(example["input_ids"]) for example in examples)
-        if self.pad_to_multiple_of:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = len(examples), length
+        shape = len(examples), -(-length // self.multiple) * self.multiple
         batch = {
-            "input_ids": torch.full(shape, self.tokenizer.pad_token_id),
+            "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, -100),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
         }
         for row, example in enumerate(examples):
-            filled = slice(len(example["input_ids"]))
+            labels = torch.as_tensor(example["labels"])
+            if (labels == self.pad_token_id).any():
+                raise DataError(
+                    f"Example {row} trains {self.pad_token!r}, the token that ends a turn, and it is the pad token too: "
+                    "it would be masked as padding. Choose another, for example "
+                    "tokenizer.pad_token = tokenizer.unk_token"
+                )
+            filled = slice(len(labels))
             batch["input_ids"][row, filled] = torch.as_tensor(example["input_ids"])
-            batch["labels"][row, filled] = torch.as_tensor(example["labels"])
+            batch["labels"][row, filled] = labels
             batch["attention_mask"][row, filled] = 1
         return batch

@@ -2,130 +2,241 @@
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cache
-from weakref import WeakKeyDictionary
+from functools import cache, lru_cache
 
 from .errors import ChatmagicError
 from .messages import MessagesError, validate_messages
-from .templates import Piece, get_template
+from .templates import EndOfTurn, Piece, TemplateError, get_template
 
-IGNORE = -100
+IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 
 class LabelsError(ChatmagicError):
-    """A conversation from which nothing would be learnt, or that does not fit."""
+    """A conversation that teaches nothing, or that is longer than the model's context."""
 
 
 class Encoder:
-    """Pieces to ids and labels with one tokenizer and one template.
+    """Pieces of a template to token ids and labels.
 
-    Text is encoded by a copy of the tokenizer's backend in which control tokens match nothing: they are all
-    marked special, and special tokens are skipped (`encode_special_tokens`). Template and words that
-    touch are encoded as one string, as the publishers do, but for an answer, which always starts a new piece: so the
-    ids before it do not depend on it.
+    Words go through a copy of the tokenizer's backend that takes control tokens for ordinary characters; those that the
+    template writes are looked up. What touches is encoded as one string, as the publishers do, and offsets say
+    which tokens are an answer's. But an answer always starts a new string, so that the ids before it, which
+    inference sends, never depend on it.
     """
 
     def __init__(self, tokenizer, template):
-        self.control = template.control_tokens(tokenizer)
-        self.eos = template.stop_token_ids(tokenizer)[0]
-        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")")
-        self._text = _text_backend(tokenizer.backend_tokenizer, self.control)
-        self._parts = cache(self._split.split)
-        self._literal = cache(lambda text: self._text.encode(text, add_special_tokens=False).ids)
+        self.template = template
+        self._control = template.control_tokens(tokenizer)
+        self._ending = template.stop_token_ids(tokenizer)[0]
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._parts = cache(re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split)
+        self._fresh, self._joined, always = _text_backends(tokenizer, self._control)
+        self._literal = cache(lambda text, backend: backend.encode(text, add_special_tokens=False).ids)
+        if template.bos is None:
+            with_bos, without = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+            self._bos = with_bos[: with_bos.index(without[0])]
+        else:
+            self._bos = [self._control[token] for token in self._parts(template.bos) if token]
+        self._restart = set(self._control.values() if always else self._bos)
 
-    def __call__(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
-        """Token ids and labels (-100 where nothing is trained) of the same length."""
-        ids, labels, run = [], [], []
+    def __call__(self, pieces: list[Piece], finished: bool) -> tuple[list[int], list[int]]:
+        """Token ids and labels, two lists of the same length. `finished`: the last turn is an answer, so that its
+        ending token stands there even where the history leaves it out, and no next turn is opened."""
+        if finished:
+            last = max(index for index, piece in enumerate(pieces) if piece.trained)
+            pieces = pieces[: last + 1] if isinstance(pieces[last], EndOfTurn) else pieces
+        ids, labels, ends, run = [], [], [], []
+        backend = self._fresh
 
-        def flush():
+        def flush() -> None:
+            nonlocal backend
             if run:
-                self._encode_run(run, ids, labels)
+                self._encode(run, backend, ids, labels, ends)
                 run.clear()
+                backend = self._joined
 
-        for text, live, trained in pieces:
-            if run and trained and not run[-1][2]:
+        trained_before = False
+        for piece in pieces:
+            if self.template.piecewise or piece.trained and not trained_before:
                 flush()
-            if not live:
-                run.append((text, live, trained))
+            trained_before = piece.trained
+            if not piece.live or isinstance(piece, EndOfTurn):
+                run.append(piece)
                 continue
-            for index, part in enumerate(self._parts(text)):
+            for index, part in enumerate(self._parts(piece.text)):
                 if index % 2:
                     flush()
-                    ids.append(self.control[part])
-                    labels.append(self.control[part] if trained else IGNORE)
+                    token = self._control[part]
+                    ids.append(token)
+                    labels.append(token if piece.trained else IGNORE)
+                    backend = self._fresh if token in self._restart else self._joined
                 elif part:
-                    run.append((part, live, trained))
+                    run.append(Piece(part, True, piece.trained))
         flush()
+        for position in ends:
+            if position == len(ids):
+                ids.append(self._ending)
+                labels.append(self._ending)
+            labels[position] = self._ending
+        bos = self._bos
+        if finished and bos and ids[-1] == bos[-1]:
+            del ids[-1], labels[-1]
+        if ids[: len(bos)] != bos:
+            ids, labels = bos + ids, [IGNORE] * len(bos) + labels
         return ids, labels
 
-    def _encode_run(self, run, ids, labels):
-        """One string without control tokens; `run` is trained first, if at all, then not."""
-        text = "".join(part[0] for part in run)
-        if all(part[1] for part in run) and not run[0][2]:
-            new = self._literal(text)
-            ids += new
-            labels += [IGNORE] * len(new)
-            return
-        encoding = self._text.encode(text, add_special_tokens=False)
-        ids += encoding.ids
-        trained = sum(len(part[0]) for part in run if part[2])
-        if not trained:
-            labels += [IGNORE] * len(encoding.ids)
-        elif trained == len(text):
-            labels += encoding.ids
+    def _encode(self, run: list[Piece], backend, ids: list[int], labels: list[int], ends: list[int]) -> None:
+        """Append a run of pieces without control tokens, encoded as one string; trained ones come first."""
+        text = "".join([piece.text for piece in run])
+        spoken = sum([len(piece.text) for piece in run if piece.trained])
+        if not spoken and all([piece.live for piece in run]):
+            new, count = self._literal(text, backend), 0
         else:
-            labels += [
-                token if start < trained else IGNORE
-                for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+            encoding = backend.encode(text, add_special_tokens=False)
+            new, count = encoding.ids, len(encoding.ids) if spoken else 0
+            if spoken < len(text) and spoken:
+                count = bisect_left(encoding.offsets, spoken, key=lambda span: span[0])
+        if any([piece.trained and isinstance(piece, EndOfTurn) for piece in run]):
+            ends.append(len(ids) + count)
+        ids += new
+        labels += new[:count] + [IGNORE] * (len(new) - count)
+
+
+def _text_backends(tokenizer, control: dict[str, int]) -> tuple:
+    """Two copies of a tokenizer's backend that take control tokens for ordinary characters: for a text that starts
+    afresh, and for one that continues another, to which SentencePiece adds no space. And whether the tokenizer
+    itself starts afresh after every added token.
+
+    The copies share the vocabulary, which is large. Control tokens stay in it, so that the ids of other added tokens do
+    not move, but all marked special, for `encode_special_tokens` skips special tokens only.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    backend = tokenizer.backend_tokenizer
+    steps = {key: getattr(backend, key) for key in ("normalizer", "pre_tokenizer")}
+    fresh = {key: json.loads(step.__getstate__()) if step else None for key, step in steps.items()}
+    joined = json.loads(json.dumps(fresh))
+    always = False
+    for step in [*_steps(joined["normalizer"]), *_steps(joined["pre_tokenizer"])]:
+        if step["type"] == "Metaspace":
+            always |= step["prepend_scheme"] == "always"
+            step["prepend_scheme"] = "never"
+        elif step["type"] == "Prepend":
+            always, step["prepend"] = True, ""
+
+    def copy(steps: dict) -> Tokenizer:
+        made = Tokenizer.from_str(json.dumps(steps | {"model": {"type": "BPE", "vocab": {}, "merges": []}}))
+        made.model = backend.model
+        made.add_tokens(
+            [
+                AddedToken(
+                    token.content,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                    special=token.content in control,
+                )
+                for _, token in sorted(tokenizer.added_tokens_decoder.items())
             ]
+        )
+        made.encode_special_tokens = True
+        return made
+
+    first = copy(fresh)
+    return first, first if joined == fresh else copy(joined), always
 
 
-def _text_backend(backend, control: dict[str, int]):
-    """A copy of a `tokenizers.Tokenizer` that reads control tokens as ordinary characters."""
-    from tokenizers import Tokenizer
-
-    spec = json.loads(backend.to_str())
-    for token in spec["added_tokens"]:
-        token["special"] = token["content"] in control
-    copy = Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
-    copy.encode_special_tokens = True
-    return copy
+def _steps(step: dict | None):
+    """A normalizer or pre-tokenizer, or the members of a Sequence of them."""
+    members = (step or {}).get("normalizers") or (step or {}).get("pretokenizers")
+    return [each for member in members for each in _steps(member)] if members else [step] if step else []
 
 
-_ENCODERS: WeakKeyDictionary = WeakKeyDictionary()
+@lru_cache(maxsize=8)
+def _encoder(tokenizer, model_type: str | None, chat_template: str | None) -> Encoder:
+    return Encoder(tokenizer, get_template(model_type, tokenizer))
 
 
-def _encoder(tokenizer, model_type: str | None):
-    """The template and its encoder, built once for a tokenizer and again when its vocabulary has grown."""
-    made = _ENCODERS.setdefault(tokenizer, {})
-    key = model_type, len(tokenizer), getattr(tokenizer, "chat_template", None)
-    if key not in made:
-        template = get_template(model_type, tokenizer)
-        made[key] = template, Encoder(tokenizer, template)
-    return made[key]
+def _encode(messages, tokenizer, model_type, max_length, drop_oldest, **rendering) -> tuple[list[int], list[int]]:
+    """Render and encode valid messages; with `drop_oldest`, without the oldest rounds that do not fit."""
+    encoder = _encoder(tokenizer, model_type, tokenizer.chat_template)
+    if (system := messages[0]["role"] == "system") and not encoder.template.takes_system:
+        raise TemplateError(
+            f"Message 0 has role 'system', and template {encoder.template.name!r} has no place for it; expected "
+            "user. Put the text into the first user message."
+        )
+    limit = max_length or tokenizer.model_max_length
+
+    def encode(kept):
+        return encoder(encoder.template.render(kept, **rendering), kept[-1]["role"] == "assistant")
+
+    encoded = encode(messages)
+    if len(encoded[0]) <= limit:
+        return encoded
+    if drop_oldest:
+        rest = messages[system:]
+        rounds = range(0, len(rest) - 1, 2)
+        kept = [[*messages[:system], *rest[start:]] for start in rounds]
+        first = bisect_left(kept, True, key=lambda each: len(encode(each)[0]) <= limit)
+        if first < len(kept):
+            return encode(kept[first])
+    turns = range(system, len(messages))
+    over = turns[bisect_left(turns[:-1], True, key=lambda turn: len(encode(messages[: turn + 1])[0]) > limit)]
+    raise LabelsError(
+        f"The conversation is {len(encoded[0])} tokens long; message {over} ({messages[over]['role']}) goes beyond "
+        f"the expected {limit}. "
+        + ("Not even its last round fits." if drop_oldest else "Pass drop_oldest=True to leave out its oldest rounds.")
+    )
 
 
-def encode_prompt(messages: Sequence[dict], tokenizer, model_type: str | None = None) -> list[int]:
-    """The ids that inference sends for `messages`, which end with a user turn."""
+def encode_prompt(
+    messages: Sequence[dict],
+    tokenizer,
+    model_type: str | None = None,
+    max_length: int | None = None,
+    drop_oldest: bool = False,
+) -> list[int]:
+    """The ids that inference sends for `messages`, which end with a user turn.
+
+    Raises MessagesError, TemplateError, and LabelsError beyond `max_length` tokens (default: the tokenizer's
+    `model_max_length`) unless `drop_oldest`, which leaves out whole rounds.
+    """
     validate_messages(messages)
     if (role := messages[-1]["role"]) != "user":
-        raise MessagesError(f"Message {len(messages) - 1} has role {role!r}; a prompt ends with user.")
-    template, encode = _encoder(tokenizer, model_type)
-    return encode(template.render(messages))[0]
+        raise MessagesError(f"Message {len(messages) - 1} has role {role!r}; expected user, who asks for the answer.")
+    return _encode(messages, tokenizer, model_type, max_length, drop_oldest)[0]
 
 
 def build_inputs_labels(
-    messages: Sequence[dict], tokenizer, model_type: str | None = None, multi_rounds: bool = True
+    messages: Sequence[dict],
+    tokenizer,
+    model_type: str | None = None,
+    multi_rounds: bool = True,
+    max_length: int | None = None,
+    drop_oldest: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation, two lists of the same length.
 
-    Every assistant turn and the token that ends it is trained (`multi_rounds=False`: the last one only); labels
-    are -100 elsewhere. The ids before an answer are `encode_prompt` of the messages before it.
+    Every assistant turn and the token that ends it is trained (`multi_rounds=False`: the last turn only); labels are
+    -100 elsewhere. The ids before an answer are `encode_prompt` of the messages before it. Where a family keeps
+    the ending token out of the history, it is the label of the token that follows the answer, as in
+    Baichuan2's fine-tune.py. Errors and length as for `encode_prompt`; LabelsError too where nothing is trained.
     """
     validate_messages(messages)
-    template, encode = _encoder(tokenizer, model_type)
-    ids, labels = encode(template.render(messages, add_generation_prompt=False, multi_rounds=multi_rounds))
-    if all(label == IGNORE for label in labels):
-        raise LabelsError(f"Nothing is trained in this conversation of {len(messages)} messages: no assistant turn.")
-    return ids, labels
+    last = messages[-1]["role"]
+    if last != "assistant" and not (multi_rounds and len(messages) > 2):
+        raise LabelsError(
+            f"Nothing is trained: message {len(messages) - 1} has role {last!r}; expected a last assistant turn."
+        )
+    return _encode(
+        messages,
+        tokenizer,
+        model_type,
+        max_length,
+        drop_oldest,
+        add_generation_prompt=False,
+        multi_rounds=multi_rounds,
+    )
