@@ -2,8 +2,7 @@
 
 The arithmetic is PEFT's `merge_and_unload`, operation for operation (`peft/tuners/lora/layer.py` and
 `peft/tuners/adalora/layer.py`), so the merged weights are its weights to the last bit. The file work is not:
-a merged shard has the header of the base's shard, so it is written in one pass over that shard, holding one
-tensor at a time.
+a merged shard has the header of the base's shard, so it is a copy of that shard with rows added to on the way.
 """
 
 import hashlib
@@ -11,9 +10,12 @@ import json
 import math
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+from threading import Lock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,7 @@ from .errors import ChatmagicError
 PROVENANCE = "chatmagic.json"  # beside an adapter: {"base": base_fingerprint(folder it was trained on)}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+WORKERS, BLOCK = 4, 2**19  # threads that copy, and bytes they copy at a time: few enough to stay in the cache
 # The settings of an adapter that a merge reads, or that concern training alone. Any other that is set changes
 # what the layer computes (DoRA, aLoRA, ...) and is refused: so are the variants that PEFT will add.
 KNOWN_SETTINGS = """
@@ -59,15 +62,15 @@ class Update:
         shape = (self.B.shape[0], self.A.shape[1])
         return shape[::-1] if self.transposed else shape
 
-    def add_to(self, weight: torch.Tensor) -> None:
-        """Add the update to `weight`, of any float dtype, in place."""
-        if not len(self.A):  # AdaLoRA gave all of this layer's rank away
-            return
-        A, B, E = (t.to(weight.dtype).float() if self.rounded else t for t in (self.A, self.B, self.E))
-        delta = B @ (A * E)
-        delta = delta.T if self.transposed else delta
-        for rows, change in zip(weight.split(256), delta.split(256)):  # blocks that stay in the cache
-            rows += change.mul_(self.scale).div_(self.divisor)
+    def product(self, dtype: torch.dtype) -> torch.Tensor:
+        """`B @ (A * E)` for a weight of this dtype: float32, of the shape of the weight."""
+        A, B, E = (t.to(dtype).float() if self.rounded else t for t in (self.A, self.B, self.E))
+        product = B @ (A * E)
+        return product.T if self.transposed else product
+
+    def add_to(self, weight: torch.Tensor, product: torch.Tensor) -> None:
+        """Add the product, or some rows of it to the same rows of a weight, in place; `product` is used up."""
+        weight += product.mul_(self.scale).div_(self.divisor)
 
 
 def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> Path:
@@ -271,20 +274,37 @@ def _read_header(file) -> dict[str, dict]:
 
 
 def _merge_shard(source: Path, target: Path, updates: dict[str, Update]) -> None:
-    with open(source, "rb") as reader, open(target, "wb") as writer:
+    """Copy a shard block by block, adding to the rows that are changed; a few tensors are on their way at a time."""
+    with open(source, "rb") as reader:
         entries = _read_header(reader)
         length = reader.tell()
         reader.seek(0)
-        writer.write(reader.read(length))
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = entry["data_offsets"]
-            data = bytearray(end - start)
-            if reader.readinto(data) != len(data):
-                raise MergeError(f"{source} ends within {name}. Download the model again.")
-            if name in updates:
-                weight = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
-                updates[name].add_to(weight.view(entry["shape"]))
-            writer.write(data)
+        target.write_bytes(reader.read(length))
+    multiplying = Lock()  # one product at a time: each takes all cores
+
+    def copy(names: list[str]) -> None:
+        with open(source, "rb") as reader, open(target, "r+b") as writer:
+            for name in names:
+                start, end = entries[name]["data_offsets"]
+                reader.seek(length + start)
+                writer.seek(length + start)
+                block, dtype, products = BLOCK, DTYPES.get(entries[name]["dtype"]), repeat(None)
+                if name in updates and len(updates[name].A):  # AdaLoRA takes all rank away from some
+                    row = (end - start) // entries[name]["shape"][0]
+                    block = max(BLOCK // row, 1) * row
+                    with multiplying:
+                        products = updates[name].product(dtype).split(block // row)
+                for offset, product in zip(range(start, end, block), products):
+                    data = bytearray(min(block, end - offset))
+                    if reader.readinto(data) != len(data):
+                        raise MergeError(f"{source} ends within {name}. Download the model again.")
+                    if product is not None:
+                        updates[name].add_to(torch.frombuffer(data, dtype=dtype).view(product.shape), product)
+                    writer.write(data)
+
+    names = sorted(entries, key=lambda name: entries[name]["data_offsets"])
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(copy, (names[i::WORKERS] for i in range(WORKERS))))
 
 
 @torch.no_grad()
@@ -300,7 +320,7 @@ def _merge_loaded(base: Path, output: Path, updates: dict[str, Update]) -> None:
                 f"The adapter changes {name}, which {base} has not. Name the model it was trained on."
             )
         _check_weight(name, update, tuple(weights[name].shape), weights[name].dtype)
-        update.add_to(weights[name])
+        update.add_to(weights[name], update.product(weights[name].dtype))
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
