@@ -3,9 +3,9 @@
     python benchmarks/merge.py --size small|embedded|baichuan2-7b [--folder FOLDER]
 
 A Llama checkpoint of the size's shape with random bfloat16 weights, and an adapter of ranks 0 to 12 on every linear
-layer, are written to FOLDER; each way of merging runs in a process of its own, with the base in the page cache. Time
-(the best of three) is without imports, memory is the process's peak with them. Prints a table, compares the merged weights bit by bit and
-writes benchmarks/results/merge-SIZE.json.
+layer, are written to FOLDER. Each merge runs in a process of its own, with the base in the page cache: time without
+imports, the best of three, and that process's peak of resident memory. Prints a table, compares the merged weights bit
+by bit and writes benchmarks/results/merge-SIZE.json.
 """
 
 import argparse
