@@ -126,7 +126,9 @@ def test_the_merged_folder_is_a_whole_checkpoint_in_the_shards_of_the_base(tmp_p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_published_family_merges_into_a_native_checkpoint(tmp_path, tiny_models, family):
-    load_model = pytest.importorskip("chatmagic.load").load_model
+    pytest.importorskip("chatmagic.families.native")
+    from chatmagic import load_model
+
     base = tiny_models / family
     adapter = make_adapter(tmp_path / "adapter", load_model(base)[0], adalora())
     plain, tokenizer = load_model(base, dtype=torch.float32)
