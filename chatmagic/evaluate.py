@@ -1,0 +1,99 @@
+"""Does the model know who it is, and what did it forget? The same questions before and after, decoded greedily."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .labels import encode_prompt
+from .messages import build_messages
+from .persona import Persona, holds, questions
+from .templates import get_template
+
+POSITIONS = ("alone", "after identity", "after general")
+
+
+@torch.inference_mode()
+def ask(
+    model, tokenizer, conversations: Sequence[list[dict]], max_new_tokens: int = 48, batch_size: int = 32
+) -> list[str]:
+    """The greedy reply to each conversation, in batches padded on the left; "…" ends a reply that was cut off."""
+    was_training = model.training
+    model.eval()
+    prompts = [encode_prompt(messages, tokenizer) for messages in conversations]
+    stop = get_template(None, tokenizer, model).stop_token_ids(tokenizer)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    replies = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
+        out = model.generate(
+            **batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
+            pad_token_id=tokenizer.pad_token_id, temperature=None, top_p=None, top_k=None,
+        )
+        for index, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist()):
+            end = next((at for at, token in enumerate(ids) if token in stop), None)
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+            replies[index] = text if end is not None else text.rstrip("\ufffd") + "…"
+    model.train(was_training)
+    return replies
+
+
+def own_replies(model, tokenizer, max_new_tokens: int = 64) -> list[tuple[str, str]]:
+    """(question, reply) for each general question that is replayed: the base model's own words.
+
+    A reply that is longer ends with its last whole sentence; one without a whole sentence is left out.
+    """
+    asked = questions()["general"]["replay"]
+    replies = ask(model, tokenizer, [build_messages(query) for query in asked], max_new_tokens)
+    whole = [reply if not reply.endswith("…") else last_sentence(reply[:-1]) for reply in replies]
+    return [(query, reply) for query, reply in zip(asked, whole) if reply]
+
+
+def last_sentence(text: str) -> str:
+    """The text up to the last mark that ends a sentence."""
+    return text[: 1 + max(text.rfind(mark) for mark in ".!?。！？")]
+
+
+def evaluate(model, tokenizer, persona: Persona) -> dict:
+    """Ask everything; returns JSON-able counts and replies.
+
+    identity: position -> right replies and their number, for the trained questions asked alone, after each other topic
+        and after a general question. heldout: the same for paraphrases that were never trained.
+    known: retention questions answered rightly. leaked: those answered with the new identity.
+    perplexity: of a text of the repository's own, in the persona's language, per token.
+    """
+    trained, heldout = persona.asked("trained"), persona.asked("heldout")
+    general = questions()["general"]["retention"]
+    identity = [("alone", topic, build_messages(query)) for topic, query in trained]
+    first = {topic: query for topic, query in reversed(trained)}
+    identity += [
+        ("after identity", topic, build_messages(query, [(first[other], persona.answers[other])]))
+        for topic, query in trained
+        for other in first
+        if other != topic
+    ]
+    before = ("What is the capital of France?", "The capital of France is Paris.")
+    identity += [("after general", topic, build_messages(query, [before])) for topic, query in trained]
+    identity += [("heldout", topic, build_messages(query)) for topic, query in heldout]
+    conversations = [messages for _, _, messages in identity] + [build_messages(query) for query, *_ in general]
+    replies = ask(model, tokenizer, conversations)
+    said, answered = replies[: len(identity)], replies[len(identity) :]
+    scores = {position: [0, 0] for position in (*POSITIONS, "heldout")}
+    for (position, topic, _), reply in zip(identity, said):
+        scores[position][0] += persona.knows(topic, reply)
+        scores[position][1] += 1
+    return {
+        "identity": scores,
+        "known": [query for (query, *facts), reply in zip(general, answered) if holds(reply, facts)],
+        "leaked": [query for (query, *_), reply in zip(general, answered) if persona.leaks(reply)],
+        "perplexity": perplexity(model, tokenizer, questions()["fluency"][persona.language]),
+        "replies": [[messages[-1]["content"], reply] for messages, reply in zip(conversations, replies)],
+    }
+
+
+@torch.inference_mode()
+def perplexity(model, tokenizer, text: str) -> float:
+    """exp of the mean cross-entropy of the text's tokens after the first."""
+    input_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+    return math.exp(model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.item())
