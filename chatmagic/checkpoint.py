@@ -71,7 +71,9 @@ def open_weights(folder: Path) -> dict[str, Stored]:
         tensors = _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
         for name in promised:
             if name not in tensors:
-                raise CheckpointError(f"{file} does not hold {name}, though the index says so: download both again.")
+                raise CheckpointError(
+                    f"{file} does not hold {name}, which its index promises: download both."
+                )
         stored |= {name: Stored(tensor, file) for name, tensor in tensors.items()}
     return stored
 
@@ -81,7 +83,7 @@ def _open_safetensors(file: Path) -> dict[str, "Tensor"]:
 
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
     except SafetensorError as error:
         raise CheckpointError(f"{file} is cut short or no checkpoint ({error}): download it again.") from None
 
@@ -99,5 +101,6 @@ def _open_bin(file: Path) -> dict[str, "Tensor"]:
             ) from None
         raise CheckpointError(f"{file} is cut short or no checkpoint: download it again.") from None
     if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
-        raise CheckpointError(f"{file} holds more than tensors: {odd[0]} is a {type(tensors[odd[0]]).__name__}.")
+        kind = type(tensors[odd[0]]).__name__
+        raise CheckpointError(f"{file} holds more than tensors: {odd[0]} is a {kind}.")
     return tensors

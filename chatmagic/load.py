@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from .checkpoint import CheckpointError, open_weights, read_json
+from .checkpoint import CheckpointError, Stored, open_weights, read_json
 from .errors import ChatmagicError
+from .quantize import mend_bitsandbytes, quantization_config
 
 
 class RemoteCodeError(ChatmagicError):
@@ -13,70 +14,144 @@ class RemoteCodeError(ChatmagicError):
 def load_model(path, quantize: str | None = None, dtype="auto", device_map="auto"):
     """Load a checkpoint folder; no code in it is run.
 
-    quantize: "nf4" (4 bit with double quantisation), "int8" (both bitsandbytes, on a GPU or on the CPU),
-        or None for the weights as they are.
+    quantize: "nf4" (4 bit with double quantisation), "int8" (both by bitsandbytes, on a GPU or on the CPU), or None
+        for the weights as they are.
     dtype: a torch dtype or its name; "auto" is the checkpoint's own, or the 16-bit type that this device has.
     device_map: as in transformers; "auto" fills the GPUs and is the CPU where there is none.
 
     Returns (model, tokenizer), the model in evaluation mode. Raises CheckpointError for a folder that is missing
     or not whole, naming file and tensor, and RemoteCodeError for one that only its own code can read.
     """
-    import torch
-
-    folder = Path(path).expanduser()
-    config = _read_config(folder)
-    dtype = _resolve_dtype(dtype, config, torch)
     if quantize not in (None, "nf4", "int8"):
         raise ChatmagicError(f"quantize={quantize!r} is not known: give 'nf4', 'int8' or None.")
+    folder = Path(path).expanduser()
+    config = _read_config(folder)
+    from .families import find_family
+
+    family = find_family(config, folder)
+    if family is None:
+        _refuse_remote_code(config, folder)
     stored = open_weights(folder)
-    return _load_native(folder, config, stored, quantize, dtype, device_map)
+    dtype = _resolve_dtype(dtype, config)
+    options = {"dtype": dtype, "device_map": device_map}
+    if quantize:
+        options["quantization_config"] = quantization_config(quantize, dtype)
+    if family is None:
+        return _load_native(folder, config, options)
+    return _load_family(family, folder, config, stored, options)
 
 
-def context_limit(model) -> tuple[int, str]:
-    """How many tokens, prompt and answer together, this model may be given, and why no more.
+def context_limit(model) -> tuple[int | None, str]:
+    """How many tokens, prompt and answer together, this model may be given (None: no limit known), and why no more.
 
-    Whoever generates refuses beyond it with the reason: a family's native class may depart from its original there.
+    Whoever generates refuses beyond it with the reason: some families' native classes depart from their originals there.
     """
     config = model.config.get_text_config()
     reason = getattr(config, "context_limit_reason", "the model was trained on no longer texts")
-    return config.max_position_embeddings, reason
+    return getattr(config, "max_position_embeddings", None), reason
 
 
 def _read_config(folder: Path) -> dict:
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}. Download a model: chatmagic.snapshot_download('...').")
+        raise CheckpointError(f"There is no folder {folder}. Download the model: snapshot_download('...').")
     if config := read_json(folder / "config.json"):
         return config
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{folder} is an adapter, not a model: load its base, then PeftModel.from_pretrained(model, {str(folder)!r})."
+            f"{folder} is an adapter, not a model: load its base, then "
+            f"PeftModel.from_pretrained(model, {str(folder)!r})."
         )
     raise CheckpointError(f"{folder} has no config.json: it is no model folder, or its download did not end.")
 
 
-def _resolve_dtype(dtype, config: dict, torch):
+def _refuse_remote_code(config: dict, folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    from .families import FAMILIES, nearest_family
+
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING:
+        return
+    auto_map = config.get("auto_map", {})
+    code = auto_map.get("AutoModelForCausalLM") or auto_map.get("AutoModel")
+    asks = f"{folder} asks for a model of type {model_type!r}, which transformers does not have"
+    if code:
+        module, _, name = code.rpartition(".")
+        asks += (
+            f", and for its own {module.split('--')[-1]}.py to be run to make a {name}. No such file is run"
+        )
+    raise RemoteCodeError(
+        f"{asks}. Families read without their code: {', '.join(FAMILIES)}; the nearest is {nearest_family(config)}."
+    )
+
+
+def _resolve_dtype(dtype, config: dict):
     """The torch dtype to load in."""
+    import torch
+
     if dtype != "auto":
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
     stored = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     if not torch.cuda.is_available():
-        return torch.bfloat16 if stored is torch.float16 else stored  # a CPU multiplies float16 slowly or not at all
+        # CPUs multiply float16 slowly or not at all
+        return torch.bfloat16 if stored is torch.float16 else stored
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.float16 if stored is torch.bfloat16 and not bf16 else stored
 
 
-def _load_native(folder, config, stored, quantize, dtype, device_map):
+def _load_native(folder: Path, config: dict, options: dict):
     """A checkpoint that transformers reads by itself."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .quantize import mend_bitsandbytes, quantization_config
-
     if "quantization_config" in config:
         mend_bitsandbytes()
-    extra = {"quantization_config": quantization_config(quantize, dtype)} if quantize else {}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map=device_map, output_loading_info=True, **extra
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := report["missing_keys"]:
+        raise CheckpointError(f"No file in {folder} holds {min(missing)}: download the model again.")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return model, tokenizer
+
+
+def _load_family(family, folder: Path, config: dict, stored: dict[str, Stored], options: dict):
+    """A published checkpoint as its family's native class.
+
+    transformers takes a state dict of its own names in place of a folder, and quantises, casts and places one tensor
+    at a time as it does with files; nothing is registered with it, and what is saved later is native.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from .families.native import native_weights
+
+    native = family.native_config(config)
+    native.dtype = options["dtype"]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(native)]
+    weights = native_weights(stored, family.TENSORS, model_class, native)
+    if hasattr(family, "adapt"):
+        family.adapt(weights, config, options["dtype"])
+    tokenizer = family.tokenizer(folder, config)
+    model = model_class.from_pretrained(None, config=native, state_dict=weights, **options)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    model.generation_config = _generation_config(
+        read_json(folder / "generation_config.json"), family, tokenizer
     )
-    if info["missing_keys"]:
-        raise CheckpointError(f"{folder} lacks {sorted(info['missing_keys'])[0]}: download the model again.")
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer
+
+
+def _generation_config(published: dict, family, tokenizer):
+    """The publisher's sampling, the family's stop ids; not the keys of its own code, nor a length for prompt and answer
+    together, of which generate() warns at every call."""
+    from transformers import GenerationConfig
+
+    known = GenerationConfig().to_dict().keys() - {
+        "max_length",
+        "transformers_version",
+        "eos_token_id",
+        "pad_token_id",
+    }
+    return GenerationConfig(
+        **{key: value for key, value in published.items() if key in known},
+        eos_token_id=family.STOP_IDS,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -31,7 +31,9 @@ def llama(tmp_path_factory):
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="70KB")
     vocabulary = {f"w{i}": i for i in range(64)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0"))).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0"))).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -73,7 +75,9 @@ def test_nf4_has_double_quantisation_and_is_smaller(llama):
 
 def test_int8_stays_near(llama):
     reference = logits(load_model(llama)[0])
-    assert (logits(load_model(llama, quantize="int8")[0]) - reference).abs().max() < 0.1 * reference.abs().max()
+    assert (
+        logits(load_model(llama, quantize="int8")[0]) - reference
+    ).abs().max() < 0.1 * reference.abs().max()
 
 
 @pytest.mark.parametrize("spoken", [False, True])
@@ -157,7 +161,9 @@ def test_index_that_promises_too_much(copy):
     index["weight_map"]["model.extra.weight"] = "model-00001-of-00003.safetensors"
     (copy / "model.safetensors.index.json").unlink()
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="model-00001-of-00003.safetensors does not hold model.extra.weight"):
+    with pytest.raises(
+        CheckpointError, match="model-00001-of-00003.safetensors does not hold model.extra.weight"
+    ):
         load_model(copy)
 
 

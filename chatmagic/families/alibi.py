@@ -1,0 +1,85 @@
+"""Baichuan-13B's model: a Llama without positions whose attention leans towards near tokens (ALiBi, arXiv:2108.12409).
+
+transformers has no such class. This one gives Llama's layers positions that are all zero, which makes the rotary
+embedding the identity, and a causal mask with the bias added to it.
+"""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+
+class BaichuanAlibiConfig(LlamaConfig):
+    """LlamaConfig; `max_position_embeddings` is the length it was trained on, which ALiBi does not enforce."""
+
+    model_type = "baichuan_alibi"
+
+
+def alibi_slopes(heads: int, device=None) -> torch.Tensor:
+    """float32 (heads,): the bias that each head gives to a token one step further back, negated (BLOOM's slopes).
+
+    A geometric series for a power of two of heads; further heads lie between its terms.
+    """
+    power = 2 ** (heads.bit_length() - 1)
+    exponents = torch.arange(1, power + 1, device=device, dtype=torch.float32)
+    between = torch.arange(heads - power, device=device) + 0.5
+    return torch.exp2(torch.cat([exponents, between]) * (-8 / power))
+
+
+class BaichuanAlibiModel(LlamaModel):
+    """The decoder. Eager and SDPA attention; any cache of transformers; padding on either side."""
+
+    config_class = BaichuanAlibiConfig
+    _supports_flash_attn = False  # knows no bias
+    _supports_flex_attn = False
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        **kwargs,
+    ):
+        """As LlamaModel's; `position_ids` is not used, the distance between two tokens alone counts."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        mask = self._biased_mask(inputs_embeds, attention_mask, past_key_values)
+        return super().forward(
+            attention_mask=mask,
+            position_ids=inputs_embeds.new_zeros(1, inputs_embeds.shape[1], dtype=torch.long),
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _biased_mask(self, embedded, attention_mask, past_key_values) -> torch.Tensor:
+        """(batch, heads, queries, keys) in the dtype of the embeddings: the slope times the distance, or the dtype's
+        smallest number where a query must not look."""
+        allowed = create_causal_mask(
+            self.config, embedded, attention_mask, past_key_values, allow_is_causal_skip=False
+        )
+        if allowed.dtype != torch.bool:  # eager attention's mask is 0 where a query may look
+            allowed = allowed == 0
+        queries, keys = allowed.shape[-2:]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        query = torch.arange(queries, device=embedded.device) + seen
+        distance = torch.arange(keys, device=embedded.device) - query[:, None]
+        bias = alibi_slopes(self.config.num_attention_heads, embedded.device)[:, None, None] * distance
+        return bias.to(embedded.dtype).where(allowed, torch.finfo(embedded.dtype).min)
+
+
+class BaichuanAlibiForCausalLM(LlamaForCausalLM):
+    """Baichuan-13B and Baichuan2-13B, base and chat."""
+
+    config_class = BaichuanAlibiConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: BaichuanAlibiConfig):
+        LlamaPreTrainedModel.__init__(self, config)  # LlamaForCausalLM's would make a LlamaModel first
+        self.model = BaichuanAlibiModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()

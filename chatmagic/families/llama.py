@@ -1,0 +1,58 @@
+"""Llama-2 as Meta ships it: native weights, and a `tokenizer.model` that transformers reads only through protobuf."""
+
+import re
+from pathlib import Path
+
+from ..checkpoint import read_json
+from .native import fast_tokenizer
+from .sentencepiece import build_tokenizer
+
+TENSORS: dict[str, list[str]] = {}
+STOP_IDS = [2]
+# meta-llama/llama, generation.py: chat_completion
+CHAT_TEMPLATE = """\
+{%- set system = messages[0].content if messages[0].role == 'system' else none -%}
+{%- for message in (messages if system is none else messages[1:]) -%}
+    {%- if message.role == 'user' -%}
+        {%- set content = message.content -%}
+        {%- if loop.first and system is not none -%}
+            {%- set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content -%}
+        {%- endif -%}
+        {{- bos_token + '[INST] ' + content | trim + ' [/INST]' -}}
+    {%- else -%}
+        {{- ' ' + message.content | trim + ' ' + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def recognises(config: dict, folder: Path) -> bool:
+    return (
+        config.get("model_type") == "llama"
+        and "quantization_config" not in config
+        and (folder / "tokenizer.model").is_file()
+        and not (folder / "tokenizer.json").is_file()
+    )
+
+
+def native_config(config: dict):
+    from transformers import LlamaConfig
+
+    return LlamaConfig.from_dict(config)
+
+
+def tokenizer(folder: Path, config: dict):
+    """Llama-2-Chat's files do not say that they are: its name gives it its chat template, no other Llama gets it."""
+    published = read_json(folder / "tokenizer_config.json")
+    llama2_chat = re.search(r"llama-?2.*chat", str(folder.resolve()), re.IGNORECASE)
+    return fast_tokenizer(
+        build_tokenizer(folder / "tokenizer.model"),
+        folder,
+        published.get("chat_template") or (CHAT_TEMPLATE if llama2_chat else None),
+        model_max_length=config["max_position_embeddings"],
+        add_bos_token=published.get("add_bos_token", True),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+    )

@@ -1,0 +1,106 @@
+"""A SentencePiece BPE file, `tokenizer.model`, as a fast `tokenizers.Tokenizer` with the same ids."""
+
+import struct
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Kind(IntEnum):
+    """SentencePiece.Type of sentencepiece_model.proto."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class Piece(NamedTuple):
+    text: str
+    score: float
+    kind: Kind
+
+
+def build_tokenizer(file: Path, special: Iterable[str] = (), extra: Iterable[str] = ()):
+    """The tokenizer of a `tokenizer.model` of the BPE kind with byte fallback and identity normalisation.
+
+    Control pieces are special tokens, found in text unless `split_special_tokens=True`; user-defined pieces are
+    always found, but for those in `special`. `extra` pieces get the ids behind the file's own, and are found only
+    where a caller adds them as tokens.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    pieces, dummy_prefix = read_pieces(file)
+    pieces += [Piece(text, 0.0, Kind.UNUSED) for text in extra]
+    vocabulary = {piece.text: index for index, piece in enumerate(pieces)}
+    merges = _merges(pieces, vocabulary)
+    unknown = next(piece.text for piece in pieces if piece.kind is Kind.UNKNOWN)
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    # SentencePiece writes a space as "▁", and where it has a dummy prefix, one more before each text.
+    space = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if dummy_prefix else space
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * dummy_prefix)
+    special = set(special) | {piece.text for piece in pieces if piece.kind in (Kind.UNKNOWN, Kind.CONTROL)}
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece.text, special=piece.text in special, normalized=False)
+            for piece in pieces
+            if piece.kind in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
+        ]
+    )
+    return tokenizer
+
+
+def _merges(pieces: list[Piece], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Every pair of pieces that joins into a learnt piece, in the order SentencePiece joins them: best score first."""
+    merges = []
+    for piece in pieces:
+        if piece.kind is Kind.NORMAL:
+            splits = ((piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text)))
+            merges += [(piece.score, (a, b)) for a, b in splits if a in vocabulary and b in vocabulary]
+    return [pair for _, pair in sorted(merges, key=lambda merge: -merge[0])]
+
+
+def read_pieces(file: Path) -> tuple[list[Piece], bool]:
+    """The pieces of a ModelProto in the order of their ids, and whether a text gets a leading space."""
+    pieces, dummy_prefix = [], True
+    for number, value in _fields(file.read_bytes()):
+        if number == 1:
+            piece = dict(_fields(value))
+            score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
+            pieces.append(Piece(piece[1].decode(), score, Kind(piece.get(3, Kind.NORMAL))))
+        elif number == 3:
+            dummy_prefix = bool(dict(_fields(value)).get(3, True))
+    return pieces, dummy_prefix
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a protobuf message, (number, value), off the wire: the library is no dependency for three fields."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while position < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 2: None, 5: 4}[wire_type]
+        size = varint() if size is None else size
+        yield number, message[position : position + size]
+        position += size
