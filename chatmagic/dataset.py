@@ -24,7 +24,9 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
     path = Path(path).expanduser()
     with (
         path.open("rb") as file,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
+        tqdm(
+            total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress
+        ) as bar,
     ):
         for number, line in enumerate(file, 1):
             bar.update(len(line))
@@ -33,13 +35,19 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
             try:
                 messages = _messages(json.loads(line.decode("utf-8-sig")))
                 validate_messages(messages)
-            except (ValueError, MessagesError) as error:
+            except (ValueError, TypeError, AttributeError, MessagesError) as error:
                 raise DataError(f"{path.name}, line {number}: {error}") from error
             yield messages
 
 
 # What ShareGPT files call the roles, next to their proper names.
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 
 
 def _messages(row) -> list[dict]:
@@ -49,14 +57,18 @@ def _messages(row) -> list[dict]:
         return row["messages"]
     if not keys & {"conversations", "instruction"}:
         found = f"the keys {sorted(keys)}" if keys else f"a JSON {type(row).__name__}"
-        raise ValueError(f"expected an object with 'messages', 'conversations' or 'instruction'; found {found}.")
+        raise ValueError(
+            f"expected an object with 'messages', 'conversations' or 'instruction'; found {found}."
+        )
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     if "conversations" in keys:
         turns = [(turn.get("from"), turn.get("value")) for turn in row["conversations"]]
     else:
-        asked = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        asked = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
         rounds = [*(row.get("history") or ()), (asked, row.get("output"))]
-        turns = [(role, text) for each in rounds for role, text in zip(("user", "assistant"), each, strict=True)]
+        turns = [
+            (role, text) for each in rounds for role, text in zip(("user", "assistant"), each, strict=True)
+        ]
     return system + [{"role": _ROLES.get(role, role), "content": text} for role, text in turns]
 
 

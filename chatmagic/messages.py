@@ -25,6 +25,8 @@ def build_messages(
 
 def validate_messages(messages: Sequence[dict[str, str]]) -> None:
     """Raise MessagesError unless `messages` is at most one system text, then user and assistant in turn."""
+    if not isinstance(messages, (list, tuple)):
+        raise MessagesError(f"The messages are of type {type(messages).__name__}; expected a list of dicts.")
     if not messages:
         raise MessagesError("The list of messages is empty; expected at least one user message.")
     expected = ("system", "user")
@@ -38,7 +40,9 @@ def validate_messages(messages: Sequence[dict[str, str]]) -> None:
             ) from None
         if role not in expected:
             known = "" if role in ROLES else f" Roles are {', '.join(ROLES)}."
-            raise MessagesError(f"Message {index} has role {role!r}; expected {' or '.join(expected)}.{known}")
+            raise MessagesError(
+                f"Message {index} has role {role!r}; expected {' or '.join(expected)}.{known}"
+            )
         if not isinstance(content, str):
             raise MessagesError(
                 f"Message {index} ({role}) has content of type {type(content).__name__}; expected a string."

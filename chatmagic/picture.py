@@ -58,7 +58,9 @@ class LabelPicture:
         return f"{legend}\n{body}"
 
     def _counts(self) -> list[tuple[str, int]]:
-        counts = {kind: sum(len(group.input_ids) for group in self.groups if group.kind == kind) for kind in STYLES}
+        counts = {
+            kind: sum(len(group.input_ids) for group in self.groups if group.kind == kind) for kind in STYLES
+        }
         return [(kind, count) for kind, count in counts.items() if count]
 
 
@@ -99,7 +101,9 @@ def _whole_characters(
         if token_id in control:
             text = tokenizer.convert_ids_to_tokens(token_id)
         else:
-            context = [*before, *groups][-1].input_ids if before or groups else ()  # a decoder drops a first space
+            context = (
+                [*before, *groups][-1].input_ids if before or groups else ()
+            )  # a decoder drops a first space
             known = tokenizer.decode(context, skip_special_tokens=False)
             text = tokenizer.decode([*context, *ids], skip_special_tokens=False)[len(known) :]
         if end == len(tokens) or not text.endswith("\ufffd"):
@@ -115,5 +119,9 @@ def _visible(char: str) -> str:
 
 def _numbers(group: Group) -> str:
     """The ids of a group, and the label of a token that teaches another than itself."""
-    other = [label for token, label in zip(group.input_ids, group.labels, strict=True) if label not in (token, IGNORE)]
+    other = [
+        label
+        for token, label in zip(group.input_ids, group.labels, strict=True)
+        if label not in (token, IGNORE)
+    ]
     return " ".join(map(str, group.input_ids)) + (f", trained as {other[0]}" if other else "")

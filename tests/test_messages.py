@@ -25,6 +25,7 @@ def test_valid(messages):
 @pytest.mark.parametrize(
     "messages, complaint",
     [
+        ("hi", "The messages are of type str; expected a list of dicts"),
         ([], "is empty; expected at least one user"),
         ([U, U], "Message 1 has role 'user'; expected assistant"),
         ([U, A, A], "Message 2 has role 'assistant'; expected user"),
@@ -32,8 +33,14 @@ def test_valid(messages):
         ([S, A], "Message 1 has role 'assistant'; expected user"),
         ([U, S], "Message 1 has role 'system'; expected assistant"),
         ([S], "Message 0 has role 'system' and nothing follows; expected user"),
-        ([{"role": "tool", "content": ""}], "Message 0 has role 'tool'; expected system or user. Roles are system, "),
-        ([U, {"role": "assistant", "content": None}], "Message 1 .assistant. has content of type NoneType; expected a"),
+        (
+            [{"role": "tool", "content": ""}],
+            "Message 0 has role 'tool'; expected system or user. Roles are system, ",
+        ),
+        (
+            [U, {"role": "assistant", "content": None}],
+            "Message 1 .assistant. has content of type NoneType; expected a",
+        ),
         ([{"role": "user", "content": [{"type": "text"}]}], "Message 0 .user. has content of type list"),
         ([{"from": "human", "value": "hi"}], "Message 0 must be a dict .*; found keys .'from', 'value'."),
         (["hi"], "Message 0 must be a dict .*; found str"),

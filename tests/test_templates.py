@@ -45,8 +45,10 @@ def test_fastchat_stops(fastchat):
         ("llama-2", "[INST] <<SYS>>\nS\n<</SYS>>\n\n一 [/INST] 壹 </s><s>[INST] 二 [/INST]"),
         (
             "smollm2",
-            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n一<|im_end|>\n<|im_start|>assistant\n壹<|im_end|>\n"
-            "<|im_start|>user\n二<|im_end|>\n<|im_start|>assistant\n",
+            (
+                "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n一<|im_end|>\n<|im_start|>assistant\n壹<|im_end|>\n"
+                "<|im_start|>user\n二<|im_end|>\n<|im_start|>assistant\n"
+            ),
         ),
     ],
 )
@@ -58,17 +60,24 @@ def test_default_system_texts():
     assert build_prompt(ASKED, "smollm2").startswith(
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     )
-    assert build_prompt(build_messages("一", system=""), "qwen-7b-chat").startswith("<|im_start|>system\n<|im_end|>")
+    assert build_prompt(build_messages("一", system=""), "qwen-7b-chat").startswith(
+        "<|im_start|>system\n<|im_end|>"
+    )
     assert build_prompt(build_messages("一", system=""), "internlm-chat").startswith("<|User|>:一")
 
 
 def test_without_a_generation_prompt():
     assert build_prompt(ASKED, "vicuna_v1.1", add_generation_prompt=False).endswith("壹</s>USER: 二 ")
-    assert build_prompt(ASKED, "chatglm2", add_generation_prompt=False).endswith("\n\n[Round 2]\n\n问：二\n\n")
+    assert build_prompt(ASKED, "chatglm2", add_generation_prompt=False).endswith(
+        "\n\n[Round 2]\n\n问：二\n\n"
+    )
 
 
 def test_braces_and_slots_in_messages_are_text():
-    assert build_prompt(build_messages("{} {round} {0}"), "chatglm2") == "[Round 1]\n\n问：{} {round} {0}\n\n答："
+    assert (
+        build_prompt(build_messages("{} {round} {0}"), "chatglm2")
+        == "[Round 1]\n\n问：{} {round} {0}\n\n答："
+    )
 
 
 def test_a_system_text_the_model_does_not_know_is_warned_about():
@@ -77,7 +86,9 @@ def test_a_system_text_the_model_does_not_know_is_warned_about():
 
 
 def test_an_unknown_name_gets_the_three_nearest():
-    with pytest.raises(TemplateError, match="'baichuan2'; the nearest are baichuan2-chat, baichuan-chat, yuan2"):
+    with pytest.raises(
+        TemplateError, match="'baichuan2'; the nearest are baichuan2-chat, baichuan-chat, yuan2"
+    ):
         get_template("baichuan2")
     with pytest.raises(TemplateError, match="the nearest are qwen-7b-chat,"):
         get_template("Qwen-7B-Chat")

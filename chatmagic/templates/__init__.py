@@ -22,16 +22,22 @@ class Piece(NamedTuple):
     """A stretch of a rendered conversation.
 
     In a `live` piece, written by the template, control tokens are real; in someone's words they are text.
-    A `trained` piece is what the model must learn to say: an answer and the token that ends it.
+    An `answer` is what the model says, the token that ends it included; it may be `trained`.
     """
 
     text: str
     live: bool = True
+    answer: bool = False
     trained: bool = False
 
 
 class EndOfTurn(Piece):
     """An ending token that the model must say here but that the format leaves out of the history."""
+
+
+def is_trained(last: bool, multi_rounds: bool | None) -> bool:
+    """Whether an answer is trained: all are, with `multi_rounds=False` only the last turn, with None (a prompt) none."""
+    return bool(multi_rounds) or multi_rounds is False and last
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,12 @@ class Template:
     answer          how an answer's words are joined to the prompt
     end             what the model says last; empty: the tokenizer's eos, which then stays out of the history
     gap             what follows a finished answer
-    system          the system text's place; `system_in_user`: it stands inside the first user turn
+    system          the system text's place; without a slot, a constant that stands in its stead
+    system_in_user  True: that place is inside the first user turn
     default_system  the template's own system text; None: no system text, no system turn
     takes_system    False: the model knows no system text
     bos             tokens before the first turn, which `build_prompt` does not show; None: the tokenizer's own
-    reserved        a pattern for tokens that the tokenizer does not mark special and that no message may write
+    reserved        a pattern of tokens that no message may write though the tokenizer does not mark them special
     piecewise       True: every piece is encoded by itself
     strip           True: messages lose the whitespace around them
     joint           what stands between two turns in place of `end` and the like; it forbids training
@@ -64,11 +71,11 @@ class Template:
     end: str = ""
     gap: str = ""
     system: str = "{}"
-    default_system: str | None = None
     system_in_user: bool = False
+    default_system: str | None = None
     takes_system: bool = True
     bos: str | None = None
-    reserved: str = ""
+    reserved: str = "(?!)"
     first_round: int = 1
     piecewise: bool = False
     strip: bool = False
@@ -78,8 +85,9 @@ class Template:
     stop_ids: Sequence[int] = ()
 
     def control_tokens(self, tokenizer) -> dict[str, int]:
-        literals = (self.bos or "", self.system, self.default_system or "", self.user, self.prompt, self.end, self.gap)
-        return control_tokens(tokenizer, "\0".join(literals), self.reserved)
+        """The tokens that no message may write, with their ids."""
+        texts = self.bos, self.system, self.default_system, self.user, self.prompt, self.end, self.gap
+        return control_tokens(tokenizer, "\0".join(filter(None, texts)), self.reserved)
 
     def stop_token_ids(self, tokenizer) -> list[int]:
         """The ids that end a generation, first the one that training teaches."""
@@ -88,59 +96,64 @@ class Template:
         return [token for token in ids if token is not None and token < len(tokenizer)]
 
     def render(
-        self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool = True
+        self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool | None = None
     ) -> list[Piece]:
-        """Valid messages as pieces; their texts, joined, are the prompt."""
-        opening, messages = self._opening(messages)
+        """Valid messages as pieces; their texts, joined, are the prompt. For `multi_rounds` see `is_trained`."""
+        opening, begin = self._opening(messages)
         pieces = [] if self.system_in_user else list(opening)
         if self.starts_ended and not opening:
-            pieces.append(EndOfTurn("", trained=multi_rounds or len(messages) == 2))
-        for index, message in enumerate(messages):
-            words, last = message["content"], index + 1 == len(messages)
+            pieces.append(EndOfTurn("", True, True, is_trained(len(messages) == 2, multi_rounds)))
+        for index in range(begin, len(messages)):
+            words, last = messages[index]["content"], index + 1 == len(messages)
             if self.strip:
-                words = words.rstrip() if index == 0 and opening else words.strip()
-            if message["role"] == "user":
-                before, after = self._slots[0]
-                pieces.append(Piece(before.replace("{round}", str(self.first_round + index // 2))))
-                if index == 0 and self.system_in_user:
+                words = words.rstrip() if index == begin and opening else words.strip()
+            if messages[index]["role"] == "user":
+                before, after = self._user
+                pieces.append(Piece(before.replace("{round}", str(self.first_round + (index - begin) // 2))))
+                if index == begin and self.system_in_user:
                     pieces += opening
                 pieces += Piece(words, live=False), Piece(after if last or self.joint is None else self.joint)
-                if self.prompt and (add_generation_prompt or not last):
+                if add_generation_prompt or not last:
                     pieces.append(Piece(self.prompt))
+                continue
+            trained = is_trained(last, multi_rounds)
+            if trained and self.joint is not None:
+                raise TemplateError(
+                    f"Message {index} (assistant) cannot be trained: template {self.name!r} writes a turn that was "
+                    "answered in another way than one that asks. Pass another model_type."
+                )
+            before, after = self._answer
+            pieces.append(Piece(before + words + after, False, True, trained))
+            if self.joint is not None and not last:
+                pieces.append(Piece(self.joint))
             else:
-                trained = multi_rounds or last
-                before, after = self._slots[1]
-                pieces.append(Piece(before + words + after, False, trained))
-                if self.joint is not None and not last:
-                    pieces.append(Piece(self.joint))
-                else:
-                    pieces.append(Piece(self.end, True, trained) if self.end else EndOfTurn("", True, trained))
-                    pieces.append(Piece(self.gap))
+                pieces.append((Piece if self.end else EndOfTurn)(self.end, True, True, trained))
+                pieces.append(Piece(self.gap))
         return pieces
 
     @cached_property
-    def _slots(self) -> tuple[list[str], ...]:
-        return tuple(text.split("{}") for text in (self.user, self.answer, self.system))
+    def _user(self) -> list[str]:
+        return self.user.split("{}")
 
-    def _opening(self, messages: Sequence[dict]) -> tuple[list[Piece], Sequence[dict]]:
-        """The system text's pieces, and the messages after it."""
-        own = messages[0]["role"] != "system"
-        words = self.default_system if own else messages[0]["content"]
-        rest = messages if own else messages[1:]
-        if len(self._slots[2]) == 1:  # a constant: whoever writes a system text is not heard
-            return [Piece(self.system)] if self.system else [], rest
+    @cached_property
+    def _answer(self) -> list[str]:
+        return self.answer.split("{}")
+
+    def _opening(self, messages: Sequence[dict]) -> tuple[list[Piece], int]:
+        """The system text's pieces, and the index of the first message after it."""
+        given = messages[0]["role"] == "system"
+        words = messages[0]["content"] if given else self.default_system
+        before, slot, after = self.system.partition("{}")
+        if not slot:
+            return [Piece(before)] if before else [], given
         if not words and self.default_system is None:
-            return [], rest
-        before, after = self._slots[2]
-        return [Piece(before), Piece(words, live=own), Piece(after)], rest
+            return [], given
+        return [Piece(before), Piece(words, live=not given), Piece(after)], given
 
 
-def control_tokens(tokenizer, literals: str, reserved: str = "") -> dict[str, int]:
-    """The added tokens that no message may write, with their ids.
-
-    They are those marked special, those in `tokenizer.chat_control_tokens`, those in the template's own `literals`
-    and those that match `reserved`.
-    """
+def control_tokens(tokenizer, literals: str, reserved: str = "(?!)") -> dict[str, int]:
+    """The added tokens that are marked special, are named in `tokenizer.chat_control_tokens`, stand in a template's
+    own text, `literals`, or match the pattern `reserved`; with their ids."""
     named = set(getattr(tokenizer, "chat_control_tokens", None) or ())
     return {
         token.content: token_id
@@ -148,8 +161,20 @@ def control_tokens(tokenizer, literals: str, reserved: str = "") -> dict[str, in
         if token.special
         or token.content in named
         or (token.content in literals and not token.content.isspace())
-        or (reserved and re.fullmatch(reserved, token.content))
+        or re.fullmatch(reserved, token.content)
     }
+
+
+def control_pattern(tokenizer, control: dict[str, int]) -> str:
+    """A pattern of these control tokens, with the whitespace that some of them swallow; the longer ones first."""
+    tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content in control]
+    return (
+        "|".join(
+            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+            for token in sorted(tokens, key=lambda token: -len(token.content))
+        )
+        or "(?!)"
+    )
 
 
 @cache
@@ -179,8 +204,9 @@ _SIGNS = {
 def get_template(model_type: str | None = None, tokenizer=None, model=None):
     """The template named `model_type`; without a name, the one that fits a loaded tokenizer and model.
 
-    Most families of the course are found by their vocabulary, SmolLM2 and Llama-2 by what their tokenizer's chat template
-    writes (Llama-2 without one by its folder's name), every other model is served by its own chat template. Raises TemplateError for an unknown name, with the three nearest, and where nothing fits.
+    Most families of the course are found by their vocabulary, SmolLM2 and Llama-2 by what their tokenizer's chat
+    template writes (Llama-2 without one by its folder's name); every other model is served by its own chat template.
+    Raises TemplateError for an unknown name, with the three nearest, and where nothing fits.
     """
     if model_type is not None:
         if template := _table().get(model_type):
@@ -188,17 +214,16 @@ def get_template(model_type: str | None = None, tokenizer=None, model=None):
         names = {name.lower(): name for name in _table()}
         near = [names[name] for name in get_close_matches(model_type.lower(), names, 3, cutoff=0)]
         raise TemplateError(f"No template is called {model_type!r}; the nearest are {', '.join(near)}.")
-    if tokenizer is not None:
-        for name, (token, token_id) in _SIGNS.items():
-            if tokenizer.convert_tokens_to_ids(token) == token_id:
-                return _table()[name]
-    where = f"{getattr(tokenizer, 'name_or_path', '')} {getattr(getattr(model, 'config', None), '_name_or_path', '')}"
-    if getattr(tokenizer, "chat_template", None):
+    for name, (token, token_id) in _SIGNS.items():
+        if tokenizer.convert_tokens_to_ids(token) == token_id:
+            return _table()[name]
+    if tokenizer.chat_template:
         from .own import OwnTemplate
 
         own = OwnTemplate(tokenizer)
         return next((row for row in (_table()["smollm2"], _table()["llama-2"]) if own.writes_like(row)), own)
-    if re.search(r"llama-?2.*chat", where, re.IGNORECASE):
+    folders = tokenizer.name_or_path, getattr(getattr(model, "config", None), "_name_or_path", "")
+    if re.search(r"llama-?2.*chat", " ".join(folders), re.IGNORECASE):
         return _table()["llama-2"]
     raise TemplateError(
         "No known family has this tokenizer's vocabulary, and it brings no chat template. "
@@ -207,11 +232,11 @@ def get_template(model_type: str | None = None, tokenizer=None, model=None):
 
 
 def build_prompt(messages: Sequence[dict], model_type: str, add_generation_prompt: bool = True) -> str:
-    """The conversation as one string, byte for byte FastChat's under its own names (but for "internlm-chat", which
-    follows the publisher). After a last user turn comes what leads to an answer, unless `add_generation_prompt=False`.
+    """The conversation as one string; after a last user turn with what leads to an answer.
 
-    For what a model is sent use `encode_prompt`: a string cannot tell a control token from the same characters
-    typed by a user. Warns where the model knows no system text and is given one.
+    Byte for byte FastChat's under its own names, but for "internlm-chat", which follows the publisher. For what a
+    model is sent use `encode_prompt`: a string cannot tell a control token from the same characters typed by a
+    user. Warns where the model knows no system text and is given one.
     """
     validate_messages(messages)
     template = get_template(model_type)

@@ -1,16 +1,21 @@
 """A tokenizer's own chat template (Jinja), with the trained spans found by comparing renderings.
 
 transformers can find them (`return_assistant_tokens_mask`) only where a template marks them with
-`{% generation %}`, which few do, and not together with `sanitize_control_tokens`.
+`{% generation %}`, which few do, and not together with `sanitize_control_tokens`, which encodes a control token in a
+message apart from its neighbours.
 """
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
-from . import EndOfTurn, Piece, Template, TemplateError, control_tokens
+from . import EndOfTurn, Piece, Template, TemplateError, control_pattern, control_tokens, is_trained
 
-# Control tokens in a message pass through Jinja as one character each of the last private-use plane.
-_PRIVATE = range(0x100000, 0x10FFFE)
+# Private-use characters go through Jinja with the messages: one for each control token in them, and two around
+# an answer. So it is known afterwards which control tokens are the template's, and where the answers stand.
+_PRIVATE = "[\U00100000-\U0010fffd]"
+_FIRST_STAND_IN, _BEGIN, _END = 0x100000, "\U0010fffc", "\U0010fffd"
+_ANSWER = re.compile(f"{_BEGIN}([^{_BEGIN}{_END}]*){_END}")
 
 
 class OwnTemplate:
@@ -18,72 +23,82 @@ class OwnTemplate:
 
     name = "chat_template"
     takes_system = True
-    bos = ""
+    bos = end = ""
     piecewise = False
     stop_strings = ()
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        control = "|".join(map(re.escape, self.control_tokens(tokenizer))) or "(?!)"
-        self._hide = re.compile(f"{control}|[{chr(_PRIVATE[0])}-{chr(_PRIVATE[-1])}]")
-        self._end = re.compile(rf"\s*(?:{control})")
+        control = self.control_tokens(tokenizer)
+        self._hide = re.compile("|".join([*map(re.escape, sorted(control, key=len, reverse=True)), _PRIVATE]))
+        self._end = re.compile(rf"\s*(?:{control_pattern(tokenizer, control)})")
 
     def control_tokens(self, tokenizer) -> dict[str, int]:
-        return control_tokens(tokenizer, tokenizer.chat_template)
+        return control_tokens(tokenizer, tokenizer.get_chat_template())
 
     def stop_token_ids(self, tokenizer) -> list[int]:
         """The ids that end a generation, first the one that training teaches."""
         control = self.control_tokens(tokenizer)
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ends = [piece.text.strip() for piece in self.render(turn) if piece.trained and piece.live]
-        return list(dict.fromkeys([control[end] for end in ends if end in control] + [tokenizer.eos_token_id]))
+        ends = [control.get(piece.text.strip()) for piece in self.render(turn) if piece.answer and piece.live]
+        return [token for token in dict.fromkeys([*ends, tokenizer.eos_token_id]) if token is not None]
 
     def render(
-        self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool = True
+        self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool | None = None
     ) -> list[Piece]:
-        """Valid messages as pieces; their texts, joined, are the prompt.
-
-        Raises TemplateError where an answer that is to be trained does not follow the prompt that asks for it, as in
-        templates that rewrite earlier turns, and where the template has no place for a system text.
+        """As `Template.render`. Raises TemplateError where an answer that is to be trained does not follow the
+        prompt that asks for it, as in templates that rewrite earlier turns; and for a system text without a place.
         """
         hidden, shown = self._hidden(messages)
-        answers = [index for index, message in enumerate(hidden) if message["role"] == "assistant"]
-        full = self._jinja([hidden], add_generation_prompt and hidden[-1]["role"] == "user")[0]
+        (full,) = self._jinja([hidden], add_generation_prompt and hidden[-1]["role"] == "user")
         if hidden[0]["role"] == "system" and hidden[0]["content"].strip() not in full:
-            raise TemplateError("Message 0 has role 'system', and this chat template has no place for it.")
+            raise TemplateError(
+                "Message 0 has role 'system', and this chat template has no place for it; expected user."
+            )
+        turns = [index for index, message in enumerate(hidden) if message["role"] == "assistant"]
+        prompts = self._jinja([hidden[:index] for index in turns], True)
+        answers = list(_ANSWER.finditer(full))
+        if len(answers) != len(turns):
+            answers = [None] * len(turns)
         pieces, start = [], 0
-        for index, prompt in zip(answers, self._jinja([hidden[:index] for index in answers], True), strict=True):
-            trained = multi_rounds or index + 1 == len(hidden)
-            words = hidden[index]["content"].strip()
-            place = full.find(words, len(prompt)) if full.startswith(prompt) else -1
-            if place < 0 and trained:
+        for index, prompt, answer in zip(turns, prompts, answers, strict=True):
+            last = index + 1 == len(hidden)
+            trained = is_trained(last, multi_rounds)
+            follows = answer and full.startswith(prompt)
+            if trained and not (follows and (last or self._appends)):
                 raise TemplateError(
-                    f"Message {index} (assistant) cannot be trained: this chat template rewrites earlier turns, so the "
-                    "prompt that asks for it is not how the conversation begins. Expected a template that only "
-                    "appends: pass multi_rounds=False, or another model_type."
+                    f"Message {index} (assistant) cannot be trained: this chat template rewrites earlier turns, "
+                    "so that the prompt which asks for it is not how the conversation begins. Expected one that "
+                    "only appends: pass multi_rounds=False, or another model_type."
                 )
-            if place < 0:
-                continue
-            stop = place + len(words)
-            end = self._end.match(full, stop)
-            spoken = end.start() if end else stop
-            pieces += _split(full[start : len(prompt)], shown, trained=False)
-            pieces += _split(full[len(prompt) : place], shown, trained)
-            pieces.append(Piece("".join(shown.get(char, char) for char in full[place:spoken]), False, trained))
-            pieces.append(Piece(end[0].lstrip(), True, trained) if end else EndOfTurn("", True, trained))
-            start = end.end() if end else stop
-        return pieces + _split(full[start:], shown, trained=False)
+            if follows:
+                end = self._end.match(full, answer.end())
+                pieces += _split(full[start : len(prompt)], shown)
+                pieces += _split(full[len(prompt) : answer.start()], shown, True, trained)
+                words = "".join([shown.get(char, char) for char in answer[1]])
+                pieces.append(Piece(words, False, True, trained))
+                pieces.append((Piece if end else EndOfTurn)(end[0] if end else "", True, True, trained))
+                start = (end or answer).end()
+        return pieces + _split(full[start:], shown)
 
     def writes_like(self, template: Template) -> bool:
         """Whether the two write the same prompts, judged by one with and one without a system text."""
         turns = [{"role": role, "content": f" {role}\n"} for role in ("system", "user", "assistant", "user")]
         try:
-            return all(
-                self._jinja([probe], True)[0] == (template.bos or "") + "".join(p.text for p in template.render(probe))
-                for probe in (turns, turns[1:])
+            own, other = (
+                ["".join(piece.text for piece in writer.render(probe)) for probe in (turns, turns[1:])]
+                for writer in (self, template)
             )
         except TemplateError:
             return False
+        return own == [(template.bos or "") + prompt for prompt in other]
+
+    @cached_property
+    def _appends(self) -> bool:
+        """Whether what the template writes for some messages is how it begins when more follow."""
+        turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+        *beginnings, whole = self._jinja([turns[: end + 1] for end in range(4)], False)
+        return all(map(whole.startswith, beginnings))
 
     def _jinja(self, conversations: list[Sequence[dict]], add_generation_prompt: bool) -> list[str]:
         if not conversations:
@@ -98,17 +113,27 @@ class OwnTemplate:
             raise TemplateError(f"The tokenizer's chat template refuses the conversation: {error}") from error
 
     def _hidden(self, messages: Sequence[dict]) -> tuple[list[dict], dict[str, str]]:
-        """The messages with every control token replaced by a private character, and what each stands for."""
+        """The messages with the private characters in them, and what each of those stands for."""
         stand_ins = {}
 
         def hide(match: re.Match) -> str:
-            return stand_ins.setdefault(match[0], chr(_PRIVATE[len(stand_ins)]))
+            return stand_ins.setdefault(match[0], chr(_FIRST_STAND_IN + len(stand_ins)))
 
-        hidden = [{**message, "content": self._hide.sub(hide, message["content"])} for message in messages]
-        return hidden, {char: text for text, char in stand_ins.items()}
+        hidden = []
+        for message in messages:
+            text = self._hide.sub(hide, message["content"])
+            if message["role"] == "assistant":  # the whitespace around it stays outside: templates strip it
+                words = text.strip()
+                before, _, after = text.partition(words) if words else (text, "", "")
+                text = before + _BEGIN + words + _END + after
+            hidden.append({**message, "content": text})
+        return hidden, {char: text for text, char in stand_ins.items()} | {_BEGIN: "", _END: ""}
 
 
-def _split(text: str, shown: dict[str, str], trained: bool) -> list[Piece]:
+def _split(text: str, shown: dict[str, str], answer: bool = False, trained: bool = False) -> list[Piece]:
     """Text that the template wrote; the private characters in it are someone's words."""
-    parts = re.split(f"([{''.join(shown)}])", text) if shown else [text]
-    return [Piece(shown.get(part, part), part not in shown, trained) for part in parts if part]
+    pieces = [
+        Piece(shown.get(part, part), part not in shown, answer, trained)
+        for part in re.split(f"({_PRIVATE})", text)
+    ]
+    return [piece for piece in pieces if piece.text]

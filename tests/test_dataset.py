@@ -1,0 +1,122 @@
+import json
+
+import pytest
+import torch
+
+from chatmagic import DataCollator, read_jsonl
+from chatmagic.dataset import DataError
+
+
+class Tokenizer:
+    pad_token, pad_token_id, padding_side = "<pad>", 0, "left"
+
+
+EXAMPLES = [
+    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+    {"input_ids": [8, 9, 10, 11, 12], "labels": [-100, -100, -100, -100, 12]},
+]
+
+
+def test_a_batch_keeps_its_order_and_is_padded_on_the_right():
+    batch = DataCollator(Tokenizer())(EXAMPLES)
+    assert {key: value.tolist() for key, value in batch.items()} == {
+        "input_ids": [[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]],
+        "labels": [[-100, 6, 7, -100, -100], [-100, -100, -100, -100, 12]],
+        "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
+    }
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+
+
+def test_padding_to_a_multiple():
+    assert DataCollator(Tokenizer(), pad_to_multiple_of=8)(EXAMPLES)["labels"].shape == (2, 8)
+    assert DataCollator(Tokenizer(), pad_to_multiple_of=5)(EXAMPLES)["labels"].shape == (2, 5)
+
+
+def test_tensors_are_examples_too():
+    tensors = [{key: torch.tensor(value) for key, value in example.items()} for example in EXAMPLES]
+    assert torch.equal(
+        DataCollator(Tokenizer())(tensors)["input_ids"], DataCollator(Tokenizer())(EXAMPLES)["input_ids"]
+    )
+
+
+def test_a_pad_token_that_is_also_trained_is_refused():
+    class PadsWithItsEnd(Tokenizer):
+        pad_token, pad_token_id = "<|im_end|>", 7
+
+    with pytest.raises(DataError, match="Example 0 trains '<.im_end.>', .* pad token too"):
+        DataCollator(PadsWithItsEnd())(EXAMPLES)
+
+
+def test_no_pad_token():
+    class Bare:
+        pad_token = pad_token_id = None
+
+    with pytest.raises(DataError, match="has no pad token"):
+        DataCollator(Bare())
+
+
+TALK = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}]
+SYSTEM = [{"role": "system", "content": "S"}]
+
+
+def write(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), "utf-8")
+    return path
+
+
+def test_the_three_forms(tmp_path):
+    path = write(
+        tmp_path / "talk.jsonl",
+        {"messages": SYSTEM + TALK, "id": 3},
+        {
+            "conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "好"}],
+            "system": "S",
+        },
+        {"conversations": [{"from": "user", "value": "你好"}, {"from": "assistant", "value": "好"}]},
+        "",
+        {"instruction": "你好", "input": "", "output": "好", "system": ""},
+        {"instruction": "翻译", "input": "hello", "output": "你好", "history": [["一", "二"]]},
+    )
+    path.write_bytes(
+        b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n")
+    )  # as a Windows editor saves it
+    *first, last = read_jsonl(path, progress=False)
+    assert first == [SYSTEM + TALK, SYSTEM + TALK, TALK, TALK]
+    assert [message["content"] for message in last] == ["一", "二", "翻译\nhello", "你好"]
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        ('{"messages": ', "line 3: Expecting value"),
+        ({"text": "你好"}, "line 3: expected an object with 'messages', .* found the keys .'text'."),
+        ("[1]", "line 3: .* found a JSON list"),
+        ({"messages": TALK + TALK[1:]}, "line 3: Message 2 has role 'assistant'; expected user"),
+        ({"messages": "你好"}, "line 3: The messages are of type str; expected a list"),
+        ({"messages": 5}, "line 3: The messages are of type int; expected a list"),
+        ({"messages": []}, "line 3: The list of messages is empty"),
+        ({"conversations": [{"from": "function", "value": ""}]}, "line 3: Message 0 has role 'function'"),
+        ({"conversations": ["hi"]}, "line 3: 'str' object has no attribute 'get'"),
+        ({"instruction": "a"}, "line 3: Message 1 .assistant. has content of type NoneType"),
+        ({"instruction": 7, "output": ""}, "line 3: Message 0 .user. has content of type int"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "line 3: zip.. argument 2 is shorter"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path, row, complaint):
+    path = write(tmp_path / "bad.jsonl", {"messages": TALK}, "", row, {"messages": TALK})
+    rows = read_jsonl(path, progress=False)
+    assert next(rows) == TALK
+    with pytest.raises(DataError, match=complaint):
+        next(rows)
+
+
+def test_a_file_is_read_as_it_is_consumed(tmp_path):
+    path = write(tmp_path / "long.jsonl", *[{"messages": TALK}] * 3, "broken")
+    rows = read_jsonl(path, progress=False)
+    assert [next(rows) for _ in range(3)] == [TALK] * 3  # the broken line has not been looked at
+
+
+def test_the_bar_counts_bytes(tmp_path, capsys):
+    path = write(tmp_path / "talk.jsonl", {"messages": TALK})
+    assert list(read_jsonl(path)) == [TALK]
+    assert "talk.jsonl: 100%" in capsys.readouterr().err
