@@ -1,51 +1,24 @@
-"""AdaLoRA's schedule, ranks and penalty against PEFT's own; the step; fit's guards."""
+"""AdaLoRA's schedule, ranks and penalty against PEFT's own; the step; fit, and what it refuses."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import bitsandbytes
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, rows, tiny_llama
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatmagic import ChatmagicError
-from chatmagic.train import KerasModel, adalora_config, find_all_linear_names
-from chatmagic.train.adalora import rank_allocator
-
-PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-
-
-def tiny_llama():
-    torch.manual_seed(0)
-    shape = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)).eval()
+from chatmagic.train import KerasModel, StepRunner, adalora_config, find_all_linear_names
+from chatmagic.train.adalora import importance_table, rank_allocator, rank_table
+from chatmagic.train.runtime import best_precision, trainable
 
 
-def adalora(steps=40, dropout=0.0, **kwargs):
-    config = adalora_config(
-        steps, PROJECTIONS, init_r=6, target_r=3, lora_alpha=16, lora_dropout=dropout, **kwargs
-    )
-    return get_peft_model(tiny_llama(), config)
-
-
-def rows(n, seed=0, length=12):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(64, (n, length), generator=generator)
-    labels = ids.clone()
-    labels[:, : length // 3] = -100
-    return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels)]
-
-
-def fit(model, path, epochs=10, lr=1e-2, train=None, **kwargs):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    keras_model = KerasModel(model, optimizer=optimizer)
-    settings = {"val_data": DataLoader(rows(4, seed=1), batch_size=2), "plot": False, "cpu": True} | kwargs
-    train = train or DataLoader(rows(8), batch_size=2)
-    return keras_model.fit(train, epochs=epochs, ckpt_path=path, mixed_precision="no", **settings)
+def lora():
+    return get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=PROJECTIONS))
 
 
 # --- the schedule
@@ -60,12 +33,12 @@ def test_schedule_fits_the_run():
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(total_steps=9), "too few"),
-        (dict(total_steps=100, init_r=8, target_r=8), "LoraConfig"),
-        (dict(total_steps=100, target_r=0), "0 < target_r"),
-        (dict(total_steps=100, tinit=60, tfinal=40), "leaves 0 for shrinking"),
-        (dict(total_steps=100, tfinal=0), "tfinal >= 1"),
-        (dict(total_steps=100, r=32), "init_r"),
+        ({"total_steps": 9}, "too few"),
+        ({"total_steps": 100, "init_r": 8, "target_r": 8}, "LoraConfig"),
+        ({"total_steps": 100, "target_r": 0}, "0 < target_r"),
+        ({"total_steps": 100, "tinit": 60, "tfinal": 40}, "leaves 0 for shrinking"),
+        ({"total_steps": 100, "tfinal": 0}, "tfinal >= 1"),
+        ({"total_steps": 100, "r": 32}, "init_r"),
     ],
 )
 def test_impossible_schedules_are_refused(settings, words):
@@ -74,20 +47,9 @@ def test_impossible_schedules_are_refused(settings, words):
 
 
 def test_linear_names():
-    model = tiny_llama()
-    assert find_all_linear_names(model) == PROJECTIONS
+    assert find_all_linear_names(tiny_llama()) == PROJECTIONS
     with pytest.raises(ChatmagicError, match="already carries an adapter"):
-        find_all_linear_names(get_peft_model(model, LoraConfig(target_modules=PROJECTIONS)))
-
-
-@pytest.mark.parametrize("linear", ["Linear4bit", "Linear8bitLt"])
-def test_linear_names_of_quantised_models(linear):
-    import bitsandbytes as bnb
-
-    model = tiny_llama()
-    for layer in model.model.layers:
-        layer.mlp.up_proj = getattr(bnb.nn, linear)(32, 64)
-    assert find_all_linear_names(model) == PROJECTIONS
+        find_all_linear_names(lora())
 
 
 # --- ranks and penalty, PEFT's own as the reference
@@ -101,7 +63,7 @@ def peft_losses(model, batch, steps, lr=1e-2):
     for step in range(steps):
         loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([param for param in model.parameters() if param.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_([param for _, param in trainable(model)], 1.0)
         optimizer.step()
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
@@ -112,8 +74,8 @@ def peft_losses(model, batch, steps, lr=1e-2):
 def test_a_run_is_pefts_own(tmp_path):
     """Losses with penalty, budget and kept triplets of 40 steps are those of PEFT's eager loop."""
     ours, theirs = adalora(), adalora()
-    data = DataLoader(rows(8), batch_size=8)
-    history = fit(ours, tmp_path, epochs=40, patience=40, train=data, val_data=None, monitor="train_loss")
+    data = loader(rows(8), batch_size=8)
+    history = fit(ours, tmp_path, epochs=40, train=data)
     expected = peft_losses(theirs, next(iter(data)), 40)
     assert expected[-1] < expected[0] - 0.5
     torch.testing.assert_close(
@@ -121,16 +83,297 @@ def test_a_run_is_pefts_own(tmp_path):
     )
     pattern = theirs.peft_config["default"].rank_pattern
     assert ours.peft_config["default"].rank_pattern == pattern
-    assert history.rank_budget.iloc[0] == 6 * 14
-    assert history.rank_budget.iloc[-1] == 3 * 14 == sum(map(sum, pattern.values()))
+    assert history.rank_budget.iloc[0] == 6 * LAYERS
+    assert history.rank_budget.iloc[-1] == 3 * LAYERS == sum(map(sum, pattern.values()))
+
+
+def test_ranks_and_importance_can_be_read(tmp_path):
+    model = adalora()
+    fit(model, tmp_path)
+    ranks = rank_table(model.peft_config["default"])
+    assert list(ranks.index) == [0, 1] and sorted(ranks.columns) == PROJECTIONS
+    assert ranks.to_numpy().sum() == 3 * LAYERS
+    kept = model.base_model.model.model.layers[1].self_attn.o_proj.lora_E["default"].count_nonzero()
+    assert ranks.loc[1, "o_proj"] == kept
+    importance = importance_table(model)
+    assert list(importance.index) == list(range(5, 29))  # after tinit=4, to total_step - tfinal
+    assert set(importance.columns) == {f"{layer}.{name}" for layer in (0, 1) for name in PROJECTIONS}
+    assert (importance > 0).all(axis=None)
+
+
+# --- the step
 
 
 def test_validation_reports_cross_entropy_alone(tmp_path):
     model = adalora()
-    history = fit(model, tmp_path, epochs=10, patience=10)
-    batch = next(iter(DataLoader(rows(4, seed=1), batch_size=4)))
-    assert (history.val_penalty > 0.01).all()
-    best = history.val_loss[7:].min()  # the ranks are final in the eighth epoch
-    loss_with_penalty = model(**batch).loss.item()
+    history = fit(model, tmp_path)
+    with_penalty = model(**next(iter(loader(rows(4, seed=1), batch_size=4)))).loss.item()
     penalty = rank_allocator(model).penalty(add_gradients=False).item()
-    assert best == pytest.approx(loss_with_penalty - penalty, abs=1e-4)
+    assert penalty > 0.01
+    assert history.val_loss[7:].min() == pytest.approx(with_penalty - penalty, abs=1e-5)
+
+
+def uneven_rows(n):
+    """Samples that differ in how many of their tokens are trained."""
+    samples = rows(n)
+    for index, sample in enumerate(samples):
+        sample["labels"][: 4 + index] = -100
+    return samples
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    """Every label token of the global batch weighs the same, however the batch is cut."""
+    whole = fit(adalora(), tmp_path, epochs=20, train=loader(uneven_rows(8), batch_size=4))
+    pieces = fit(
+        adalora(), tmp_path, epochs=20, train=loader(uneven_rows(8), 1), gradient_accumulation_steps=4
+    )
+    columns = ["train_loss", "val_loss", "grad_norm"]
+    torch.testing.assert_close(pieces[columns].values, whole[columns].values, rtol=1e-4, atol=0)
+
+
+def test_gradients_are_clipped(tmp_path):
+    model = lora()
+    before = {name: param.clone() for name, param in trainable(model)}
+    keras_model = KerasModel(model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+    keras_model.StepRunner = type("Clipped", (StepRunner,), {"max_grad_norm": 0.01})
+    history = keras_model.fit(
+        loader(rows(8), 8), monitor="train_loss", epochs=1, ckpt_path=tmp_path, plot=False
+    )
+    moved = torch.stack([(param - before[name]).norm() for name, param in trainable(model)]).norm().item()
+    assert history.grad_norm[0] > 0.02
+    assert moved == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_schedule_moves_once_an_optimizer_step(tmp_path):
+    def one_cycle(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=40)
+
+    history = fit(
+        adalora(), tmp_path, train=loader(rows(8), 1), scheduler=one_cycle, gradient_accumulation_steps=2
+    )
+    scheduler = one_cycle(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    rates = []
+    for _ in range(40):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert history.lr.tolist() == rates[3::4]
+    assert history.lr.idxmax() == 2 and history.lr.iloc[-1] < 1e-6
+
+
+# --- fit
+
+
+class Worsening(StepRunner):
+    """Validation that gets worse from the first epoch on."""
+
+    epochs = 0.0
+
+    def __call__(self, batch):
+        result, log = super().__call__(batch)
+        if self.stage == "val":
+            Worsening.epochs += 1
+            log["val_loss"] = Worsening.epochs
+        return result, log
+
+
+def test_nothing_counts_before_the_ranks_are_final(tmp_path):
+    """40 steps, 4 an epoch: the ranks are final after step 29, so epoch 8 is the first that may be best or last."""
+    history = fit(adalora(), tmp_path, runner=Worsening, patience=1)
+    assert history.epoch.iloc[-1] == 9
+    assert history.rank_budget[7] == 3 * LAYERS
+    saved = (tmp_path / "adapter_model.safetensors").stat().st_mtime_ns
+    assert saved < (tmp_path / "last-000036" / "state.pt").stat().st_mtime_ns
+
+
+def test_history_has_its_columns(tmp_path):
+    history = fit(lora(), tmp_path, epochs=2)
+    assert list(history) == [
+        "epoch",
+        "train_loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "peak_memory",
+        "val_loss",
+    ]
+    history = fit(adalora(), tmp_path)
+    assert {"train_penalty", "val_penalty", "rank_budget"} <= set(history)
+    assert (history.tokens_per_s > 0).all() and (history.peak_memory > 0.1).all()
+
+
+def test_lora_learns_too(tmp_path):
+    history = fit(lora(), tmp_path, epochs=5)
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.02
+
+
+def test_pictures_lie_beside_the_adapter(tmp_path):
+    fit(adalora(), tmp_path, plot=True)
+    for name in ("history", "ranks", "importance"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_chinese_label_has_its_glyphs():
+    from fontTools.ttLib import TTFont
+
+    from chatmagic.train import plots
+
+    glyphs = TTFont(plots.FONT).getBestCmap()
+    labels = {character for character in Path(plots.__file__).read_text() if ord(character) > 0x2FFF}
+    assert len(labels) > 10 and labels <= {chr(code) for code in glyphs}
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("capability, precision", [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16")])
+def test_precision_of_a_gpu(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert best_precision() == precision
+
+
+@pytest.mark.parametrize("flag, precision", [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "no")])
+def test_precision_of_a_cpu(monkeypatch, flag, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
+    assert best_precision(cpu=True) == precision
+
+
+def test_bf16_follows_fp32(tmp_path):
+    full = fit(adalora(), tmp_path)
+    half = fit(adalora(), tmp_path, mixed_precision="bf16")
+    assert (full.train_loss != half.train_loss).any()
+    torch.testing.assert_close(half.train_loss.tolist(), full.train_loss.tolist(), rtol=1e-2, atol=0)
+
+
+def fp16_step(scale):
+    """One step with the loss scaled as fp16 wants it; accelerate offers that on GPUs alone, torch everywhere."""
+    model = adalora()
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    runner = StepRunner(model, None, accelerator, "train", {}, optimizer)
+    _, log = runner(next(iter(loader(rows(8), batch_size=8))))
+    return model, rank_allocator(model), log
+
+
+def test_importance_is_of_unscaled_gradients():
+    (_, small, small_log), (_, large, large_log) = fp16_step(1.0), fp16_step(1024.0)
+    assert small_log["grad_norm"] == pytest.approx(large_log["grad_norm"], rel=1e-2)
+    small, large = (torch.cat([a.flatten() for a in allocator.exp_avg_ipt]) for allocator in (small, large))
+    assert large.norm() > 0
+    torch.testing.assert_close(large.norm(), small.norm(), rtol=2e-2, atol=0)
+
+
+def test_an_overflow_in_fp16_allocates_nothing():
+    model, allocator, _ = fp16_step(2.0**40)
+    assert allocator.step == 0 and allocator.exp_avg_ipt == []
+    assert all(
+        torch.equal(param, other) for (_, param), (_, other) in zip(trainable(model), trainable(adalora()))
+    )
+
+
+@pytest.mark.parametrize(
+    "bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}]
+)
+def test_quantised_bases_train_on_the_cpu(tmp_path, bits):
+    """As their dequantised weights do, across validations, before which bitsandbytes would repack 4-bit weights."""
+    tiny_llama(size=64).save_pretrained(tmp_path / "base")  # NF4 wants blocks of 64
+    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **bits)
+    load = AutoModelForCausalLM.from_pretrained
+    base = load(tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32)
+    plain = load(
+        tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32
+    ).dequantize()
+    assert find_all_linear_names(base) == PROJECTIONS
+    history = fit(adalora(base=base), tmp_path / "quantised", lr=5e-2)
+    expected = fit(adalora(base=plain), tmp_path / "plain", lr=5e-2)
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.2
+    torch.testing.assert_close(history.train_loss.tolist(), expected.train_loss.tolist(), rtol=1e-3, atol=0)
+    assert (
+        len([module for module in base.modules() if type(module).__name__.startswith("Linear")]) == LAYERS + 1
+    )
+
+
+def test_a_4_bit_model_that_has_chatted_on_the_cpu_is_refused(tmp_path):
+    base = tiny_llama()
+    model = adalora(base=base)
+    weight = torch.nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    base.packed = bitsandbytes.nn.Linear4bit(2, 2)
+    base.packed.weight = weight
+    with pytest.raises(ChatmagicError, match="Load it again"):
+        fit(model, tmp_path)
+
+
+# --- settings that would train nothing
+
+
+def untaught():
+    samples = rows(8)
+    for sample in samples:
+        sample["labels"].fill_(-100)
+    return loader(samples)
+
+
+def frozen():
+    model = adalora()
+    model.requires_grad_(False)
+    return model
+
+
+def silent():
+    """A model whose logits do not depend on its layers."""
+    model = adalora()
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    return model
+
+
+class Short(torch.optim.lr_scheduler.OneCycleLR):
+    def __init__(self, optimizer):
+        super().__init__(optimizer, 1e-2, total_steps=20)
+
+
+@pytest.mark.parametrize(
+    "model, settings, words",
+    [
+        (tiny_llama, {}, "no adapter on any layer"),
+        (frozen, {}, "No parameter is trainable"),
+        (adalora, {"lr": 0.0}, "learning rate is 0"),
+        (adalora, {"epochs": 0}, "nothing to train on"),
+        (adalora, {"epochs": 7}, "final only after 28.*total_steps=28"),
+        (adalora, {"scheduler": Short}, "ends after 20 of 40"),
+        (adalora, {"train": untaught()}, "All labels of this batch are -100"),
+        (adalora, {"val": untaught()}, "val_loss is not a number"),
+        (adalora, {"lr": float("inf")}, "loss is nan"),
+        (silent, {}, "All gradients of the first step are zero"),
+    ],
+)
+def test_runs_that_train_nothing_are_refused(tmp_path, model, settings, words):
+    with pytest.raises(ChatmagicError, match=words):
+        fit(model(), tmp_path, **settings)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
+    base = tiny_llama()
+    optimizer = torch.optim.AdamW(base.model.norm.parameters(), lr=1e-2)
+    with pytest.raises(ChatmagicError, match="optimizer holds no trainable parameter"):
+        KerasModel(adalora(base=base), optimizer=optimizer).fit(
+            loader(rows(8)), monitor="train_loss", plot=False
+        )
+
+
+def test_a_missing_gradient_is_named(tmp_path):
+    model = adalora()
+    model.base_model.model.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ChatmagicError, match="1 trainable parameters get no gradient.*unused"):
+        fit(model, tmp_path)
+
+
+def test_validation_needs_data(tmp_path):
+    model = adalora()
+    keras_model = KerasModel(model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2))
+    with pytest.raises(ChatmagicError, match="needs val_data"):
+        keras_model.fit(loader(rows(8)), ckpt_path=tmp_path, plot=False)

@@ -5,6 +5,9 @@ scores every triplet (a column of B, an entry of E, a row of A) by its importanc
 important ones until the budget of `target_r` triplets a layer, on average, is left.
 """
 
+import re
+
+import pandas as pd
 import torch
 from peft import AdaLoraConfig, TaskType
 from peft.tuners.adalora import AdaLoraModel
@@ -216,3 +219,29 @@ def rank_allocator(model) -> RankAllocator | None:
         name = tuner.trainable_adapter_name
         tuner.rankallocator = RankAllocator(tuner.model, tuner.peft_config[name], name)
     return tuner.rankallocator
+
+
+def rank_table(config: AdaLoraConfig) -> pd.DataFrame:
+    """The rank that each layer (rows, by number) and projection (columns) kept, int64, from an adapter's config.
+
+    The config is `model.peft_config["default"]` of a trained model, or `PeftConfig.from_pretrained(adapter)`.
+    """
+    ranks = {}
+    for name, kept in config.rank_pattern.items():
+        layer, projection = layer_and_projection(name)
+        ranks.setdefault(projection, {})[layer] = sum(kept)
+    return pd.DataFrame(ranks).rename_axis("layer").sort_index()
+
+
+def importance_table(model) -> pd.DataFrame:
+    """The importance of every adapted layer (columns, as "3.q_proj") at each allocation (rows, by step)."""
+    allocator = rank_allocator(model)
+    names = ["{}.{}".format(*layer_and_projection(name)) for name in allocator.name_set]
+    steps, importance = zip(*allocator.log)
+    return pd.DataFrame(importance, columns=names, index=pd.Index(steps, name="step"))
+
+
+def layer_and_projection(name: str) -> tuple[int, str]:
+    """(3, "q_proj") of "model.layers.3.self_attn.q_proj.lora_E"; layer 0 if the name has no number."""
+    parts = re.split(r"\.(?:lora_.|%s)", name)[0].split(".")
+    return next((int(part) for part in parts if part.isdigit()), 0), parts[-1]

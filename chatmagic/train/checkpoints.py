@@ -12,12 +12,10 @@ import errno
 import io
 import json
 import os
-import random
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save
@@ -149,30 +147,3 @@ def staged(parent: Path, files: dict[str, bytes]):
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def get_rng(samplers: list) -> dict:
-    """The state of every random number generator that training draws from, `samplers`' own among them."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "samplers": [sampler.generator.get_state() for sampler in with_generator(samplers)],
-    }
-
-
-def set_rng(state: dict, samplers: list) -> None:
-    """Put the random number generators back to a state of `get_rng`."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    for sampler, generator in zip(with_generator(samplers), state["samplers"]):
-        sampler.generator.set_state(generator)
-
-
-def with_generator(samplers: list) -> list:
-    return [sampler for sampler in samplers if getattr(sampler, "generator", None) is not None]

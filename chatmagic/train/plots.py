@@ -1,10 +1,29 @@
-"""The pictures of a run: the live curve, the final rank of every layer, importance over time."""
+"""The pictures of a run: the live curve, the final rank of every layer, importance over time.
 
-from torchkeras.kerascallbacks import VisMetric
+Labels are Chinese and English at once. The Chinese ones are drawn with the few glyphs of Noto Sans CJK SC
+(https://github.com/notofonts/noto-cjk, SIL Open Font License) in labels.otf, since few machines have such a font.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib import font_manager
+from torchkeras.kerascallbacks import VisMetric, VisProgress
+
+from .adalora import importance_table, rank_table
+
+FONT = Path(__file__).with_name("labels.otf")
+font_manager.fontManager.addfont(FONT)
+STYLE = {"font.family": ["DejaVu Sans", font_manager.FontProperties(fname=FONT).get_name()]}
+
+
+def pictures() -> list:
+    """The callbacks that draw, live and at the end of a run."""
+    return [LiveCurve(), VisProgress(), RankPictures()]
 
 
 class LiveCurve(VisMetric):
-    """torchkeras' curve, saved beside the adapter, with its star on the epoch that was kept.
+    """torchkeras' curve, saved as history.png beside the adapter, with its star on the epoch that was kept.
 
     The library's own star may stand on an epoch whose ranks were not final.
     """
@@ -17,3 +36,51 @@ class LiveCurve(VisMetric):
         if model.best:
             return model.best["epoch"], model.best["score"]
         return super().get_best_score(model)
+
+
+class RankPictures:
+    """ranks.png and importance.png beside an AdaLoRA adapter, at the end of its run."""
+
+    def on_fit_end(self, model):
+        if model.allocator:
+            for name, draw in {"ranks": plot_ranks, "importance": plot_importance}.items():
+                draw(model.model).savefig(model.ckpt_path / f"{name}.png", dpi=150)
+
+
+def plot_ranks(model):
+    """A matplotlib Figure: the final rank of every layer and projection of a trained AdaLoRA model."""
+    ranks = rank_table(model.peft_config[model.active_adapter])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 1.5 + 0.2 * len(ranks)), layout="constrained")
+        image = axes.imshow(ranks, aspect="auto", cmap="YlGnBu")
+        axes.set_xticks(range(ranks.shape[1]), ranks.columns, rotation=30, ha="right")
+        axes.set_yticks(range(ranks.shape[0]), ranks.index)
+        for row, column in [
+            (row, column) for row in range(ranks.shape[0]) for column in range(ranks.shape[1])
+        ]:
+            rank = ranks.iat[row, column]
+            dark = rank > ranks.to_numpy().max() / 2
+            axes.text(column, row, rank, ha="center", va="center", size=7, color="white" if dark else "black")
+        axes.set_title(f"每层留下的秩 final ranks: {ranks.to_numpy().sum()}")
+        axes.set_ylabel("层 layer")
+        figure.colorbar(image, label="秩 rank")
+    plt.close(figure)  # a notebook shows what a cell returns; an open figure it would show twice
+    return figure
+
+
+def plot_importance(model, layers: int = 3):
+    """A matplotlib Figure: the importance over time of the `layers` that end highest, in the middle and lowest."""
+    table = importance_table(model)
+    order = table.columns[table.iloc[-1].argsort()][::-1]
+    middle = len(order) // 2
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        for name in dict.fromkeys([*order[:layers], *order[middle : middle + layers], *order[-layers:]]):
+            axes.plot(table.index, table[name], label=name)
+        axes.set_yscale("log")
+        axes.set_title("重要性的变化 importance over time")
+        axes.set_xlabel("步 step")
+        axes.set_ylabel("重要性 importance")
+        axes.legend(fontsize=7, ncols=3)
+    plt.close(figure)
+    return figure

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import ChatmagicError
 from .adalora import rank_allocator
+from .runtime import never_packed, trainable
 
 
 class StepRunner:
@@ -31,10 +32,11 @@ class StepRunner:
         self, net, loss_fn, accelerator, stage="train", metrics_dict=None, optimizer=None, lr_scheduler=None
     ):
         self.net, self.accelerator, self.stage = net.train(stage == "train"), accelerator, stage
+        never_packed(net)
         self.optimizer, self.lr_scheduler, self.metrics_dict = optimizer, lr_scheduler, metrics_dict
         self.model = accelerator.unwrap_model(net)
         self.allocator = rank_allocator(self.model)
-        self.params = [param for param in self.model.parameters() if param.requires_grad]
+        self.params = [param for _, param in trainable(self.model)]
         self.pending = torch.zeros(
             3, device=accelerator.device
         )  # loss, label tokens, tokens: of the step so far
@@ -85,11 +87,7 @@ class StepRunner:
             )
         grads = [param.grad for param in self.params]
         if any(grad is None for grad in grads):
-            names = [
-                name
-                for name, param in self.model.named_parameters()
-                if param.requires_grad and param.grad is None
-            ]
+            names = [name for name, param in trainable(self.model) if param.grad is None]
             raise ChatmagicError(
                 f"{len(names)} trainable parameters get no gradient, the first is {names[0]}. With gradient "
                 "checkpointing call model.enable_input_require_grads() first; freeze what the loss does not reach."

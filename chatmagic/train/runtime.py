@@ -1,0 +1,122 @@
+"""What a run takes from its surroundings: precision, random numbers, signals, other processes."""
+
+import contextlib
+import random
+import signal
+import threading
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+
+
+def best_precision(cpu: bool = False) -> str:
+    """accelerate's mixed_precision for this machine: "bf16", "fp16" (GPUs before Ampere, as T4 and V100) or "no"."""
+    if torch.cuda.is_available() and not cpu:
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+def trainable(model):
+    """The (name, parameter) pairs of a model that are trained."""
+    return ((name, param) for name, param in model.named_parameters() if param.requires_grad)
+
+
+def packed_for_inference(model) -> bool:
+    """Whether bitsandbytes has repacked 4-bit weights for its CPU inference kernel, which has no backward."""
+    states = (getattr(module.weight, "quant_state", None) for module in linears_4bit(model))
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
+def never_packed(model) -> None:
+    """Keep bitsandbytes from that during validation: it repacks at the first forward in evaluation mode.
+
+    (`Linear4bit.forward`; it would go on training with gradients that stop at every such layer, in silence.)
+    """
+    for module in linears_4bit(model):
+        module.train()
+
+
+def linears_4bit(model):
+    return (module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
+
+
+class Batches:
+    """An epoch's batches for torchkeras' EpochRunner, the first `skip` of them drawn and thrown away.
+
+    They are drawn so that a dataset that makes its samples up goes through the same random numbers again.
+    `on_skipped` is called after the last of them; `after_step(number)` after each step but the epoch's last.
+    """
+
+    def __init__(self, loader, skip: int, on_skipped, after_step):
+        self.loader, self.skip, self.on_skipped, self.after_step = loader, skip, on_skipped, after_step
+
+    def __len__(self):
+        return len(self.loader) - self.skip
+
+    def __iter__(self):
+        for number, batch in enumerate(self.loader, 1):
+            if number > self.skip:
+                yield batch
+                if number < len(self.loader):
+                    self.after_step(number)
+            elif number == self.skip:
+                self.on_skipped()
+
+
+def seeded(sampler):
+    """The sampler, with a generator of its own if it draws: one that processes share and a state can hold."""
+    if getattr(sampler, "generator", "draws nothing") is None:
+        sampler.generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    return sampler
+
+
+def get_rng(samplers: list) -> dict:
+    """The state of all random number generators of this process, and of the samplers' own."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "samplers": [sampler.generator.get_state() for sampler in samplers if hasattr(sampler, "generator")],
+    }
+
+
+def set_rng(state: dict, samplers: list) -> None:
+    """Back to a state of `get_rng`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    drawing = (sampler for sampler in samplers if hasattr(sampler, "generator"))
+    for sampler, generator in zip(drawing, state["samplers"]):
+        sampler.generator.set_state(generator)
+
+
+@contextlib.contextmanager
+def noted_interrupt():
+    """Ctrl-C sets the event that this yields, for the loop to stop between two steps; a second one interrupts."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers elsewhere
+        yield asked
+        return
+
+    def note(signum, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def lost_peer(error: RuntimeError, processes: int) -> bool:
+    """Whether an error means that another process of the run is gone."""
+    known = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    return processes > 1 and known

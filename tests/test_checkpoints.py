@@ -1,0 +1,153 @@
+"""What a run leaves on disk, and runs that go on from it."""
+
+import json
+import os
+import random
+import resource
+import signal
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_runs import Drawn, adalora, fit, loader, processes, tiny_llama
+
+from chatmagic import ChatmagicError
+from chatmagic.train import StepRunner, adalora_config
+from chatmagic.train.checkpoints import load_adapter
+from chatmagic.train.keras import TrainingInterrupted
+from chatmagic.train.runtime import trainable
+
+LOSSES = ["train_loss", "train_penalty", "val_loss", "val_penalty", "lr", "grad_norm", "rank_budget"]
+
+
+def run(path, **settings):
+    """80 batches, 40 steps, everything random in them: dropout, shuffling, samples drawn as they are fetched."""
+    torch.manual_seed(1)
+    random.seed(1)
+    model = adalora(dropout=0.1)
+    history = fit(
+        model,
+        path,
+        train=loader(Drawn(16), shuffle=True),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=40),
+        gradient_accumulation_steps=2,
+        **settings,
+    )
+    return history[LOSSES], dict(trainable(model))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    path = tmp_path_factory.mktemp("unbroken")
+    return *run(path), (path / "adapter_model.safetensors").read_bytes()
+
+
+def assert_goes_on_as(unbroken, path):
+    """Resumed, the run in `path` has the losses, the weights and the adapter of the unbroken one, bit for bit."""
+    history, weights, adapter = unbroken
+    resumed_history, resumed_weights = run(path, resume=True)
+    assert resumed_history.equals(history)
+    assert all(torch.equal(weights[name], weight) for name, weight in resumed_weights.items())
+    assert (path / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def runner_that(acts, batch):
+    """A StepRunner that calls `acts` in the middle of the step on the `batch`-th training batch of a run."""
+
+    class Runner(StepRunner):
+        seen = 0
+
+        def __call__(self, inputs):
+            if self.stage == "train":
+                Runner.seen += 1
+                if Runner.seen == batch:
+                    self.optimizer.optimizer.register_step_post_hook(lambda *_: acts())
+            return super().__call__(inputs)
+
+    return Runner
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until_killed(path, batch, save_every):
+    run(path, runner=runner_that(kill, batch), save_every=save_every)
+
+
+@pytest.mark.parametrize("batch, save_every, saved", [(2, None, 0), (37, 3, 18), (37, 1, 18), (70, None, 32)])
+def test_a_killed_run_goes_on(tmp_path, unbroken, batch, save_every, saved):
+    (process,) = processes(run_until_killed, (tmp_path, batch, save_every))
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert [folder.name for folder in tmp_path.glob("last-*")] == [f"last-{saved:06d}"]
+    assert_goes_on_as(unbroken, tmp_path)
+
+
+@pytest.mark.parametrize("batch, step", [(37, 19), (48, 24)])
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, unbroken, batch, step):
+    with pytest.raises(TrainingInterrupted, match=rf"step {step} of 40.*resume=True") as error:
+        run(tmp_path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), batch))
+    assert f"last-{step:06d}" in str(error.value)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_goes_on_as(unbroken, tmp_path)
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path, unbroken):
+    """A write that fails halfway, as on a full disk: a limit on the size of files stops it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = runner_that(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard)), 69)
+    try:
+        with pytest.raises(ChatmagicError, match="full.*resume=True"):
+            run(tmp_path, runner=limit)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chatmagic.json",
+        "last-000032",
+    ]
+    assert_goes_on_as(unbroken, tmp_path)
+
+
+def test_a_finished_run_resumes_to_its_end(tmp_path, unbroken):
+    run(tmp_path)
+    assert_goes_on_as(unbroken, tmp_path)
+
+
+def test_a_new_run_replaces_the_states_of_the_old(tmp_path):
+    fit(adalora(), tmp_path)
+    with pytest.raises(TrainingInterrupted):
+        fit(adalora(), tmp_path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 3))
+    assert [folder.name for folder in tmp_path.glob("last-*")] == ["last-000003"]
+
+
+def test_the_adapter_is_peft_s_and_pruned(tmp_path):
+    model = adalora()
+    fit(model, tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    sizes = {
+        name: len(param) for name, param in loaded.base_model.model.named_parameters() if "lora_E" in name
+    }
+    assert sizes == {f"{name}.default": sum(kept) for name, kept in pattern.items()}
+    assert sum(sizes.values()) == 3 * 14
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    other = adalora()
+    load_adapter(other, tmp_path)
+    torch.testing.assert_close(other.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_a_folder_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ChatmagicError, match="no adapter in"):
+        load_adapter(adalora(), tmp_path)
+    with pytest.raises(ChatmagicError, match="Nothing to resume"):
+        fit(adalora(), tmp_path, resume=True)
+    fit(adalora(), tmp_path)
+    fewer = get_peft_model(tiny_llama(), adalora_config(40, ["q_proj"]))
+    with pytest.raises(ChatmagicError, match="other layers"):
+        load_adapter(fewer, tmp_path)
+    with pytest.raises(ChatmagicError, match="other layers"):
+        fit(fewer, tmp_path, resume=True)

@@ -1,0 +1,74 @@
+"""Tiny models, data and runs of the training tests, importable by the processes that they start."""
+
+import multiprocessing
+import random
+
+import torch
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from chatmagic.train import KerasModel, adalora_config
+
+PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+LAYERS = 2 * len(PROJECTIONS)
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def tiny_llama(size=32):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, **HEADS)).eval()
+
+
+def adalora(steps=40, dropout=0.0, base=None):
+    base = base or tiny_llama()
+    torch.manual_seed(0)
+    settings = {"init_r": 6, "target_r": 3, "lora_alpha": 16, "lora_dropout": dropout}
+    return get_peft_model(base, adalora_config(steps, PROJECTIONS, **settings))
+
+
+def rows(n, seed=0, length=12):
+    """n samples, of which a third of the tokens is not trained."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(64, (n, length), generator=generator)
+    labels = ids.clone()
+    labels[:, : length // 3] = -100
+    return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels)]
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Samples that are made up as they are fetched, as the seed's MyDataset does."""
+
+    def __init__(self, n):
+        self.rows = rows(n)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return random.choice(self.rows)
+
+
+def loader(data, batch_size=2, **kwargs):
+    return DataLoader(data, batch_size=batch_size, **kwargs)
+
+
+def fit(model, path, epochs=10, lr=1e-2, train=None, val=None, scheduler=None, runner=None, **settings):
+    """A quiet run in fp32; 40 steps unless told otherwise."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=scheduler and scheduler(optimizer))
+    keras_model.StepRunner = runner or keras_model.StepRunner
+    settings = {"plot": False, "cpu": True, "mixed_precision": "no", "patience": epochs} | settings
+    train, val = train or loader(rows(8)), val or loader(rows(4, seed=1))
+    return keras_model.fit(train, val, epochs=epochs, ckpt_path=path, **settings)
+
+
+def processes(target, *arguments):
+    """Started processes, one for each tuple of arguments, all forked from a server that has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["chatmagic.train", "transformers.models.llama.modeling_llama"])
+    started = [context.Process(target=target, args=args) for args in arguments]
+    for process in started:
+        process.start()
+    return started
