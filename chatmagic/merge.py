@@ -1,8 +1,8 @@
-"""Adapter + base -> one checkpoint, tensor by tensor; AdaLoRA -> plain LoRA.
+"""Adapter + base -> one checkpoint, row by row; AdaLoRA -> plain LoRA.
 
 The arithmetic is PEFT's `merge_and_unload`, operation for operation (`peft/tuners/lora/layer.py` and
-`peft/tuners/adalora/layer.py`), so the merged weights are its weights to the last bit. The file work is not:
-a merged shard has the header of the base's shard, so it is a copy of that shard with rows added to on the way.
+`peft/tuners/adalora/layer.py`), so the merged weights are its weights to the last bit. No model is made: the rows of
+the base go from its files, past the adapter, into the new ones.
 """
 
 import hashlib
@@ -10,20 +10,28 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from .checkpoint import open_weights, read_json, weight_files
 from .errors import ChatmagicError
 
 PROVENANCE = "chatmagic.json"  # beside an adapter: {"base": base_fingerprint(folder it was trained on)}
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 WEIGHTS = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 WORKERS, BLOCK = 4, 2**19  # threads that copy, and bytes they copy at a time: few enough to stay in the cache
 # The settings of an adapter that a merge reads, or that concern training alone. Any other that is set changes
@@ -38,6 +46,14 @@ KNOWN_SETTINGS = """
 
 class MergeError(ChatmagicError):
     """An adapter and a base that cannot be merged. Nothing was written."""
+
+
+class Part(NamedTuple):
+    """A tensor of the base, not read yet: `rows()[i:j]` are some of its rows."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows: Callable
 
 
 @dataclass
@@ -83,31 +99,23 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
     Raises MergeError if the adapter was trained on another base or is more than LoRA, if the base is quantised,
     or if `output` exists or its disk is too full.
     """
-    base, adapter, output = Path(base), Path(adapter), Path(output)
-    if _is_quantised(base):
+    from .families import find_family
+
+    base, adapter, output = (Path(path).expanduser() for path in (base, adapter, output))
+    config = _read_base_config(base)
+    if config.get("quantization_config"):
         raise MergeError(
             f"{base} is quantised: merging would round the adapter away. Merge into the 16-bit model it was made "
             f"from: merge_adapter(base=<folder of the 16-bit model>, ...)."
         )
-    shards = weight_files(base)
-    with _staged(output, needed=sum(shard.stat().st_size for shard in shards)) as staging:
+    with _staged(output, needed=sum(file.stat().st_size for file in weight_files(base))) as staging:
         updates = _read_updates(adapter)
         _check_base(base, adapter)
-        entries = {}
-        for shard in shards:
-            if shard.suffix == ".safetensors":
-                with open(shard, "rb") as file:
-                    entries |= _read_header(file)
-        if updates.keys() <= entries.keys():
-            for name, update in updates.items():
-                _check_weight(name, update, tuple(entries[name]["shape"]), DTYPES.get(entries[name]["dtype"]))
-            for shard in shards:
-                _merge_shard(shard, staging / shard.name, updates)
-            for file in base.iterdir():
-                if file.is_file() and not file.name.endswith(WEIGHTS):
-                    shutil.copyfile(file, staging / file.name)
-        else:
-            _merge_loaded(base, staging, updates)
+        family = find_family(config, base)
+        shards = _open_family(family, base, config, staging) if family else _open_native(base, staging)
+        _check_updates(updates, base, shards)
+        for file, parts in shards.items():
+            _write_shard(staging / file, parts, updates)
     return output
 
 
@@ -120,7 +128,7 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
     """
     from peft import LoraConfig
 
-    adapter, output = Path(adapter), Path(output)
+    adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
     config = _read_config(adapter)
     if config["peft_type"] != "ADALORA":
         raise MergeError(
@@ -160,10 +168,10 @@ def base_fingerprint(folder: str | Path) -> str | None:
     16-bit original, which the adapter will be merged into, cannot be told from it.
     """
     folder = Path(folder)
-    if _is_quantised(folder):
+    if _read_base_config(folder).get("quantization_config"):
         return None
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    files = weight_files(folder)
+    files = sorted(weight_files(folder))
     step = sum(file.stat().st_size for file in files) // 1000 + 1
     for path in files:
         with open(path, "rb") as file:
@@ -173,28 +181,10 @@ def base_fingerprint(folder: str | Path) -> str | None:
     return digest.hexdigest()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, safetensors if there are any, `.bin` otherwise."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            files = [
-                folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            ]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise MergeError(f"{index} names {missing[0]}, which is not there. Download the model again.")
-            return files
-    raise MergeError(
-        f"{folder} holds no model.safetensors and no pytorch_model.bin. Name a downloaded model's folder."
-    )
-
-
-def _is_quantised(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        raise MergeError(f"{folder} has no config.json. Name the folder of a downloaded model.")
-    return "quantization_config" in json.loads((folder / "config.json").read_text())
+def _read_base_config(folder: Path) -> dict:
+    if config := read_json(folder / "config.json"):
+        return config
+    raise MergeError(f"{folder} has no config.json. Name the folder of a downloaded model.")
 
 
 def _read_config(adapter: Path) -> dict:
@@ -225,7 +215,8 @@ def _read_updates(adapter: Path) -> dict[str, Update]:
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([ABE])(?:\.weight)?", key)
         if not match:
             raise MergeError(
-                f"{adapter} holds {key}, which is no LoRA factor. Merge it with PEFT: "
+                f"{adapter} holds {key}, which is no LoRA factor. Save it without, "
+                f"peft_model.save_pretrained(folder, save_embedding_layers=False), or merge it with PEFT: "
                 f"PeftModel.from_pretrained(model, {str(adapter)!r}).merge_and_unload()."
             )
         layers.setdefault(match[1], {})[match[2]] = tensor.float()
@@ -258,71 +249,104 @@ def _check_base(base: Path, adapter: Path) -> None:
         )
 
 
-def _check_weight(name: str, update: Update, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-    if shape != update.shape or dtype not in DTYPES.values():
-        raise MergeError(
-            f"The adapter changes {name} as {update.shape} floats, but the base holds {shape} of {dtype or 'another type'}."
-            f" Merge into the 16-bit model that the adapter was trained on."
-        )
+def _check_updates(updates: dict[str, Update], base: Path, shards: dict[str, dict[str, Part]]) -> None:
+    parts = {name: part for shard in shards.values() for name, part in shard.items()}
+    for name, update in updates.items():
+        part = parts.get(name)
+        if not part or part.shape != update.shape or not part.dtype.is_floating_point:
+            found = f"a {tuple(part.shape)} of {part.dtype}" if part else "nothing of that name"
+            raise MergeError(
+                f"The adapter changes {name}, {update.shape}, but {base} holds {found}. Merge into the 16-bit model "
+                f"that the adapter was trained on."
+            )
 
 
-def _read_header(file) -> dict[str, dict]:
-    """The tensors of a safetensors file by name: dtype, shape and data_offsets; leaves `file` at the data."""
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
+def _open_native(base: Path, output: Path) -> dict[str, dict[str, Part]]:
+    """Copy what is not weights to `output`; returns the tensors by the file they are in."""
+    for file in base.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHTS):
+            shutil.copyfile(file, output / file.name)
+    shards = {}
+    for name, (tensor, file) in open_weights(base).items():
+        part = Part(tensor.dtype, tensor.shape, partial(_open_rows, file, name))
+        shards.setdefault(file.name, {})[name] = part
+    return shards
 
 
-def _merge_shard(source: Path, target: Path, updates: dict[str, Update]) -> None:
-    """Copy a shard block by block, adding to the rows that are changed; a few tensors are on their way at a time."""
-    with open(source, "rb") as reader:
-        entries = _read_header(reader)
-        length = reader.tell()
-        reader.seek(0)
-        target.write_bytes(reader.read(length))
+def _open_rows(file: Path, name: str):
+    """Opens the file for this tensor alone, so that what is read of it does not stay in memory."""
+    return safe_open(file, framework="pt").get_slice(name)
+
+
+def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, dict[str, Part]]:
+    """As _open_native, for a checkpoint in its publisher's layout, which becomes native on the way."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from .families.native import native_names, native_weights
+    from .load import _generation_config
+
+    stored = open_weights(base)
+    native = family.native_config(config)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(native)]
+    weights = native_weights(stored, family.TENSORS, model_class, native)
+    native.architectures, native.dtype = [model_class.__name__], next(iter(weights.values())).dtype
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
+    if hasattr(family, "adapt"):
+        family.adapt(weights, config, native.dtype)
+    tokenizer = family.tokenizer(base, config)
+    generation = _generation_config(read_json(base / "generation_config.json"), family, tokenizer)
+    for part in (native, generation, tokenizer):
+        part.save_pretrained(output)
+    by_file = {}
+    for published, (_, file) in stored.items():
+        names = native_names(published, family.TENSORS)
+        by_file.setdefault(file, []).extend(name for name in names if name in weights)
+    shards = {}
+    for number, names in enumerate(by_file.values(), 1):
+        file = f"model-{number:05d}-of-{len(by_file):05d}.safetensors"
+        # popped when it is written: a file of the base is unmapped with the last of its tensors
+        shards[file] = {name: Part(*layout[name], partial(weights.pop, name)) for name in names}
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
+    (output / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    return shards
+
+
+def _write_shard(target: Path, parts: dict[str, Part], updates: dict[str, Update]) -> None:
+    """Write a safetensors file block by block, adding to the rows that are changed on the way."""
+    entries, end = {}, 0
+    for name, part in sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize):
+        start, end = end, end + math.prod(part.shape) * part.dtype.itemsize
+        entries[name] = {"dtype": DTYPES[part.dtype], "shape": [*part.shape], "data_offsets": [start, end]}
+    header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
+    header += b" " * (-len(header) % 8)
+    target.write_bytes(len(header).to_bytes(8, "little") + header)
     multiplying = Lock()  # one product at a time: each takes all cores
 
-    def copy(names: list[str]) -> None:
-        with open(source, "rb") as reader, open(target, "r+b") as writer:
+    def write(names: list[str]) -> None:
+        with open(target, "r+b") as file:
             for name in names:
+                part, update = parts[name], updates.get(name)
                 start, end = entries[name]["data_offsets"]
-                reader.seek(length + start)
-                writer.seek(length + start)
-                block, dtype, products = BLOCK, DTYPES.get(entries[name]["dtype"]), repeat(None)
-                if name in updates and len(updates[name].A):  # AdaLoRA takes all rank away from some
-                    row = (end - start) // entries[name]["shape"][0]
-                    block = max(BLOCK // row, 1) * row
+                file.seek(8 + len(header) + start)
+                count = part.shape[0] if part.shape else 1
+                step = max(BLOCK * count // max(end - start, 1), 1)
+                products = repeat(None)
+                if update and len(update.A):  # AdaLoRA takes all rank away from some
                     with multiplying:
-                        products = updates[name].product(dtype).split(block // row)
-                for offset, product in zip(range(start, end, block), products):
-                    data = bytearray(min(block, end - offset))
-                    if reader.readinto(data) != len(data):
-                        raise MergeError(f"{source} ends within {name}. Download the model again.")
+                        products = update.product(part.dtype).split(step)
+                rows = part.rows()
+                for i, product in zip(range(0, count, step), products):
+                    block = rows[i : i + step] if part.shape else rows[...]
                     if product is not None:
-                        updates[name].add_to(torch.frombuffer(data, dtype=dtype).view(product.shape), product)
-                    writer.write(data)
+                        block = block.clone()
+                        update.add_to(block, product)
+                    file.write(block.contiguous().flatten().view(torch.uint8).numpy())
 
-    names = sorted(entries, key=lambda name: entries[name]["data_offsets"])
+    names = list(entries)
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(copy, (names[i::WORKERS] for i in range(WORKERS))))
-
-
-@torch.no_grad()
-def _merge_loaded(base: Path, output: Path, updates: dict[str, Update]) -> None:
-    """Merge into a base whose tensors have other names in its files than in its native class."""
-    from .load import load_model
-
-    model, tokenizer = load_model(base, device_map="cpu")
-    weights = model.state_dict()
-    for name, update in updates.items():
-        if name not in weights:
-            raise MergeError(
-                f"The adapter changes {name}, which {base} has not. Name the model it was trained on."
-            )
-        _check_weight(name, update, tuple(weights[name].shape), weights[name].dtype)
-        update.add_to(weights[name], update.product(weights[name].dtype))
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+        list(pool.map(write, (names[i::WORKERS] for i in range(WORKERS))))
 
 
 @contextmanager
