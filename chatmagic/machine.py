@@ -1,0 +1,74 @@
+"""What this machine has: GPU and who holds its memory, RAM, disk, versions, and the kernel that a notebook runs in."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+GB = 10**9
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "torchkeras", "modelscope", "ipython")
+
+
+def gpu_memory() -> int:
+    """Bytes of memory of the first CUDA device, 0 without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
+def ram() -> int:
+    """Bytes of RAM of this machine, or of its container where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the first of its parents that exists: what a question about its disk must ask."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
+def report(folder: Path) -> list[tuple[str, str]]:
+    """(what, found) rows; `folder` is where models go, on the disk that counts."""
+    disk = shutil.disk_usage(nearest_existing(folder))
+    rows = [
+        ("Python", f"{platform.python_version()}, {sys.executable}"),
+        ("CPU", f"{os.cpu_count()} cores, {platform.machine()}"),
+        ("RAM", f"{ram() / GB:.1f} GB"),
+        ("disk", f"{disk.free / GB:.0f} GB free of {disk.total / GB:.0f} at {folder}"),
+    ]
+    rows += [("GPU", gpu) for gpu in _gpus()] or [("GPU", "none: the course runs on the CPU")]
+    return rows + [(package, _version(package)) for package in PACKAGES]
+
+
+def _gpus() -> list[str]:
+    """One line a GPU, then one a process that holds memory of one, as nvidia-smi tells."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["found by the driver, but this torch has no CUDA"] if _nvidia_smi("gpu", "name") else []
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        lines.append(f"{torch.cuda.get_device_name(index)}, {free / GB:.1f} GB free of {total / GB:.1f}")
+    held = _nvidia_smi("compute-apps", "pid,process_name,used_memory")
+    mine = str(os.getpid())
+    return lines + [f"held by process {row}" + (" (this one)" if row.split(",")[0] == mine else "") for row in held]
+
+
+def _nvidia_smi(what: str, fields: str) -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-{what}={fields}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return f"missing: pip install {package}"

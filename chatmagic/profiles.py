@@ -1,0 +1,95 @@
+"""The models of the course, from `profiles.toml`, and whether this machine can hold one."""
+
+import os
+import shutil
+import tomllib
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+from .errors import ChatmagicError
+from .machine import GB, gpu_memory, nearest_existing, ram
+
+AUTO = ("baichuan2-7b-chat", "qwen2.5-0.5b-instruct", "smollm2-135m")  # the first that fits a GPU; the last without
+
+
+class ProfileError(ChatmagicError):
+    """A profile that does not exist, or that this machine cannot hold."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One table of `profiles.toml`, whose head explains the fields."""
+
+    name: str
+    id: str
+    source: str
+    revision: str
+    bytes: int
+    licence: str
+    quantize: str
+    why: str
+    conversations: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    init_r: int
+    target_r: int
+    lora_alpha: int
+    lora_dropout: float
+    general: float
+    huggingface: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the whole course takes: the base, the merged model, and a gigabyte for adapter and states."""
+        return 2 * self.bytes + GB
+
+    @property
+    def memory(self) -> int:
+        """Bytes of GPU memory (without a GPU: of RAM) that training takes, roughly: weights, activations, adapter."""
+        return int(self.bytes * (0.35 if self.quantize == "nf4" else 1)) + 3 * GB
+
+
+@cache
+def profiles() -> dict[str, Profile]:
+    """Every profile by its name."""
+    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    default = tables.pop("default")
+    return {name: Profile(name, **default | table) for name, table in tables.items()}
+
+
+def get_profile(name: str = "auto") -> Profile:
+    """The profile of that name. "auto" is CHATMAGIC_PROFILE if set, else the largest of three that fits this GPU,
+    and the embedded model where there is none. Raises ProfileError, with the nearest names, for one that is unknown.
+    """
+    name = os.environ.get("CHATMAGIC_PROFILE", name) if name == "auto" else name
+    if name == "auto":
+        return next((p for p in map(profiles().get, AUTO) if p.memory < gpu_memory()), profiles()[AUTO[-1]])
+    if name not in profiles():
+        near = get_close_matches(name.lower(), profiles(), 1, cutoff=0.3)
+        nearest = f"; the nearest is {near[0]!r}" if near else ""
+        raise ProfileError(f"There is no profile {name!r}{nearest}. There are: {', '.join(profiles())}.")
+    return profiles()[name]
+
+
+def check_machine(profile: Profile, folder: Path) -> None:
+    """Raise ProfileError, before a byte is downloaded, if the course with this profile fits neither disk nor memory."""
+    where, memory = ("GPU memory", gpu_memory()) if gpu_memory() else ("RAM", ram())
+    problems = []
+    if memory < profile.memory:
+        problems.append(f"{profile.memory / GB:.1f} GB of {where}, and there are {memory / GB:.1f}")
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    if free < profile.disk - present:
+        problems.append(
+            f"{(profile.disk - present) / GB:.1f} GB of disk at {folder}, and {free / GB:.1f} are free "
+            "(CHATMAGIC_HOME names another disk)"
+        )
+    if problems:
+        fits = [p.name for p in profiles().values() if p.memory <= memory and p.disk <= free]
+        advice = f"Fits here: {', '.join(fits)}." if fits else "Free some disk, and run this again."
+        raise ProfileError(f"{profile.name} needs {'; it needs '.join(problems)}. {advice}")
