@@ -23,6 +23,14 @@ class Stored(NamedTuple):
     tensor: "Tensor"
     file: Path
 
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError where the tensor, stored as `name`, has not the shape of the model's."""
+        if self.tensor.shape != shape:
+            raise CheckpointError(
+                f"{self.file} holds {name} of shape {tuple(self.tensor.shape)}, and config.json asks for "
+                f"{tuple(shape)}: one of the two belongs to another model. Download both again."
+            )
+
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file; {} where there is no such file."""
@@ -47,8 +55,8 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
                 files[folder / file].append(tensor)
             if missing := [file for file in files if not file.is_file()]:
                 raise CheckpointError(
-                    f"{missing[0]} is missing ({len(missing)} of {len(files)} shards are), and {files[missing[0]][0]} "
-                    f"with it. Download the model again: the files already there are kept."
+                    f"{missing[0]} is missing ({len(missing)} of {len(files)} shards are), and with it "
+                    f"{files[missing[0]][0]}. Download the model again: the files already there are kept."
                 )
             return files
         if (folder / name).is_file():
@@ -63,8 +71,8 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
 def open_weights(folder: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint by its published name, memory-mapped: opening 15 GB takes no memory.
 
-    `.bin` files go through `torch.load(weights_only=True)`. Raises CheckpointError for a file that is missing,
-    cut short, no checkpoint, lacks what its index promises, or holds anything but tensors.
+    `.bin` files go through `torch.load(weights_only=True)`. Raises CheckpointError for a file that is
+    missing, cut short, no checkpoint, lacks what its index promises, or holds anything but tensors.
     """
     stored = {}
     for file, promised in weight_files(folder).items():
@@ -96,8 +104,8 @@ def _open_bin(file: Path) -> dict[str, "Tensor"]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{file} holds more than tensors: it asks to run {asked[1]}. Nothing was run or loaded, and there is "
-                f"no option to. Get the model from its publisher, best as safetensors."
+                f"{file} holds more than tensors: it asks to run {asked[1]}. Nothing was run, nothing was "
+                f"loaded, and no option does. Get the model from its publisher, best as safetensors."
             ) from None
         raise CheckpointError(f"{file} is cut short or no checkpoint: download it again.") from None
     if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:

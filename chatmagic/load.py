@@ -14,13 +14,13 @@ class RemoteCodeError(ChatmagicError):
 def load_model(path, quantize: str | None = None, dtype="auto", device_map="auto"):
     """Load a checkpoint folder; no code in it is run.
 
-    quantize: "nf4" (4 bit with double quantisation), "int8" (both by bitsandbytes, on a GPU or on the CPU), or None
-        for the weights as they are.
+    quantize: "nf4" (4 bit with double quantisation) or "int8", both by bitsandbytes, on a GPU or the CPU;
+        None for the weights as they are.
     dtype: a torch dtype or its name; "auto" is the checkpoint's own, or the 16-bit type that this device has.
     device_map: as in transformers; "auto" fills the GPUs and is the CPU where there is none.
 
-    Returns (model, tokenizer), the model in evaluation mode. Raises CheckpointError for a folder that is missing
-    or not whole, naming file and tensor, and RemoteCodeError for one that only its own code can read.
+    Returns (model, tokenizer), the model in evaluation mode. Raises CheckpointError for a folder that is
+    missing or not whole, naming file and tensor, and RemoteCodeError for one that only its own code can read.
     """
     if quantize not in (None, "nf4", "int8"):
         raise ChatmagicError(f"quantize={quantize!r} is not known: give 'nf4', 'int8' or None.")
@@ -37,14 +37,14 @@ def load_model(path, quantize: str | None = None, dtype="auto", device_map="auto
     if quantize:
         options["quantization_config"] = quantization_config(quantize, dtype)
     if family is None:
-        return _load_native(folder, config, options)
+        return _load_native(folder, config, stored, options)
     return _load_family(family, folder, config, stored, options)
 
 
 def context_limit(model) -> tuple[int | None, str]:
-    """How many tokens, prompt and answer together, this model may be given (None: no limit known), and why no more.
+    """How many tokens, prompt and answer together, a model may be given (None: no limit known); why no more.
 
-    Whoever generates refuses beyond it with the reason: some families' native classes depart from their originals there.
+    Whoever generates refuses beyond it with the reason: some native classes depart from their originals.
     """
     config = model.config.get_text_config()
     reason = getattr(config, "context_limit_reason", "the model was trained on no longer texts")
@@ -81,7 +81,8 @@ def _refuse_remote_code(config: dict, folder: Path) -> None:
             f", and for its own {module.split('--')[-1]}.py to be run to make a {name}. No such file is run"
         )
     raise RemoteCodeError(
-        f"{asks}. Families read without their code: {', '.join(FAMILIES)}; the nearest is {nearest_family(config)}."
+        f"{asks}. Families that are read without their code: {', '.join(FAMILIES)}; the nearest is "
+        f"{nearest_family(config)}."
     )
 
 
@@ -89,8 +90,14 @@ def _resolve_dtype(dtype, config: dict):
     """The torch dtype to load in."""
     import torch
 
+    if isinstance(dtype, torch.dtype):
+        return dtype
     if dtype != "auto":
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ChatmagicError(
+                f"dtype={dtype!r} is not known: give 'auto', 'float32', 'bfloat16' or 'float16'."
+            )
+        return getattr(torch, dtype)
     stored = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     if not torch.cuda.is_available():
         # CPUs multiply float16 slowly or not at all
@@ -99,26 +106,35 @@ def _resolve_dtype(dtype, config: dict):
     return torch.float16 if stored is torch.bfloat16 and not bf16 else stored
 
 
-def _load_native(folder: Path, config: dict, options: dict):
+def _load_native(folder: Path, config: dict, stored: dict[str, Stored], options: dict):
     """A checkpoint that transformers reads by itself."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{folder} has no tokenizer that transformers can read: {error}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if "quantization_config" in config:
         mend_bitsandbytes()
+    else:  # transformers checks no shape that it quantises
+        with torch.device("meta"):
+            expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
+        for name in stored.keys() & expected.keys():
+            stored[name].check_shape(name, expected[name].shape)
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     if missing := report["missing_keys"]:
         raise CheckpointError(f"No file in {folder} holds {min(missing)}: download the model again.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return model, tokenizer
 
 
 def _load_family(family, folder: Path, config: dict, stored: dict[str, Stored], options: dict):
     """A published checkpoint as its family's native class.
 
-    transformers takes a state dict of its own names in place of a folder, and quantises, casts and places one tensor
-    at a time as it does with files; nothing is registered with it, and what is saved later is native.
+    transformers takes a state dict of its own names in place of a folder, and quantises, casts and places one
+    tensor at a time as it does with files. Nothing is registered with it, and what is saved later is native.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -140,8 +156,8 @@ def _load_family(family, folder: Path, config: dict, stored: dict[str, Stored], 
 
 
 def _generation_config(published: dict, family, tokenizer):
-    """The publisher's sampling, the family's stop ids; not the keys of its own code, nor a length for prompt and answer
-    together, of which generate() warns at every call."""
+    """The publisher's sampling and the family's stop ids; not the keys that only its code knows, nor a
+    `max_length`, which generate() warns of at every call."""
     from transformers import GenerationConfig
 
     known = GenerationConfig().to_dict().keys() - {

@@ -5,8 +5,8 @@ import logging
 
 
 def quantization_config(quantize: str, compute_dtype):
-    """transformers' BitsAndBytesConfig for "nf4" (4 bit, double quantisation; QLoRA, arXiv:2305.14314) or "int8"
-    (arXiv:2208.07339). `compute_dtype` is the torch dtype in which 4-bit layers multiply."""
+    """transformers' BitsAndBytesConfig for "nf4" (4 bit, double quantisation: QLoRA, arXiv:2305.14314) or for
+    "int8" (arXiv:2208.07339). `compute_dtype` is the torch dtype in which 4-bit layers multiply."""
     from transformers import BitsAndBytesConfig
 
     mend_bitsandbytes()
@@ -22,16 +22,17 @@ def quantization_config(quantize: str, compute_dtype):
 
 @functools.cache
 def mend_bitsandbytes() -> None:
-    """Import bitsandbytes without its noise, and let a 4-bit model on the CPU be saved and trained after it spoke.
+    """Import bitsandbytes without its noise; let a 4-bit model on the CPU be saved and trained after use.
 
-    On CPUs with AVX-512 BF16 the first forward in evaluation rearranges each 4-bit weight for a kernel that has no
-    backward, and rounds its scales to bfloat16 (bitsandbytes pull request 1804; still so in 0.50.2). From then on
-    gradients stop at every such layer, with no error, and `save_pretrained` writes scales that were quantised
-    twice; shapes that the kernel does not know fail. Here the original scales, a 64th of the weights, are kept
-    aside, so that the way back is exact; a layer goes back whenever it is trained; odd shapes are left as they are.
+    On CPUs with AVX-512 BF16 the first forward in evaluation rearranges each 4-bit weight for a kernel that
+    has no backward, and rounds its scales to bfloat16 (bitsandbytes pull request 1804; still so in 0.50.2).
+    From then on gradients stop at every such layer, with no error, and `save_pretrained` writes scales that
+    were quantised twice; shapes that the kernel does not know fail. Here the original scales, a 64th of the
+    weights, are kept aside, so that the way back is exact; a layer goes back whenever it is trained; odd
+    shapes stay as they are.
     """
-    # Each import of bitsandbytes on such a CPU warns that an optional kernel of the hub was not found (issue 2064).
-    # Each int8 product warns that its input is cast to float16.
+    # Each import of bitsandbytes on such a CPU warns that an optional kernel was not found on the hub (issue
+    # 2064), and each int8 product that its input is cast to float16.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     from bitsandbytes.nn import Linear4bit, modules

@@ -1,5 +1,6 @@
-"""Each published checkpoint, tiny, as its family's native class: equal to what the publisher's own code answered."""
+"""Each published checkpoint, tiny, as its family's native class: as the publisher's own code answered."""
 
+import functools
 import json
 import logging
 import shutil
@@ -40,6 +41,7 @@ def tokenizers_built_once():
     built = {}
 
     def once(build):
+        @functools.wraps(build)
         def tokenizer(folder, config):
             if folder not in built:
                 built[folder] = build(folder, config)
@@ -136,7 +138,8 @@ for folder, prompt in json.load(sys.stdin):
     with torch.no_grad():
         best = model(torch.tensor([prompt])).logits[0, -1].topk(5)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True)["input_ids"]
+    hello = [{"role": "user", "content": "你好"}]
+    ids = tokenizer.apply_chat_template(hello, add_generation_prompt=True)["input_ids"]
     best = list(zip(best.indices.tolist(), best.values.tolist()))
     print(json.dumps([best, ids, tokenizer.eos_token_id, tokenizer.pad_token_id]))
 """
@@ -167,7 +170,7 @@ def test_what_is_saved_is_native_and_plain_transformers_reads_it(loaded, golden,
 
 @every
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_one_adalora_step_changes_the_adapter_alone(tiny_models, golden, name, quantize):
+def test_one_adalora_step_changes_the_adapter_alone(tiny_models, golden, tmp_path, name, quantize):
     model, _ = load_model(tiny_models / name, quantize=quantize, dtype="float32")
     torch.manual_seed(0)
     config = AdaLoraConfig(
@@ -187,6 +190,9 @@ def test_one_adalora_step_changes_the_adapter_alone(tiny_models, golden, name, q
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     model.base_model.update_and_allocate(0)
+    model.save_pretrained(tmp_path)
+    saved = safe_open(tmp_path / "adapter_model.safetensors", "pt").keys()
+    assert saved and all("lora_" in key for key in saved)
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed and all("lora_" in key for key in changed)
     layers = {key.rsplit(".lora_", 1)[0] for key in changed}
@@ -195,7 +201,7 @@ def test_one_adalora_step_changes_the_adapter_alone(tiny_models, golden, name, q
 
 @every_tokenizer
 def test_tokens_are_the_publishers(loaded, shared, tmp_path, name):
-    """In text, ChatGLM2's and InternLM's own tokenizers do not see control tokens (InternLM's <eoa> is none to them)."""
+    """To ChatGLM2's and InternLM's own tokenizers control tokens in a text are text; <eoa> is none."""
     if name == "llama-2-13b-chat":
         pytest.skip("the golden strings have no Llama-2 column; its prompts are golden")
     column = name.split("-")[0]
@@ -210,6 +216,7 @@ def test_tokens_are_the_publishers(loaded, shared, tmp_path, name):
                 assert reader(text, add_special_tokens=False, split_special_tokens=as_text).input_ids == ids
                 whole = unicodedata.normalize("NFC", text) if column == "qwen" else text
                 assert reader.decode(ids) == whole
+        assert reader.get_added_vocab() == tokenizer.get_added_vocab()
 
 
 def test_control_tokens_and_their_ids(loaded):
@@ -445,9 +452,20 @@ def test_nearest_family(tmp_path, config, nearest):
 def test_a_missing_shard_is_named(copy):
     folder = copy("baichuan2-7b-chat")
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
-    missing = r"pytorch_model-00002-of-00002.bin is missing \(1 of 2 shards are\), and model.layers.1.self_attn.o_proj"
+    missing = r"pytorch_model-00002-of-00002.bin is missing \(1 of 2 .* with it model.layers.1.self_attn"
     with pytest.raises(CheckpointError, match=missing):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name, file", [("qwen-7b-chat", "qwen.tiktoken"), ("chatglm2-6b", "tokenizer.model")]
+)
+def test_a_missing_tokenizer_is_named(copy, name, file):
+    folder = copy(name)
+    (folder / file).unlink()
+    family = find_family(json.loads((folder / "config.json").read_text()), folder)
+    with pytest.raises(CheckpointError, match=f"{file} is missing"):
+        family.tokenizer.__wrapped__(folder, json.loads((folder / "config.json").read_text()))
 
 
 def rewrite(folder, change):

@@ -17,7 +17,7 @@ IDS = torch.tensor([[1, 5, 9, 2, 7, 7, 3]])
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A Llama of random weights in three safetensors shards, wide enough for bitsandbytes' packed CPU kernel."""
+    """A Llama of random weights in three shards, wide enough for bitsandbytes' packed CPU kernel."""
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -113,6 +113,11 @@ def test_unknown_quantisation(llama):
         load_model(llama, quantize="fp4")
 
 
+def test_unknown_dtype(llama):
+    with pytest.raises(ChatmagicError, match="dtype='fp16' is not known: give 'auto', 'float32'"):
+        load_model(llama, dtype="fp16")
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(CheckpointError, match="There is no folder .*nowhere"):
         load_model(tmp_path / "nowhere")
@@ -164,6 +169,34 @@ def test_index_that_promises_too_much(copy):
     with pytest.raises(
         CheckpointError, match="model-00001-of-00003.safetensors does not hold model.extra.weight"
     ):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_wrong_shape(copy, quantize):
+    as_bin(copy)
+    weights = torch.load(copy / "pytorch_model.bin", weights_only=True)
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(128, 60)
+    torch.save(weights, copy / "pytorch_model.bin")
+    wrong = (
+        r"pytorch_model.bin holds model.layers.0.mlp.up_proj.weight of shape \(128, 60\), and .* \(128, 64\)"
+    )
+    with pytest.raises(CheckpointError, match=wrong):
+        load_model(copy, quantize=quantize)
+
+
+def test_missing_tensor(copy):
+    as_bin(copy)
+    weights = torch.load(copy / "pytorch_model.bin", weights_only=True)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    torch.save(weights, copy / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="No file in .* holds model.layers.1.mlp.up_proj.weight"):
+        load_model(copy)
+
+
+def test_missing_tokenizer(copy):
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer that transformers can read"):
         load_model(copy)
 
 

@@ -9,8 +9,8 @@ One module a family, each with
     tokenizer(folder, config)              the fast tokenizer, its chat template set
     STOP_IDS                               the token ids that end an answer
 
-Saved again they are plain checkpoints, which AutoModelForCausalLM reads by itself, but for Baichuan-13B: transformers
-has no class like it, and reads it after `import chatmagic.families`, which registers one.
+Saved again they are plain checkpoints, which AutoModelForCausalLM reads by itself, but for Baichuan-13B:
+transformers has no class like it, and reads it after `import chatmagic.families`, which registers one.
 """
 
 import re

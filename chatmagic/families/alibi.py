@@ -1,7 +1,7 @@
-"""Baichuan-13B's model: a Llama without positions whose attention leans towards near tokens (ALiBi, arXiv:2108.12409).
+"""Baichuan-13B's model: a Llama that knows no positions, only distances (ALiBi, arXiv:2108.12409).
 
-transformers has no such class. This one gives Llama's layers positions that are all zero, which makes the rotary
-embedding the identity, and a causal mask with the bias added to it.
+transformers has no such class. This one gives Llama's layers positions that are all zero, which makes the
+rotary embedding the identity, and a causal mask with a bias against far tokens in it.
 """
 
 import torch
@@ -10,13 +10,13 @@ from transformers.masking_utils import create_causal_mask
 
 
 class BaichuanAlibiConfig(LlamaConfig):
-    """LlamaConfig; `max_position_embeddings` is the length it was trained on, which ALiBi does not enforce."""
+    """LlamaConfig; `max_position_embeddings` is the length of its training, which ALiBi does not enforce."""
 
     model_type = "baichuan_alibi"
 
 
 def alibi_slopes(heads: int, device=None) -> torch.Tensor:
-    """float32 (heads,): the bias that each head gives to a token one step further back, negated (BLOOM's slopes).
+    """float32 (heads,): what each head's attention loses with each step back (BLOOM's slopes).
 
     A geometric series for a power of two of heads; further heads lie between its terms.
     """
@@ -55,8 +55,8 @@ class BaichuanAlibiModel(LlamaModel):
         )
 
     def _biased_mask(self, embedded, attention_mask, past_key_values) -> torch.Tensor:
-        """(batch, heads, queries, keys) in the dtype of the embeddings: the slope times the distance, or the dtype's
-        smallest number where a query must not look."""
+        """(batch, heads, queries, keys) in the dtype of the embeddings: minus slope times distance, or the
+        dtype's least number where a query must not look."""
         allowed = create_causal_mask(
             self.config, embedded, attention_mask, past_key_values, allow_is_causal_skip=False
         )

@@ -1,12 +1,15 @@
 """Baichuan 1 and 2, 7B and 13B: Llamas whose q, k and v are one matrix.
 
-The head of Baichuan 2 is a NormHead (modeling_baichuan.py), whose rows are divided by their length at every forward:
-here once, while loading. For training that is the same only while the head is frozen, as it is under an adapter.
-The 13B has ALiBi in place of rotary positions; what tells it apart is that its config has no
+The head of Baichuan 2 is a NormHead (modeling_baichuan.py), whose rows are divided by their length at every
+forward: here once, while loading. For training that is the same only while the head is frozen, as it is under
+an adapter. The 13B has ALiBi in place of rotary positions; what tells it apart is that its config has no
 `max_position_embeddings`.
 """
 
 from pathlib import Path
+
+from torch.nn.functional import normalize
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ..checkpoint import read_json
 from .alibi import BaichuanAlibiConfig
@@ -27,14 +30,12 @@ CHAT_TEMPLATE = """\
 
 
 class NormalisedRows:
-    """A matrix that is read with each row divided by its length, computed in `dtype`; nothing is held before."""
+    """A matrix that is divided by the length of each row, in `dtype`, when it is read and not before."""
 
     def __init__(self, matrix, dtype):
         self.matrix, self.dtype = matrix, dtype
 
     def __getitem__(self, index):
-        from torch.nn.functional import normalize
-
         return normalize(self.matrix[index].to(self.dtype))
 
 
@@ -42,9 +43,7 @@ def recognises(config: dict, folder: Path) -> bool:
     return config.get("model_type") == "baichuan"
 
 
-def native_config(config: dict):
-    from transformers import LlamaConfig
-
+def native_config(config: dict) -> LlamaConfig:
     if "max_position_embeddings" in config:
         rotary = {"rope_type": "default", "rope_theta": 10000.0}
         return LlamaConfig(**llama_shape(config), rope_parameters=rotary)
@@ -56,7 +55,7 @@ def adapt(weights: dict, config: dict, dtype) -> None:
         weights["lm_head.weight"] = NormalisedRows(weights["lm_head.weight"], dtype)
 
 
-def tokenizer(folder: Path, config: dict):
+def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
     backend = build_tokenizer(folder / "tokenizer.model", special=[f"<reserved_{n}>" for n in range(1000)])
     published = read_json(folder / "tokenizer_config.json")
     return fast_tokenizer(

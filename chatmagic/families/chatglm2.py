@@ -1,6 +1,10 @@
 """ChatGLM2-6B: a Glm, with two key-value heads, under Megatron's names."""
 
 from pathlib import Path
+from typing import ClassVar
+
+from tokenizers import AddedToken, processors
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from .native import fast_tokenizer
 from .sentencepiece import build_tokenizer
@@ -35,6 +39,19 @@ CHAT_TEMPLATE = """\
 """
 
 
+class ChatGLM2Config(GlmConfig):
+    """A GlmConfig that finds the size of the vocabulary in the published config.json too.
+
+    PEFT looks for it there, and takes any other number for a vocabulary that was resized, and that it saves with
+    the adapter.
+    """
+
+    attribute_map: ClassVar = {"padded_vocab_size": "vocab_size"}
+
+
+MODEL_FOR_CAUSAL_LM_MAPPING.register(ChatGLM2Config, GlmForCausalLM, exist_ok=True)
+
+
 def recognises(config: dict, folder: Path) -> bool:
     """ChatGLM, ChatGLM3 and GLM-4 have the same model type, and other tensors, prompts or vocabularies."""
     return (
@@ -45,10 +62,8 @@ def recognises(config: dict, folder: Path) -> bool:
     )
 
 
-def native_config(config: dict):
-    from transformers import GlmConfig
-
-    return GlmConfig(
+def native_config(config: dict) -> ChatGLM2Config:
+    return ChatGLM2Config(
         vocab_size=config["padded_vocab_size"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["ffn_hidden_size"],
@@ -66,9 +81,7 @@ def native_config(config: dict):
     )
 
 
-def tokenizer(folder: Path, config: dict):
-    from tokenizers import AddedToken, processors
-
+def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
     backend = build_tokenizer(folder / "tokenizer.model", extra=COMMANDS)
     lead = ["[gMASK]", "sop"]
     # "sop" must not be found in "sophisticated": as a whole word only

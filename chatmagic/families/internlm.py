@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
 from .native import fast_tokenizer, llama_shape
 from .sentencepiece import build_tokenizer
 
@@ -23,9 +25,7 @@ def recognises(config: dict, folder: Path) -> bool:
     return config.get("model_type") == "internlm"
 
 
-def native_config(config: dict):
-    from transformers import LlamaConfig
-
+def native_config(config: dict) -> LlamaConfig:
     native = LlamaConfig(
         **llama_shape(config),
         attention_bias=config["bias"],
@@ -38,7 +38,7 @@ def native_config(config: dict):
     return native
 
 
-def tokenizer(folder: Path, config: dict):
+def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
     return fast_tokenizer(
         build_tokenizer(folder / "tokenizer.model"),
         folder,

@@ -1,7 +1,9 @@
-"""Llama-2 as Meta ships it: native weights, and a `tokenizer.model` that transformers reads only through protobuf."""
+"""Llama-2 as Meta ships it: native weights, and a `tokenizer.model`, which transformers reads by protobuf."""
 
 import re
 from pathlib import Path
+
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ..checkpoint import read_json
 from .native import fast_tokenizer
@@ -35,14 +37,12 @@ def recognises(config: dict, folder: Path) -> bool:
     )
 
 
-def native_config(config: dict):
-    from transformers import LlamaConfig
-
+def native_config(config: dict) -> LlamaConfig:
     return LlamaConfig.from_dict(config)
 
 
-def tokenizer(folder: Path, config: dict):
-    """Llama-2-Chat's files do not say that they are: its name gives it its chat template, no other Llama gets it."""
+def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
+    """Nothing in Llama-2-Chat's files says what they are: the chat template goes by the folder's name."""
     published = read_json(folder / "tokenizer_config.json")
     llama2_chat = re.search(r"llama-?2.*chat", str(folder.resolve()), re.IGNORECASE)
     return fast_tokenizer(

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast, Qwen2Config
+
 from .native import fast_tokenizer
 from .tiktoken import build_tokenizer
 
@@ -41,9 +43,7 @@ def recognises(config: dict, folder: Path) -> bool:
     return config.get("model_type") == "qwen" and "visual" not in config  # Qwen-VL has the same model type
 
 
-def native_config(config: dict):
-    from transformers import Qwen2Config
-
+def native_config(config: dict) -> Qwen2Config:
     native = Qwen2Config(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -59,13 +59,13 @@ def native_config(config: dict):
         pad_token_id=151643,
     )
     native.context_limit_reason = (
-        "beyond it, Qwen's own code stretches its rotary positions and scales its attention (dynamic NTK, log-n), which "
-        "transformers' Qwen2 does not"
+        "beyond it, Qwen's own code stretches its rotary positions and scales its attention (dynamic NTK, "
+        "log-n), which transformers' Qwen2 does not"
     )
     return native
 
 
-def tokenizer(folder: Path, config: dict):
+def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
     return fast_tokenizer(
         build_tokenizer(folder / "qwen.tiktoken", PATTERN, CONTROL),
         folder,

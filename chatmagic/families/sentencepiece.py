@@ -6,6 +6,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from ..checkpoint import CheckpointError
+
 
 class Kind(IntEnum):
     """SentencePiece.Type of sentencepiece_model.proto."""
@@ -24,15 +28,13 @@ class Piece(NamedTuple):
     kind: Kind
 
 
-def build_tokenizer(file: Path, special: Iterable[str] = (), extra: Iterable[str] = ()):
+def build_tokenizer(file: Path, special: Iterable[str] = (), extra: Iterable[str] = ()) -> Tokenizer:
     """The tokenizer of a `tokenizer.model` of the BPE kind with byte fallback and identity normalisation.
 
-    Control pieces are special tokens, found in text unless `split_special_tokens=True`; user-defined pieces are
-    always found, but for those in `special`. `extra` pieces get the ids behind the file's own, and are found only
-    where a caller adds them as tokens.
+    Control pieces, and the user-defined ones in `special`, are special tokens: found in text unless it is
+    encoded with `split_special_tokens=True`. Other user-defined pieces are always found. `extra` pieces get
+    the ids behind the file's own, and are found only if a caller adds them as tokens.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
     pieces, dummy_prefix = read_pieces(file)
     pieces += [Piece(text, 0.0, Kind.UNUSED) for text in extra]
     vocabulary = {piece.text: index for index, piece in enumerate(pieces)}
@@ -58,7 +60,7 @@ def build_tokenizer(file: Path, special: Iterable[str] = (), extra: Iterable[str
 
 
 def _merges(pieces: list[Piece], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that joins into a learnt piece, in the order SentencePiece joins them: best score first."""
+    """Every pair of pieces that joins into a learnt one, in SentencePiece's order: best score first."""
     merges = []
     for piece in pieces:
         if piece.kind is Kind.NORMAL:
@@ -68,7 +70,12 @@ def _merges(pieces: list[Piece], vocabulary: dict[str, int]) -> list[tuple[str, 
 
 
 def read_pieces(file: Path) -> tuple[list[Piece], bool]:
-    """The pieces of a ModelProto in the order of their ids, and whether a text gets a leading space."""
+    """The pieces of a ModelProto in the order of their ids, and whether a text gets a leading space.
+
+    Raises CheckpointError where there is no such file.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: download the model again.")
     pieces, dummy_prefix = [], True
     for number, value in _fields(file.read_bytes()):
         if number == 1:
@@ -81,7 +88,7 @@ def read_pieces(file: Path) -> tuple[list[Piece], bool]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protobuf message, (number, value), off the wire: the library is no dependency for three fields."""
+    """The fields of a protobuf message, (number, value), off the wire: three fields need no library."""
     position = 0
 
     def varint() -> int:

@@ -1,18 +1,24 @@
-"""A tiktoken file of byte-level BPE ranks, `qwen.tiktoken`, as a fast `tokenizers.Tokenizer` with the same ids."""
+"""A tiktoken file of byte-level BPE, `qwen.tiktoken`, as a fast `tokenizers.Tokenizer` with the same ids."""
 
 import base64
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-def build_tokenizer(file: Path, pattern: str, special: Sequence[str]):
+from ..checkpoint import CheckpointError
+
+
+def build_tokenizer(file: Path, pattern: str, special: Sequence[str]) -> Tokenizer:
     """The tokenizer of a rank file: each line a token in base64 and its id, which is also its merging rank.
 
-    `pattern` is the regular expression that cuts a text into words; `special` tokens get the ids behind the file's.
-    Texts are put into Unicode's NFC first, as Qwen does.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    `pattern` is the regular expression that cuts a text into words; `special` tokens get the ids behind the
+    file's. Texts are put into Unicode's NFC first, as Qwen does.
 
+    Raises CheckpointError where there is no such file.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: download the model again.")
     ranks = dict(map(bytes.split, file.read_bytes().splitlines()))
     ranks = {base64.b64decode(token): int(rank) for token, rank in ranks.items()}
     shown = _byte_characters()
