@@ -149,13 +149,13 @@ def _load_family(family, folder: Path, config: dict, stored: dict[str, Stored], 
     tokenizer = family.tokenizer(folder, config)
     model = model_class.from_pretrained(None, config=native, state_dict=weights, **options)
     model.name_or_path = model.config.name_or_path = str(folder)
-    model.generation_config = _generation_config(
+    model.generation_config = generation_config(
         read_json(folder / "generation_config.json"), family, tokenizer
     )
     return model, tokenizer
 
 
-def _generation_config(published: dict, family, tokenizer):
+def generation_config(published: dict, family, tokenizer):
     """The publisher's sampling and the family's stop ids; not the keys that only its code knows, nor a
     `max_length`, which generate() warns of at every call."""
     from transformers import GenerationConfig

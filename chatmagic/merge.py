@@ -283,7 +283,7 @@ def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, di
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from .families.native import native_names, native_weights
-    from .load import _generation_config
+    from .load import generation_config
 
     stored = open_weights(base)
     native = family.native_config(config)
@@ -294,7 +294,7 @@ def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, di
     if hasattr(family, "adapt"):
         family.adapt(weights, config, native.dtype)
     tokenizer = family.tokenizer(base, config)
-    generation = _generation_config(read_json(base / "generation_config.json"), family, tokenizer)
+    generation = generation_config(read_json(base / "generation_config.json"), family, tokenizer)
     for part in (native, generation, tokenizer):
         part.save_pretrained(output)
     by_file = {}

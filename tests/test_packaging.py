@@ -1,0 +1,58 @@
+"""What is declared is what is imported, what is imported lazily stays so, and the wheel is whole."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def distribution(requirement: str) -> str:
+    """The normalised name in a requirement (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def imported_distributions() -> dict[str, set[str]]:
+    """Every distribution that a file of the package imports from, with the files' names."""
+    homes, found = packages_distributions(), {}
+    for file in (ROOT / "chatmagic").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            for name in {module.split(".")[0] for module in modules} - sys.stdlib_module_names:
+                found.setdefault(distribution(homes.get(name, [name])[0]), set()).add(file.name)
+    return found
+
+
+def test_every_import_is_declared_and_every_declaration_is_imported():
+    declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
+    imported = imported_distributions()
+    assert {name: files for name, files in imported.items() if name not in declared} == {}
+    assert declared - imported.keys() == set()
+    assert {"torch", "ipython", "markdown-it-py"} <= imported.keys()
+
+
+def test_environment_yml_says_what_pyproject_says():
+    *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda == [f"python{PROJECT['requires-python']}", "pip"]
+    assert pip == {"pip": [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["test"], "-e ."]}
+
+
+@pytest.mark.parametrize("module", ["chatmagic", "chatmagic.magic"])
+def test_importing_loads_neither_torch_nor_transformers(module):
+    script = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert module in loaded.stdout.split()
+    assert not {"torch", "transformers", "peft", "numpy"} & set(loaded.stdout.split())
