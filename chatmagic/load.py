@@ -136,38 +136,12 @@ def _load_family(family, folder: Path, config: dict, stored: dict[str, Stored], 
     transformers takes a state dict of its own names in place of a folder, and quantises, casts and places one
     tensor at a time as it does with files. Nothing is registered with it, and what is saved later is native.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from .families.native import read_native
 
-    from .families.native import native_weights
-
-    native = family.native_config(config)
-    native.dtype = options["dtype"]
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(native)]
-    weights = native_weights(stored, family.TENSORS, model_class, native)
-    if hasattr(family, "adapt"):
-        family.adapt(weights, config, options["dtype"])
-    tokenizer = family.tokenizer(folder, config)
-    model = model_class.from_pretrained(None, config=native, state_dict=weights, **options)
+    native = read_native(family, folder, config, stored, options["dtype"])
+    model = native.model_class.from_pretrained(
+        None, config=native.config, state_dict=native.weights, **options
+    )
     model.name_or_path = model.config.name_or_path = str(folder)
-    model.generation_config = generation_config(
-        read_json(folder / "generation_config.json"), family, tokenizer
-    )
-    return model, tokenizer
-
-
-def generation_config(published: dict, family, tokenizer):
-    """The publisher's sampling and the family's stop ids; not the keys that only its code knows, nor a
-    `max_length`, which generate() warns of at every call."""
-    from transformers import GenerationConfig
-
-    known = GenerationConfig().to_dict().keys() - {
-        "max_length",
-        "transformers_version",
-        "eos_token_id",
-        "pad_token_id",
-    }
-    return GenerationConfig(
-        **{key: value for key, value in published.items() if key in known},
-        eos_token_id=family.STOP_IDS,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = native.generation_config
+    return model, native.tokenizer

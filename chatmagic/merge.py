@@ -280,22 +280,12 @@ def _open_rows(file: Path, name: str):
 
 def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, dict[str, Part]]:
     """As _open_native, for a checkpoint in its publisher's layout, which becomes native on the way."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from .families.native import native_names, native_weights
-    from .load import generation_config
+    from .families.native import native_names, read_native
 
     stored = open_weights(base)
-    native = family.native_config(config)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(native)]
-    weights = native_weights(stored, family.TENSORS, model_class, native)
-    native.architectures, native.dtype = [model_class.__name__], next(iter(weights.values())).dtype
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
-    if hasattr(family, "adapt"):
-        family.adapt(weights, config, native.dtype)
-    tokenizer = family.tokenizer(base, config)
-    generation = generation_config(read_json(base / "generation_config.json"), family, tokenizer)
-    for part in (native, generation, tokenizer):
+    native = read_native(family, base, config, stored)
+    weights = native.weights
+    for part in (native.config, native.generation_config, native.tokenizer):
         part.save_pretrained(output)
     by_file = {}
     for published, (_, file) in stored.items():
@@ -305,7 +295,9 @@ def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, di
     for number, names in enumerate(by_file.values(), 1):
         file = f"model-{number:05d}-of-{len(by_file):05d}.safetensors"
         # popped when it is written: a file of the base is unmapped with the last of its tensors
-        shards[file] = {name: Part(*layout[name], partial(weights.pop, name)) for name in names}
+        shards[file] = {
+            name: Part(weights[name].dtype, weights[name].shape, partial(weights.pop, name)) for name in names
+        }
     weight_map = {name: file for file, shard in shards.items() for name in shard}
     (output / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})

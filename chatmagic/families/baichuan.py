@@ -33,7 +33,7 @@ class NormalisedRows:
     """A matrix that is divided by the length of each row, in `dtype`, when it is read and not before."""
 
     def __init__(self, matrix, dtype):
-        self.matrix, self.dtype = matrix, dtype
+        self.matrix, self.shape, self.dtype = matrix, matrix.shape, dtype
 
     def __getitem__(self, index):
         return normalize(self.matrix[index].to(self.dtype))

@@ -42,8 +42,8 @@ CHAT_TEMPLATE = """\
 class ChatGLM2Config(GlmConfig):
     """A GlmConfig that finds the size of the vocabulary in the published config.json too.
 
-    PEFT looks for it there, and takes any other number for a vocabulary that was resized, and that it saves with
-    the adapter.
+    PEFT looks for it there, and takes any other number for a resized vocabulary, which it saves with the
+    adapter.
     """
 
     attribute_map: ClassVar = {"padded_vocab_size": "vocab_size"}

@@ -1,11 +1,52 @@
-"""What the families share: published tensors under native names, and tokenizers in transformers' clothes."""
+"""What the families share: a published checkpoint as transformers would have it."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
-from ..checkpoint import CheckpointError, Stored
+from ..checkpoint import CheckpointError, Stored, read_json
+
+
+class Native(NamedTuple):
+    """A published checkpoint in native terms. `weights[name][...]` reads a tensor; none is read before."""
+
+    model_class: type
+    config: PreTrainedConfig
+    weights: dict
+    tokenizer: PreTrainedTokenizerFast
+    generation_config: GenerationConfig
+
+
+def read_native(family, folder: Path, config: dict, stored: dict[str, Stored], dtype=None) -> Native:
+    """A family's checkpoint, its weights still in the files; `dtype` None: that in which they are stored.
+
+    Raises CheckpointError as `native_weights` does, and where the tokenizer's file is missing.
+    """
+    native = family.native_config(config)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(native)]
+    weights = native_weights(stored, family.TENSORS, model_class, native)
+    native.architectures = [model_class.__name__]
+    native.dtype = dtype or next(iter(weights.values())).dtype
+    if hasattr(family, "adapt"):
+        family.adapt(weights, config, native.dtype)
+    tokenizer = family.tokenizer(folder, config)
+    generation = _generation_config(read_json(folder / "generation_config.json"), family, tokenizer)
+    return Native(model_class, native, weights, tokenizer, generation)
+
+
+def _generation_config(published: dict, family, tokenizer) -> GenerationConfig:
+    """The publisher's sampling and the family's stop ids; not the keys that only its code knows, nor a
+    `max_length`, which generate() warns of at every call."""
+    own = {"eos_token_id": family.STOP_IDS, "pad_token_id": tokenizer.pad_token_id}
+    known = GenerationConfig().to_dict().keys() - {"max_length", "transformers_version"}
+    return GenerationConfig(**{key: value for key, value in published.items() if key in known} | own)
 
 
 def native_names(published: str, tensors: dict[str, list[str]]) -> list[str]:
