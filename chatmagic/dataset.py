@@ -40,6 +40,15 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
             yield messages
 
 
+def write_jsonl(conversations: Sequence[list[dict]], path: str | Path) -> None:
+    """One conversation a line, as `read_jsonl` reads it. The file is whole, or as it was before."""
+    path = Path(path).expanduser()
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(lines), encoding="utf-8")
+    part.replace(path)
+
+
 # What ShareGPT files call the roles, next to their proper names.
 _ROLES = {
     "human": "user",

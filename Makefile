@@ -1,0 +1,38 @@
+# make tutorial   the whole course, from a bare Python 3.11+
+# make test       the same environment, and every test, the notebooks among them
+# make lab        JupyterLab on the notebooks
+#
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu  takes torch from PyTorch's own CPU index.
+# Where the image brings a torch that sees a GPU, that one is kept.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: tutorial test lab kernel notebooks clean
+
+tutorial: $(READY)
+	$(BIN)/chatmagic tutorial
+
+test: $(READY)
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks tests
+
+lab: kernel
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+
+kernel: $(READY)
+	$(BIN)/python -m ipykernel install --user --name chatmagic --display-name chatmagic
+
+notebooks: $(READY)
+	$(BIN)/chatmagic tutorial --in-place
+
+$(READY): pyproject.toml constraints.txt
+	if $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; \
+	then $(PYTHON) -m venv --clear --system-site-packages $(VENV); grep -v "^torch==" constraints.txt > $(VENV)/constraints.txt; \
+	else $(PYTHON) -m venv --clear $(VENV); cp constraints.txt $(VENV); fi
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c $(VENV)/constraints.txt -e ".[lab,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) work

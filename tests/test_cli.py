@@ -1,0 +1,64 @@
+"""`chatmagic tutorial` on small notebooks: order, progress, failure, going on. The rest of the command line."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from chatmagic import cli
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the tutorial on notebooks given as {name: code}; returns (exit code, what it printed)."""
+    monkeypatch.setattr(cli, "_print_before_after", lambda: print("TABLE"))
+
+    def tutorial(**codes):
+        folder = tmp_path / "notebooks"
+        folder.mkdir(exist_ok=True)
+        for name, code in codes.items():
+            notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+            nbformat.write(notebook, folder / f"{name.strip('_')}.ipynb")
+        status = cli.main(["tutorial", "--notebooks", str(folder), "--executed", str(tmp_path / "work")])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return tutorial
+
+
+def test_the_tutorial_goes_on_from_the_notebook_that_failed(run, tmp_path):
+    note = "open('ran', 'a').write('{}')"
+    status, said = run(_00=note.format(0), _01="raise ValueError('broken here')", _02=note.format(2))
+    assert status == 1 and "01.ipynb failed: ValueError: broken here" in said and "[1/3] 00" in said
+    assert "TABLE" not in said
+    failed = json.loads((tmp_path / "work/01.failed.ipynb").read_text())
+    assert failed["cells"][0]["outputs"][0]["ename"] == "ValueError"
+
+    status, said = run(_01=note.format(1))
+    assert status == 0 and "done before" in said and "TABLE" in said
+    assert (tmp_path / "notebooks/ran").read_text() == "012"
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["00.ipynb", "01.ipynb", "02.ipynb"]
+
+    status, said = run()
+    assert status == 0 and "done before" not in said
+    assert (tmp_path / "notebooks/ran").read_text() == "012012"
+
+
+def test_each_notebook_has_a_fresh_kernel(run):
+    status, said = run(_00="x = 1", _01="x")
+    assert status == 1 and "NameError" in said
+
+
+def test_the_tutorial_says_where_to_run_it(run):
+    status, said = run()
+    assert status == 1 and "Run this from the repository's folder" in said
+
+
+def test_errors_are_one_paragraph_and_a_failing_exit_code():
+    done = subprocess.run(
+        [sys.executable, "-m", "chatmagic.cli", "download", "baichuan3"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "nearest is 'baichuan2-" in done.stderr and "Traceback" not in done.stderr

