@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import sys
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .errors import ChatmagicError
 from .labels import encode_prompt
+from .load import context_limit
 from .templates import get_template
 
 PREFILL_CHUNK = 512
@@ -30,7 +32,7 @@ class LocalModel:
         self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
         self.template = get_template(model_type, tokenizer, model)
         self.name = Path(getattr(model.config, "name_or_path", "") or model.config.model_type).name
-        self.context = getattr(model.config, "max_position_embeddings", None)
+        self.context, self._context_reason = context_limit(model)
         self.forget()
 
     def forget(self) -> None:
@@ -43,23 +45,27 @@ class LocalModel:
 
     def count(self, messages: list[dict]) -> int:
         """How many tokens the model is sent for these messages."""
-        return len(encode_prompt(messages, self.tokenizer, self.model_type))
+        return len(self._encode(messages))
 
-    def stream(self, messages: list[dict], stats, max_new_tokens: int, seed: int | None = None, **options
-               ) -> Iterator[str]:
+    def _encode(self, messages: list[dict]) -> list[int]:
+        return encode_prompt(messages, self.tokenizer, self.model_type, max_length=sys.maxsize)
+
+    def stream(
+        self, messages: list[dict], stats, max_new_tokens: int, seed: int | None = None, **options
+    ) -> Iterator[str]:
         """The reply, a piece of text for every token ("" while a character or a stop string is incomplete).
 
         `options` are `greedy=True` or fields of `GenerationConfig`; the rest is as the model's own
         `generation_config` has it. Fills `stats` as it goes. Raises ChatmagicError if the messages do not fit
         the context, an option is unknown, or memory runs out (the kept keys and values are then freed).
         """
-        ids = encode_prompt(messages, self.tokenizer, self.model_type)
+        ids = self._encode(messages)
         stats.tokens_in, stats.tokens_out = len(ids), 0
         room = max_new_tokens if self.context is None else min(max_new_tokens, self.context - len(ids))
         if room < 1:
             raise ChatmagicError(
-                f"the messages are {len(ids)} tokens, and the context of {self.name} is {self.context}: "
-                "nothing is left for a reply. Send less text, or forget the conversation with %chat_reset"
+                f"the messages are {len(ids)} tokens and leave no room for a reply: {self.name}'s context "
+                f"ends at {self.context}, since {self._context_reason}. Send less, or forget with %chat_reset"
             )
         config = self._generation_config(**options)
         config.max_new_tokens, config.max_length = room, None
@@ -80,16 +86,17 @@ class LocalModel:
         except torch.OutOfMemoryError:
             self.forget()
             raise ChatmagicError(
-                f"{self.model.device} ran out of memory after {stats.tokens_in} tokens in and {stats.tokens_out} "
-                "out; the kept keys and values were freed. Forget the conversation with %chat_reset, ask for "
-                'fewer tokens with --max-new-tokens, or load the model in 4 bits: load_model(path, quantize="nf4")'
+                f"{self.model.device} ran out of memory after {stats.tokens_in} tokens in and "
+                f"{stats.tokens_out} out; the kept keys and values were freed. Forget the conversation with "
+                "%chat_reset, ask for fewer tokens with --max-new-tokens, or load the model in 4 bits: "
+                'load_model(path, quantize="nf4")'
             ) from None
         finally:
             for module in training:  # as it was, part by part: an adapter may train in a model that does not
                 module.training = True
 
     def _generation_config(self, greedy: bool = False, **options):
-        """A copy of the model's `generation_config` with `options` over it and the template's stop ids in it."""
+        """A copy of the model's `generation_config`, `options` over it and the template's stop ids in it."""
         config = copy.deepcopy(self.model.generation_config)
         if unknown := [name for name in options if not hasattr(config, name)]:
             near = difflib.get_close_matches(unknown[0], vars(config), 1)
@@ -113,16 +120,20 @@ class LocalModel:
         input_ids = torch.tensor([ids], device=self.model.device)
         generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         return self.model.generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config,
-            generator=generator, custom_generate=self._decode,
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            generator=generator,
+            custom_generate=self._decode,
         )
 
     @torch.no_grad()  # on a generator function torch enters and leaves this around every yield
-    def _decode(self, model, input_ids, logits_processor, generation_config, generator=None, **kwargs
-                ) -> Iterator[int]:
+    def _decode(
+        self, model, input_ids, logits_processor, generation_config, generator=None, **kwargs
+    ) -> Iterator[int]:
         """Prefill what is not kept, then one forward a token. `input_ids`: int64, (1, length)."""
-        for chunk in input_ids[:, len(self._kept_ids):].split(PREFILL_CHUNK, dim=1):
-            ids = chunk[0].tolist()  # waits for the chunk before: a device that lags behind would not hear Stop
+        for chunk in input_ids[:, len(self._kept_ids) :].split(PREFILL_CHUNK, dim=1):
+            ids = chunk[0].tolist()  # waits for the chunk before: Stop finds the device not far behind
             logits = self._forward(model, chunk)
             self._kept_ids += ids
         while True:
@@ -137,31 +148,32 @@ class LocalModel:
             self._kept_ids.append(token_id)
 
     def _forward(self, model, input_ids) -> torch.Tensor:
-        """Run `input_ids`, (1, n), after what the cache holds: the last position's logits, float32, (1, vocab)."""
+        """Run `input_ids`, (1, n), after what the cache holds: the last position's logits, float32."""
         output = model(input_ids=input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].float()
 
     def _reuse(self, ids: list[int]) -> int:
         """Cut the kept keys and values to the longest common prefix with `ids`; how many tokens that spares.
 
-        An interrupted forward leaves layers of unequal length: each is cut by itself, to tokens all of them have.
+        An interrupted forward leaves layers of unequal length: each is cut by itself, to what all have.
         """
         weights = self._weights_now()
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self._kept_ids)))
-        layers = self._cache.layers if self._cache is not None else []
-        if common and weights == self._weights and all(type(layer) is DynamicLayer for layer in layers):
+        layers = self._cache.layers if common and weights == self._weights else []
+        if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+            common = 0  # others cannot be cut
+        self._weights, self._kept_ids = weights, ids[:common]
+        if common:
             for layer in layers:
                 layer.keys, layer.values = layer.keys[..., :common, :], layer.values[..., :common, :]
-            self._kept_ids = ids[:common]
         else:
-            self._cache, self._kept_ids = DynamicCache(config=self.model.config), []
-        self._weights = weights
-        return len(self._kept_ids)
+            self._cache = DynamicCache(config=self.model.config)
+        return common
 
     def _weights_now(self) -> list:
         """Differs once a weight was trained, loaded or replaced, or an adapter added, merged or switched.
 
-        torch counts a tensor's in-place updates in `_version`; PEFT's layers tell the state of their adapters.
+        torch counts a tensor's in-place updates in `_version`; PEFT's layers tell how their adapters stand.
         """
         state = [(id(weight), weight._version) for weight in self.model.parameters()]
         for module in self.model.modules():
@@ -190,11 +202,11 @@ class TextStream:
         if after == before or after.endswith("\ufffd"):
             return ""
         self.shown, self.pending = self.pending, []
-        return self._until_stop(after[len(before):])
+        return self._until_stop(after[len(before) :])
 
     def flush(self) -> str:
-        """What is left at the end: an incomplete character as U+FFFD, text that was no stop string after all."""
-        rest = self._decode(self.shown + self.pending)[len(self._decode(self.shown)):]
+        """What is left at the end: half a character as U+FFFD, text that was no stop string after all."""
+        rest = self._decode(self.shown + self.pending)[len(self._decode(self.shown)) :]
         self.pending = []
         text = self._until_stop(rest) + self.held
         self.held = ""
@@ -209,8 +221,10 @@ class TextStream:
         if ends:
             self.stopped = True
             return text[: min(ends)]
-        longest = max((n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
-                      default=0)
+        longest = max(
+            (n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
         if longest:
             text, self.held = text[:-longest], text[-longest:]
         return text

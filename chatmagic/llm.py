@@ -39,8 +39,8 @@ class Stats:
             return "?" if value is None else format(value, form)
 
         return (
-            f"{known(self.tokens_in, 'd')} tokens in ({self.tokens_reused} kept), {known(self.tokens_out, 'd')} out, "
-            f"first after {known(self.seconds_to_first_token, '.2f')} s, "
+            f"{known(self.tokens_in, 'd')} tokens in ({self.tokens_reused} kept), "
+            f"{known(self.tokens_out, 'd')} out, first after {known(self.seconds_to_first_token, '.2f')} s, "
             f"{known(self.tokens_per_second, '.1f')} tokens/s, {self.stop_reason}"
         )
 
@@ -53,7 +53,7 @@ class Reply(str):
     stats: Stats
 
     def json(self):
-        """The reply parsed as JSON, a Markdown fence around it allowed. Raises ChatmagicError if it is none."""
+        """The reply parsed as JSON, in a Markdown fence or not. Raises ChatmagicError if it is none."""
         text = self.strip()
         if text.startswith("```") and text.endswith("```"):
             text = text[3:-3].removeprefix("json")
@@ -61,22 +61,29 @@ class Reply(str):
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise ChatmagicError(
-                f"the reply is not JSON: {error}. It begins {self[:60]!r}. Ask for JSON alone, and allow enough "
-                "tokens for all of it with --max-new-tokens"
+                f"the reply is not JSON: {error}. It begins {self[:60]!r}. Ask for JSON alone, and allow "
+                "enough tokens for all of it with --max-new-tokens"
             ) from None
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stop, or Ctrl-C, ended a reply; `reply` is what there was of it. The conversation is as it was before."""
+    """Stop, or Ctrl-C, ended a reply; `reply` is what there was of it. The conversation is as before."""
 
     _render_traceback_ = ChatmagicError._render_traceback_
 
     def __init__(self, reply: Reply):
         out = reply.stats.tokens_out
-        super().__init__(
-            f"stopped by you{'' if out is None else f' after {out} tokens'}; the conversation is as it was before"
-        )
+        after = "" if out is None else f" after {out} tokens"
+        super().__init__(f"stopped by you{after}; the conversation is as it was before")
         self.reply = reply
+
+
+OPTIONS = {
+    "max_new_tokens": (lambda value: isinstance(value, int) and value >= 1, "a whole number, 1 or more"),
+    "temperature": (lambda value: value >= 0, "0 (greedy) or more"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+}
+"""What the options that all models have may be, and how an error says so."""
 
 
 class ChatModel(Protocol):
@@ -101,19 +108,26 @@ replacing a reader's variable frees the GPU."""
 
 
 class ChatLLM:
-    """A conversation with `model`, a causal language model of transformers (or its PEFT wrapper) and its tokenizer.
+    """A conversation with a causal language model of transformers, or its PEFT wrapper, and its tokenizer.
 
     `model_type` names a chat template (see `get_template`), by default the one that fits model and tokenizer.
     The last `max_chat_rounds` rounds are remembered in `history`, a list of (query, reply). `stream` says
-    whether replies are printed as they come. Creating one registers it in `models` under `name`, by default that of
-    the model's folder, and in a notebook makes it the one `%%chat` talks to; nothing is sent to the model.
-    Without a tokenizer, `model` is a `ChatModel`.
+    whether replies are printed as they come. Creating one registers it in `models` under `name`, by default
+    that of the model's folder, and in a notebook makes it the one `%%chat` talks to; nothing is sent to the
+    model. Without a tokenizer, `model` is a `ChatModel`.
     """
 
     def __init__(
-        self, model, tokenizer=None, model_type: str | None = None, max_chat_rounds: int = 20,
-        max_new_tokens: int = 512, stream: bool = True, history: list[tuple[str, str]] | None = None,
-        system: str | None = None, name: str | None = None,
+        self,
+        model,
+        tokenizer=None,
+        model_type: str | None = None,
+        max_chat_rounds: int = 20,
+        max_new_tokens: int = 512,
+        stream: bool = True,
+        history: list[tuple[str, str]] | None = None,
+        system: str | None = None,
+        name: str | None = None,
     ):
         self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
         if tokenizer is None:
@@ -141,20 +155,26 @@ class ChatLLM:
         pieces = self.backend.template.render(messages, add_generation_prompt)
         return "".join(piece.text for piece in pieces)
 
-    def build_inputs_labels(self, messages: list[dict], multi_rounds: bool = True) -> tuple[list[int], list[int]]:
+    def build_inputs_labels(
+        self, messages: list[dict], multi_rounds: bool = True
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation for training: see `chatmagic.build_inputs_labels`."""
         from .labels import build_inputs_labels
 
         return build_inputs_labels(messages, self.tokenizer, self.model_type, multi_rounds)
 
     def __call__(
-        self, query: str, stream: bool | Callable[[str], None] | None = None, system: str | None = None,
-        remember: bool = True, **generation,
+        self,
+        query: str,
+        stream: bool | Callable[[str], None] | None = None,
+        system: str | None = None,
+        remember: bool = True,
+        **generation,
     ) -> Reply:
         """Ask `query` in the conversation so far, and remember the round; arguments as for `chat`.
 
-        `remember=False` asks it outside the conversation. A turn that fails or is interrupted leaves the history as
-        it was. When the rounds outgrow the model's context the oldest are left out of the prompt.
+        `remember=False` asks it outside the conversation. A turn that fails or is interrupted leaves the
+        history as it was. When rounds outgrow the model's context the oldest are left out of the prompt.
         """
         system = self.system if system is None else system
         room = generation.get("max_new_tokens", self.max_new_tokens)
@@ -168,15 +188,18 @@ class ChatLLM:
     def chat(self, messages: list[dict], stream: bool | Callable[[str], None] = False, **generation) -> Reply:
         """The reply to `messages`, history untouched.
 
-        `stream=True` prints it as it comes; a function is called with every piece of text instead. `generation`:
-        `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, for a local model also any other field of
-        transformers' `GenerationConfig`; what is not given is as the model's own configuration has it.
-        Raises Interrupted with the part there is on KeyboardInterrupt.
+        `stream=True` prints it as it comes; a function is called with every piece of text instead.
+        `generation`: `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, for a local model also any
+        other field of transformers' `GenerationConfig`; what is not given is as the model's own has it.
+        A KeyboardInterrupt becomes Interrupted, which has the part there is.
         """
         write = partial(print, end="", flush=True) if stream is True else stream or (lambda piece: None)
         stats, pieces, start = Stats(), [], perf_counter()
         interrupted = False
         generation.setdefault("max_new_tokens", self.max_new_tokens)
+        for option, (possible, expected) in OPTIONS.items():
+            if option in generation and not possible(value := generation[option]):
+                raise ChatmagicError(f"{option} must be {expected}, not {value!r}")
         try:
             with closing(self.backend.stream(messages, stats, **generation)) as stream_of_text:
                 for piece in stream_of_text:
@@ -186,8 +209,9 @@ class ChatLLM:
                         write(piece)
         except KeyboardInterrupt:
             stats.stop_reason, interrupted = "interrupted", True
-        if stream is True:
-            print()
+        finally:
+            if stream is True and pieces:
+                print()
         stats.seconds = perf_counter() - start
         reply = Reply("".join(pieces))
         reply.query, reply.model, reply.stats = messages[-1]["content"], self.name, stats
@@ -201,7 +225,7 @@ class ChatLLM:
         self.backend.forget()
 
     def round_tokens(self) -> list[int | None]:
-        """Tokens of each round in `history`, its role marks included; None where only a server could count them."""
+        """Tokens of each round in `history`, role marks included; None where only a server could count."""
         ends = [
             self.backend.count(build_messages("", self.history[:index], self.system))
             for index in range(len(self.history) + 1)
@@ -209,35 +233,44 @@ class ChatLLM:
         return [None if end is None else end - start for start, end in pairwise(ends)]
 
     def save(self, path: str | Path) -> None:
-        """Write system text and history as one line of JSON, `{"messages": [...]}`: a row of training data, too.
+        """Write system text and history as a line of JSON, `{"messages": [...]}`: also a row to train on.
 
-        Atomic: the file is whole or as it was before.
+        Atomic: the file is whole or as it was before. Raises ChatmagicError where it cannot be written.
         """
         path = Path(path).expanduser()
         line = json.dumps({"messages": build_messages(None, self.history, self.system)}, ensure_ascii=False)
         part = path.with_name(path.name + ".part")
-        part.write_text(line + "\n", encoding="utf-8")
-        part.replace(path)
+        try:
+            part.write_text(line + "\n", encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise ChatmagicError(f"the conversation cannot be saved: {error}") from None
 
     def load(self, path: str | Path) -> None:
-        """Take system text and history from a file that `save` wrote. Raises ChatmagicError if it is none."""
+        """Take system text and history from a file of `save`'s. Raises ChatmagicError where it cannot."""
         try:
             (line,) = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
             messages = json.loads(line)["messages"]
+        except OSError as error:
+            raise ChatmagicError(f"the conversation cannot be read: {error}") from None
         except (ValueError, LookupError, TypeError):
-            raise ChatmagicError(f'{path} is not one line of JSON of the form {{"messages": [...]}}') from None
+            raise ChatmagicError(
+                f'{path} is not one line of JSON of the form {{"messages": [...]}}'
+            ) from None
         validate_messages(messages)
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
         if messages[-1]["role"] != "assistant":
-            raise ChatmagicError(f"{path} ends with a question that was not answered; remove its last message")
+            raise ChatmagicError(
+                f"{path} ends with a question that was not answered; remove its last message"
+            )
         contents = [message["content"] for message in messages]
         self.history, self.system = list(zip(contents[::2], contents[1::2])), system
 
     def _last_rounds(self, history: list) -> list:
-        return history[max(0, len(history) - self.max_chat_rounds):]
+        return history[max(0, len(history) - self.max_chat_rounds) :]
 
     def _history_that_fits(self, query: str, system: str | None, max_new_tokens: int) -> list:
-        """The last rounds that leave room in the context for `max_new_tokens`, or for half a context of them."""
+        """The last rounds that leave room in the context for `max_new_tokens`, at most half of it."""
         history = self._last_rounds(self.history)
         if self.backend.context is not None:
             limit = self.backend.context - min(max_new_tokens, self.backend.context // 2)

@@ -4,8 +4,8 @@ import difflib
 import json
 import re
 import string
-import textwrap
 import unicodedata
+from keyword import iskeyword
 
 from IPython import get_ipython
 from IPython.core.completer import CompletionContext, SimpleCompletion, context_matcher
@@ -34,7 +34,7 @@ def optional(trait, help: str):
 
 @magics_class
 class ChatMagics(Magics):
-    """Talk to a chat model. Every option of `%%chat` has its default here: `%config ChatMagics.temperature = 0.3`."""
+    """Talk to a chat model. `%config ChatMagics.temperature = 0.3` sets a default of `%%chat`'s options."""
 
     model = optional(Unicode, "Name of the model to talk to; by default the newest.")
     system = optional(Unicode, "System prompt, instead of the model's own.")
@@ -52,17 +52,28 @@ class ChatMagics(Magics):
     @argument("-m", "--model", metavar="NAME", help="which of the models in %%chat_models")
     @argument("--system", metavar="TEXT", help="system prompt, for this question")
     @argument("--temperature", type=float, metavar="T", help="sampling temperature; 0 is greedy")
-    @argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total probability")
+    @argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total probability"
+    )
     @argument("--max-new-tokens", type=int, metavar="N", help="most tokens in the reply")
     @argument("--seed", type=int, metavar="N", help="seed of the sampling")
     @argument("--greedy", action="store_true", help="always take the likeliest token")
     @argument("--no-stream", action="store_true", help="show the reply once it is complete")
     @argument("--new", action="store_true", help="forget the conversation first")
-    @argument("--no-history", action="store_true", help="neither show the model the conversation nor remember this")
-    @argument("-o", "--output", metavar="NAME", help="put the reply into a variable: a string with .stats and .json()")
+    @argument(
+        "--no-history", action="store_true", help="neither show the model the conversation nor remember this"
+    )
+    @argument(
+        "-o",
+        "--output",
+        metavar="NAME",
+        help="put the reply into a variable: a string with .stats and .json()",
+    )
     @argument("--format", choices=FORMATS, help="how the reply is shown")
     @argument("--stats", action="store_true", help="print token counts and times after the reply")
-    @argument("--vars", action="store_true", help="fill {name} and {name:format} from the notebook's variables")
+    @argument(
+        "--vars", action="store_true", help="fill {name} and {name:format} from the notebook's variables"
+    )
     @line_cell_magic
     def chat(self, line, cell=None):
         """Ask a chat model.
@@ -74,7 +85,7 @@ class ChatMagics(Magics):
         text = (text if cell is None else f"{text}\n{cell}").strip("\n")
         if not text.strip():
             raise ChatmagicError("there is nothing to send: type a question below %%chat, or after %chat")
-        if args.output and not args.output.isidentifier():
+        if args.output and (not args.output.isidentifier() or iskeyword(args.output)):
             raise ChatmagicError(f"-o takes the name of a variable, and {args.output!r} is none")
         if args.vars:
             text = fill(text, self.shell.user_ns)
@@ -97,25 +108,36 @@ class ChatMagics(Magics):
             form = "text"  # a terminal shows Markdown as it stands
         stream = llm.stream if self.stream is None else self.stream
         stream = show and stream and not args.no_stream and form != "json"
-        generation = {name: self._option(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
+        generation = {
+            name: self._option(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")
+        }
         generation = {name: value for name, value in generation.items() if value is not None}
         if args.greedy or (self.greedy and args.temperature is None and args.top_p is None):
             generation["greedy"] = True
         try:
-            reply = llm(text, stream=write if stream else False, system=self._option(args, "system"),
-                        remember=not args.no_history, **generation)
+            reply = llm(
+                text,
+                stream=write if stream else False,
+                system=self._option(args, "system"),
+                remember=not args.no_history,
+                **generation,
+            )
         except Interrupted as stopped:
-            print("" if stream else visible(stopped.reply))
+            if not stream:
+                print(visible(stopped.reply))
             raise
+        finally:
+            if stream:
+                print()
         if form == "json":
             text = json.dumps(reply.json(), ensure_ascii=False, indent=2)
         else:
-            text = "" if stream else visible(reply)
+            text = visible(reply)
         if show and form == "markdown":
             if stream:
                 clear_output(wait=True)
-            display({"text/html": render_markdown(reply), "text/plain": visible(reply)}, raw=True)
-        elif show:
+            display({"text/html": render_markdown(reply), "text/plain": text}, raw=True)
+        elif show and not stream:
             print(text)
         if args.stats or self.stats:
             print(f"[{reply.stats}]")
@@ -125,8 +147,8 @@ class ChatMagics(Magics):
     def chat_history(self, line):
         """Show the conversation, a round a line.
 
-        `%chat_history undo` forgets the last round, `%chat_history save FILE` writes the conversation as one line of
-        JSON and `%chat_history load FILE` takes it from there.
+        `%chat_history undo` forgets the last round, `%chat_history save FILE` writes the conversation as one
+        line of JSON, and `%chat_history load FILE` takes it from there.
         """
         llm = self._model()
         word, _, path = line.strip().partition(" ")
@@ -140,11 +162,16 @@ class ChatMagics(Magics):
         elif word == "undo" and not path:
             llm.history = llm.history[:-1]
         elif word:
-            raise ChatmagicError(f"%chat_history knows {', '.join(WORDS)}, not {line!r}{nearest(word, WORDS)}")
-        print_table(["round", "tokens", "question", "reply"], [
-            [str(index), "?" if tokens is None else str(tokens), query, reply]
-            for index, ((query, reply), tokens) in enumerate(zip(llm.history, llm.round_tokens()), 1)
-        ])
+            raise ChatmagicError(
+                f"%chat_history knows {', '.join(WORDS)}, not {line!r}{nearest(word, WORDS)}"
+            )
+        print_table(
+            ["round", "tokens", "question", "reply"],
+            [
+                [str(index), "?" if tokens is None else str(tokens), query, reply]
+                for index, ((query, reply), tokens) in enumerate(zip(llm.history, llm.round_tokens()), 1)
+            ],
+        )
 
     @line_magic
     def chat_reset(self, line):
@@ -153,17 +180,25 @@ class ChatMagics(Magics):
 
     @line_magic
     def chat_models(self, line):
-        """Show the models there are. The newest is talked to unless `-m` or `%config ChatMagics.model` names another."""
+        """Show the models there are; `*` marks the one that is asked, where `-m` names no other.
+
+        That is the newest, or what `%config ChatMagics.model` says.
+        """
         active = self._model() if models else None
-        print_table(["", "model", "context", "rounds"], [
-            ["*" if llm is active else "", name, str(llm.backend.context or "?"), str(len(llm.history))]
-            for name, llm in models.items()
-        ])
+        print_table(
+            ["", "model", "context", "rounds"],
+            [
+                ["*" if llm is active else "", name, str(llm.backend.context or "?"), str(len(llm.history))]
+                for name, llm in models.items()
+            ],
+        )
 
     def _model(self, name: str | None = None) -> ChatLLM:
         if name := name or self.model:
             if name not in models:
-                raise ChatmagicError(f"no model is called {name!r}{nearest(name, models)}; %chat_models shows all")
+                raise ChatmagicError(
+                    f"no model is called {name!r}{nearest(name, models)}; %chat_models shows all"
+                )
             return models[name]
         if not models:
             raise ChatmagicError(
@@ -178,22 +213,27 @@ class ChatMagics(Magics):
         return getattr(self, name) if value is None else value
 
     def _parse(self, line: str):
-        """Options, and the text after them. Only the value of an option may be quoted; the text is left alone."""
+        """Options, and the text after them. An option's value may be quoted; the text is left alone."""
         parser, argv, rest = ChatMagics.chat.parser, [], line.strip()
         actions = {option: action for action in parser._actions for option in action.option_strings}
         while match := OPTION.match(rest):
-            option, rest = match[1], rest[match.end():]
+            option, rest = match[1], rest[match.end() :]
             if option == "--":
                 break
             if option not in actions:
                 raise ChatmagicError(
-                    f"unknown option {option}{nearest(option, actions)} (%%chat? lists all of them; -- goes before text "
-                    "that begins with a dash)"
+                    f"unknown option {option}{nearest(option, actions)} (%%chat? lists all of them; -- goes "
+                    "before text that begins with a dash)"
                 )
-            if actions[option].nargs != 0:
+            if actions[option].nargs == 0:
+                if match[2]:
+                    raise ChatmagicError(f"{option} takes no value")
+            else:
                 if not (value := VALUE.match(rest)):
-                    raise ChatmagicError(f"{option} needs {actions[option].metavar or actions[option].choices} after it")
-                option, rest = f"{option}={value[1] or value[2] or value[3] or ''}", rest[value.end():]
+                    raise ChatmagicError(
+                        f"{option} needs {actions[option].metavar or actions[option].choices} after it"
+                    )
+                option, rest = f"{option}={value[1] or value[2] or value[3] or ''}", rest[value.end() :]
             argv.append(option)
         try:
             return parser.parse_args(argv), rest
@@ -202,7 +242,7 @@ class ChatMagics(Magics):
 
     @context_matcher()
     def complete(self, context: CompletionContext) -> dict:
-        """Options, model names and formats on the line of `%%chat` or `%chat`; after `--vars`, `{name`s in its cell."""
+        """A matcher for options, their values, and with `--vars` the `{names` in a cell."""
         first, before = context.full_text.split("\n", 1)[0], context.text_until_cursor
         if not re.match(r"\s*%?%chat\b", first):
             return {"completions": []}
@@ -211,7 +251,11 @@ class ChatMagics(Magics):
             words = [name for name in self.shell.user_ns if not name.startswith("_")]
         elif found := re.search(r"(?:-m|--model|--format|-o|--output)[\s=]+(\S*)$", before):
             kind = found[0].lstrip("-")[0]
-            words = {"m": models, "f": FORMATS, "o": [n for n in self.shell.user_ns if not n.startswith("_")]}[kind]
+            words = {
+                "m": models,
+                "f": FORMATS,
+                "o": [n for n in self.shell.user_ns if not n.startswith("_")],
+            }[kind]
         else:
             found = re.search(r"\s(-\S*)$", before)
             words = [option for action in ChatMagics.chat.parser._actions for option in action.option_strings]
@@ -219,13 +263,15 @@ class ChatMagics(Magics):
             return {"completions": []}
         fragment = found[1]
         return {
-            "completions": [SimpleCompletion(word, type="param") for word in sorted(words) if word.startswith(fragment)],
+            "completions": [
+                SimpleCompletion(word, type="param") for word in sorted(words) if word.startswith(fragment)
+            ],
             "matched_fragment": fragment,
             "suppress": True,
         }
 
 
-OPTION = re.compile(r"(-[^\s=]*)[\s=]*")
+OPTION = re.compile(r"(-[^\s=]*)(=?)\s*")
 VALUE = re.compile(r"""(?:"([^"]*)"|'([^']*)'|(\S+))\s*""")
 
 
@@ -245,7 +291,7 @@ def fill(text: str, variables: dict) -> str:
 
 
 def visible(text: str) -> str:
-    """A model's text without the control characters that move a terminal's cursor and more: they are shown."""
+    """A model's text, its control characters shown: a terminal would obey them."""
     return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else c for c in text)
 
 
@@ -254,7 +300,7 @@ def write(piece: str) -> None:
 
 
 def render_markdown(text: str) -> str:
-    """Markdown as HTML in which raw HTML is text and images are links: nothing in it runs or is fetched."""
+    """Markdown as HTML in which raw HTML is text and images are links: nothing in it runs or is loaded."""
     from markdown_it import MarkdownIt
     from markdown_it.common.utils import escapeHtml
 
@@ -268,11 +314,16 @@ def render_markdown(text: str) -> str:
 
 
 def print_table(heads: list[str], rows: list[list[str]]) -> None:
-    """Left-aligned columns; long text is cut, and what a wide character takes is counted."""
-    rows = [heads, *[[visible(textwrap.shorten(cell, 50, placeholder="…")) for cell in row] for row in rows]]
+    """Left-aligned columns, a row a line; long cells are cut, and a wide character takes two places."""
+    rows = [heads, *[[brief(cell) for cell in row] for row in rows]]
     widths = [max(map(width, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell + " " * (wide - width(cell)) for cell, wide in zip(row, widths)).rstrip())
+
+
+def brief(text: str) -> str:
+    text = " ".join(visible(text).split())
+    return text if len(text) <= 32 else text[:31] + "…"
 
 
 def width(text: str) -> int:
@@ -295,7 +346,6 @@ def install() -> None:
 def load_ipython_extension(shell) -> None:
     magics = ChatMagics(shell)
     shell.register_magics(magics)
-    shell.configurables.append(magics)
     shell.input_transformers_cleanup.append(reach_empty_cell)
     shell.Completer.custom_matchers.append(magics.complete)
 

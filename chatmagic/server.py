@@ -1,8 +1,9 @@
-"""A chat model behind an OpenAI-compatible server (vLLM, llama.cpp, Ollama, ...): a class can share one GPU."""
+"""A chat model behind an OpenAI-compatible server, such as vLLM or Ollama: a class can share one GPU."""
 
 import difflib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .errors import ChatmagicError
 from .llm import ChatLLM
@@ -38,47 +39,60 @@ class ServerModel:
         """The server keeps nothing of ours."""
 
     def stream(self, messages: list[dict], stats, greedy: bool = False, **options) -> Iterator[str]:
-        """The reply, in the pieces that the server sends. Raises ChatmagicError for whatever goes wrong there."""
-        import openai
-
+        """The reply, in the pieces that the server sends. Raises ChatmagicError for what goes wrong there."""
         if unknown := options.keys() - OPTIONS.keys():
-            raise ChatmagicError(f"a server has no option {min(unknown)!r}; it has {', '.join(OPTIONS)}, greedy")
+            raise ChatmagicError(
+                f"a server has no option {min(unknown)!r}; it has {', '.join(OPTIONS)}, greedy"
+            )
         if greedy:
             options["temperature"] = 0
-        try:
-            with self._client.chat.completions.create(
-                model=self.name, messages=messages, stream=True, stream_options={"include_usage": True},
-                **{OPTIONS[name]: value for name, value in options.items()},
-            ) as chunks:
+        request = {OPTIONS[name]: value for name, value in options.items()}
+        request |= {"model": self.name, "messages": messages, "stream": True}
+        finished = None
+        with self._errors_in_words():
+            chunks = self._client.chat.completions.create(**request, stream_options={"include_usage": True})
+            with chunks:
                 for chunk in chunks:
-                    if chunk.usage:
-                        stats.tokens_in, stats.tokens_out = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+                    if usage := chunk.usage:
+                        stats.tokens_in, stats.tokens_out = usage.prompt_tokens, usage.completion_tokens
                     for choice in chunk.choices:
-                        stats.stop_reason = choice.finish_reason or stats.stop_reason
+                        finished = choice.finish_reason or finished
                         if choice.delta.content:
                             yield choice.delta.content
-        except openai.APITimeoutError:
-            raise ChatmagicError(f"the server at {self.url} took too long to answer; ask again") from None
-        except openai.APIConnectionError:
-            raise ChatmagicError(
-                f"no server answers at {self.url}: start it, or check the address given to chatmagic.connect"
-            ) from None
-        except openai.AuthenticationError:
-            raise ChatmagicError(
-                f"the server at {self.url} refused the key: set the environment variable OPENAI_API_KEY before "
-                "chatmagic.connect"
-            ) from None
-        except openai.NotFoundError as error:
-            raise ChatmagicError(f"{self.url} has no model {self.name!r}{self._nearest(error)}") from None
-        except openai.APIError as error:
-            raise ChatmagicError(f"the server at {self.url} failed: {error.message}") from None
+        if finished is None:
+            raise ChatmagicError(f"the server at {self.url} broke off in the middle of a reply; ask again")
+        stats.stop_reason = finished
 
-    def _nearest(self, error) -> str:
+    @contextmanager
+    def _errors_in_words(self):
+        import httpx
+        import openai
+
+        try:
+            yield
+        except openai.APITimeoutError:
+            reason = f"the server at {self.url} took too long to answer; ask again"
+        except openai.APIConnectionError:
+            reason = (
+                f"no server answers at {self.url}: start it, or check the address given to chatmagic.connect"
+            )
+        except httpx.TransportError:
+            reason = f"the server at {self.url} broke off in the middle of a reply; ask again"
+        except openai.AuthenticationError:
+            reason = f"the server at {self.url} refused the key: set OPENAI_API_KEY before chatmagic.connect"
+        except openai.NotFoundError as error:
+            reason = f"{self.url} has no model {self.name!r}: {self._nearest() or error.message}"
+        except openai.APIError as error:
+            reason = f"the server at {self.url} failed: {error.message}"
+        else:
+            return
+        raise ChatmagicError(reason)
+
+    def _nearest(self) -> str:
         import openai
 
         try:
             names = [model.id for model in self._client.models.list()]
         except openai.APIError:
-            return f": {error.message}"
-        near = difflib.get_close_matches(self.name, names, 1, cutoff=0.3)
-        return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}"
+            return ""
+        return "it has " + ", ".join(difflib.get_close_matches(self.name, names, 3, cutoff=0))

@@ -4,7 +4,7 @@ import time
 
 
 class FakeModel:
-    """Answers "N: QUESTION", N being the number of the turn, a character a token; the prompt costs its characters."""
+    """Answers "N: QUESTION", N being the number of the turn. A character is a token."""
 
     def __init__(self, context=None, name="fake", delay=0.0):
         self.name, self.context, self.delay = name, context, delay

@@ -1,0 +1,211 @@
+"""A reader in JupyterLab, by a headless Chromium: types `%%chat` cells, watches one stream, stops one.
+
+CHATMAGIC_SCREENSHOT=FILE keeps a picture of the page; CHATMAGIC_REQUIRE_BROWSER=1 fails without a browser.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+TESTS = Path(__file__).parent
+CHROMIUM = "/usr/bin/chromium"
+
+
+def absent(what):
+    (pytest.fail if os.environ.get("CHATMAGIC_REQUIRE_BROWSER") else pytest.skip)(f"{what} is not installed")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, embedded):
+    """The address of a notebook in a running JupyterLab, whose first cell has yet to be run."""
+    if not find_spec("jupyterlab"):
+        absent("JupyterLab")
+    folder, settings = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings")
+    (settings / "labconfig").mkdir()
+    quiet = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
+    (settings / "labconfig" / "page_config.json").write_text(json.dumps(quiet))
+    setup = (
+        "from chatmagic import ChatLLM, load_model, snapshot_download\n\n"
+        'llm = ChatLLM(*load_model(snapshot_download("smollm2-135m")))'
+    )
+    cells = [new_markdown_cell("# Talk to a model"), new_code_cell(setup), new_code_cell("")]
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "chat.ipynb")
+    port = free_port()
+    options = {
+        "ServerApp.root_dir": folder,
+        "ServerApp.port": port,
+        "IdentityProvider.token": "",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.port_retries=0",
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "JUPYTER_CONFIG_DIR": str(settings),
+        "IPYTHONDIR": str(settings / "ipython"),
+        "PYTHONWARNINGS": "ignore",  # tqdm asks for ipywidgets
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    with open(settings / "lab.log", "w") as log:
+        server = subprocess.Popen(
+            [*command, *(f"--{name}={value}" for name, value in options.items())],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        wait(lambda: answers(f"http://127.0.0.1:{port}/api"), 40, lambda: (settings / "lab.log").read_text())
+        yield f"http://127.0.0.1:{port}/lab/tree/chat.ipynb"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def answers(url):
+    try:
+        return urlopen(url, timeout=1).status == 200
+    except (URLError, OSError):
+        return False
+
+
+def wait(condition, seconds, explain=lambda: ""):
+    """What `condition` comes to be, within `seconds`."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, explain()
+        time.sleep(0.02)
+    return value
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    if not (find_spec("playwright") and os.path.exists(CHROMIUM)):
+        absent(f"playwright or {CHROMIUM}")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        page.goto(lab)
+        page.get_by_text("| Idle").wait_for(timeout=40_000)
+        yield Notebook(page)
+        browser.close()
+
+
+class Notebook:
+    """A notebook on the page. A cell is typed into the last one, which running it renews."""
+
+    def __init__(self, page):
+        self.page = page
+        self.cells = page.locator(".jp-Notebook .jp-CodeCell")
+        self.last = self.cells.first
+
+    def type(self, source):
+        self.cells.last.locator(".cm-content").click()
+        self.page.keyboard.insert_text(source)
+        self.run(self.cells.count() - 1)
+
+    def run(self, index):
+        self.last = self.cells.nth(index)
+        self.last.locator(".cm-content").click()
+        self.page.keyboard.press("Shift+Enter")
+
+    @property
+    def busy(self):
+        return "*" in self.last.locator(".jp-InputPrompt").inner_text()
+
+    @property
+    def output(self):
+        return "\n".join(self.last.locator(".jp-OutputArea-output").all_inner_texts())
+
+    def finish(self, seconds=60):
+        wait(
+            lambda: re.search(r"\d", self.last.locator(".jp-InputPrompt").inner_text()),
+            seconds,
+            lambda: self.output,
+        )
+        return self.output
+
+    def stop(self):
+        self.page.locator(
+            '[data-command="notebook:interrupt-kernel"], [title^="Interrupt the kernel"]'
+        ).first.click()
+
+
+def test_a_reader_chats_stops_and_goes_on(page):
+    page.run(0)
+    assert "Error" not in page.finish()
+
+    page.type("%%chat --greedy --max-new-tokens 40\nWhat is the capital of France? Tell me about it.")
+    seen = []
+    while page.busy or not seen:
+        if page.output and page.output not in seen:
+            seen.append(page.output)
+    assert "Paris" in page.finish()
+    assert len(seen) > 3 and all(page.output.startswith(text.rstrip()) for text in seen)
+
+    page.type("%%chat --greedy --max-new-tokens 500\nWrite a long story about a lighthouse.")
+    wait(lambda: len(page.output) > 20, 30)
+    start = time.monotonic()
+    page.stop()
+    text = page.finish(10)
+    assert time.monotonic() - start < 2  # the page's own round trip included
+    assert re.search(
+        r"Interrupted: stopped by you after \d+ tokens; the conversation is as it was before", text
+    )
+    assert len(text.partition("Interrupted:")[0]) > 20 and "Traceback" not in text
+
+    page.type("%chat_history")
+    table = page.finish()
+    assert "Paris" in table and "lighthouse" not in table
+    if path := os.environ.get("CHATMAGIC_SCREENSHOT"):
+        page.page.screenshot(path=path)
+
+
+def test_a_reply_cannot_run_script_in_the_page(page):
+    page.type(
+        "from fake_model import FakeModel\nevil = ChatLLM(FakeModel(), name='evil')\n"
+        "evil.model.reply = lambda turn, question: "
+        "'**bold** <script>window.hit = 1</script><img src=x onerror=\"window.hit = 1\"> ![p](/evil.png)'"
+    )
+    page.finish()
+    asked = []
+    page.page.on("request", lambda request: asked.append(request.url))
+    for form in ("markdown", "text"):
+        page.type(f"%%chat -m evil --format {form}\nhi")
+        assert "<script>window.hit = 1</script><img src=x" in page.finish()
+    assert page.cells.nth(page.cells.count() - 3).locator("strong").inner_text() == "bold"
+    assert page.page.evaluate("window.hit") is None and not [url for url in asked if "evil.png" in url]
+
+
+def test_tab_completes_options(page):
+    page.cells.last.locator(".cm-content").click()
+    page.page.keyboard.insert_text("%%chat --te")
+    page.page.keyboard.press("Tab")
+    page.page.locator(".jp-Completer-item", has_text="--temperature").wait_for(timeout=10_000)
+    page.page.keyboard.press("Enter")
+    assert page.cells.last.locator(".cm-content").inner_text() == "%%chat --temperature"
