@@ -31,9 +31,9 @@ def download(args) -> None:
 def tutorial(args) -> None:
     """Execute the notebooks in order, each in a fresh kernel, from the one that failed last time."""
     import nbformat
-    from jupyter_client import AsyncKernelManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
+    from traitlets.config import Config
 
     notebooks = sorted(args.notebooks.glob("0*.ipynb"))
     if not notebooks:
@@ -54,8 +54,12 @@ def tutorial(args) -> None:
         notebook = nbformat.read(path, as_version=4)
         try:
             with tempfile.TemporaryDirectory() as sockets:  # over TCP anybody on a shared machine reaches the kernel
-                kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
-                NotebookClient(notebook, km=kernel, resources={"metadata": {"path": str(path.parent)}}).execute()
+                config = Config(AsyncKernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+                where = {"metadata": {"path": str(path.parent)}}
+                client = NotebookClient(
+                    notebook, kernel_name="python3", resources=where, config=config, coalesce_streams=True
+                )
+                client.execute()
         except CellExecutionError as error:
             nbformat.write(notebook, failed)
             raise ChatmagicError(

@@ -50,12 +50,12 @@ class Course:
             raise AttributeError(name)
         return self.folder / LEFT[name][0].split("/")[0]
 
-    def save_json(self, name: str, value) -> Path:
+    def save_json(self, name: str, value) -> None:
         """Write `value` beside the rest, whole or not at all."""
         path = self.folder / name
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-        return part.replace(path)
+        part.replace(path)
 
     def shown(self) -> list[str]:
         """The questions of the table at the end: the nine that are trained, and six general ones."""

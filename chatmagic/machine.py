@@ -27,6 +27,15 @@ def ram() -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
+def short(path: Path | str) -> str:
+    """The path as a notebook shows it: from the working folder or the home folder where it lies below one."""
+    path = Path(path)
+    near = os.path.relpath(path)
+    if not near.startswith(os.path.join("..", "..")):
+        return near
+    return str(Path("~", path.relative_to(Path.home()))) if path.is_relative_to(Path.home()) else str(path)
+
+
 def nearest_existing(folder: Path) -> Path:
     """The folder, or the first of its parents that exists: what a question about its disk must ask."""
     return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -36,10 +45,10 @@ def report(folder: Path) -> list[tuple[str, str]]:
     """(what, found) rows; `folder` is where models go, on the disk that counts."""
     disk = shutil.disk_usage(nearest_existing(folder))
     rows = [
-        ("Python", f"{platform.python_version()}, {sys.executable}"),
+        ("Python", f"{platform.python_version()}, {short(sys.executable)}"),
         ("CPU", f"{os.cpu_count()} cores, {platform.machine()}"),
         ("RAM", f"{ram() / GB:.1f} GB"),
-        ("disk", f"{disk.free / GB:.0f} GB free of {disk.total / GB:.0f} at {folder}"),
+        ("disk", f"{disk.free / GB:.0f} GB free of {disk.total / GB:.0f} at {short(folder)}"),
     ]
     rows += [("GPU", gpu) for gpu in _gpus()] or [("GPU", "none: the course runs on the CPU")]
     return rows + [(package, _version(package)) for package in PACKAGES]

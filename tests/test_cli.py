@@ -1,6 +1,7 @@
 """`chatmagic tutorial` on small notebooks: order, progress, failure, going on. The rest of the command line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -46,9 +47,10 @@ def test_the_tutorial_goes_on_from_the_notebook_that_failed(run, tmp_path):
     assert (tmp_path / "notebooks/ran").read_text() == "012012"
 
 
-def test_each_notebook_has_a_fresh_kernel(run):
-    status, said = run(_00="x = 1", _01="x")
+def test_each_notebook_has_a_fresh_kernel_that_ends_with_it(run, tmp_path):
+    status, said = run(_00="import os; x = 1; open('pid', 'w').write(str(os.getpid()))", _01="x")
     assert status == 1 and "NameError" in said
+    assert not os.path.exists(f"/proc/{(tmp_path / 'notebooks/pid').read_text()}")
 
 
 def test_the_tutorial_says_where_to_run_it(run):

@@ -1,0 +1,110 @@
+"""Every command that the READMEs show is run here, in a copy of the repository; their pictures and links exist.
+
+The notebooks come first in `make test`, so that here the course is run already: `make tutorial` goes on from its last
+notebook, as after a failure.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = ("README.md", "README.en.md")
+BLOCK = re.compile(r"```bash\n(.*?)```", re.S)
+
+
+def commands(readme: str) -> list[str]:
+    return [line for block in BLOCK.findall((ROOT / readme).read_text(encoding="utf-8")) for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """What git would give a newcomer, with the environment that these tests run in as its `.venv`."""
+    if Path(sys.prefix).name != ".venv":
+        pytest.skip("run by another environment than `make test` makes")
+    copy = tmp_path_factory.mktemp("clone") / "chatmagic"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, files):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    (copy / ".venv").symlink_to(sys.prefix)
+    return copy
+
+
+def run(command: str, folder: Path, **more) -> str:
+    path = f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, shell=True, cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path}, **more
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_both_readmes_show_the_same_commands_and_all_are_run_here():
+    assert commands(READMES[0]) == commands(READMES[1])
+    assert sorted(commands(READMES[0])) == sorted(
+        ["make tutorial", "make test", "make lab", "pip install .", "chatmagic doctor", "chatmagic download smollm2-135m"]
+    )
+
+
+def test_make_tutorial(clone):
+    """From the last notebook; the six before it were run by nbval in this same session."""
+    executed = clone / "work" / "executed"
+    executed.mkdir(parents=True)
+    for notebook in sorted((clone / "notebooks").glob("0*.ipynb"))[:-1]:
+        shutil.copy(notebook, executed)
+    printed = run("make tutorial", clone)
+    assert "[7/7] 06-inference" in printed and "question" in printed and "我叫梦中情炉" in printed
+    assert len(list(executed.glob("*.ipynb"))) == 7
+
+
+def test_make_test_is_what_runs_these_tests(clone):
+    planned = run("make --dry-run test", clone)
+    assert "pytest" in planned and "--nbval-lax" in planned and "notebooks tests" in planned
+
+
+def test_make_lab(clone, tmp_path):
+    environment = os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path), "JUPYTER_DATA_DIR": str(tmp_path), "BROWSER": "true"}
+    with (tmp_path / "log").open("w+") as log:
+        lab = subprocess.Popen(["make", "lab"], cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 60
+            while "/lab?token=" not in (tmp_path / "log").read_text():
+                assert lab.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+        finally:
+            os.killpg(lab.pid, signal.SIGTERM)
+            lab.wait()
+    assert (tmp_path / "kernels" / "chatmagic" / "kernel.json").is_file()
+
+
+def test_pip_install_alone_gives_a_working_import(clone, tmp_path):
+    """The dependencies are those of this environment, offered through a path, so that only the package is installed."""
+    run(f"python -m venv --system-site-packages {tmp_path / 'new'}", clone)
+    pip = tmp_path / "new" / "bin" / "python"
+    run(f"{pip} -m pip install --quiet --no-deps .", clone)
+    site = next((Path(sys.prefix) / "lib").glob("python*/site-packages"))
+    code = "import chatmagic; print(chatmagic.__file__, len(chatmagic.build_messages('你好')), chatmagic.ChatLLM.__name__)"
+    done = subprocess.run([pip, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "new")) and done.stdout.endswith(" 1 ChatLLM\n")
+
+
+@pytest.mark.parametrize("command, expected", [("doctor", "fits this machine"), ("download smollm2-135m", "smollm2-135m")])
+def test_the_command_line(clone, embedded, command, expected):
+    assert expected in run(f"chatmagic {command}", clone)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_pictures_and_links_exist(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    assert len(targets) > 10
+    assert [target for target in targets if not (ROOT / target).exists()] == []
