@@ -3,6 +3,11 @@
 import functools
 import logging
 
+# On its import on some CPUs it warns that an optional kernel of the hub was not found (bitsandbytes issue 2064), at
+# each int8 product that the input is cast to float16.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
 
 def quantization_config(quantize: str, compute_dtype):
     """transformers' BitsAndBytesConfig for "nf4" (4 bit, double quantisation: QLoRA, arXiv:2305.14314) or for

@@ -246,6 +246,14 @@ def test_bf16_follows_fp32(tmp_path):
     torch.testing.assert_close(half.train_loss.tolist(), full.train_loss.tolist(), rtol=1e-2, atol=0)
 
 
+def test_a_16_bit_base_keeps_its_rank_number(tmp_path):
+    """PEFT makes `ranknum`, by which the update is divided, trainable there, and does not save it."""
+    model = adalora(base=tiny_llama().to(torch.bfloat16))
+    fit(model, tmp_path)
+    numbers = [param.item() for name, param in model.named_parameters() if "ranknum" in name]
+    assert numbers == [6.0] * LAYERS
+
+
 def fp16_step(scale):
     """One step with the loss scaled as fp16 wants it; accelerate offers that on GPUs alone, torch everywhere."""
     model = adalora()

@@ -3,6 +3,8 @@
 import contextlib
 import io
 
+from .. import quantize  # noqa: F401, before PEFT imports bitsandbytes: it says what need not be heard
+
 with contextlib.redirect_stdout(io.StringIO()):  # torchkeras prints on import that scikit-learn is missing
     import torchkeras  # noqa: F401
 

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from peft import AdaLoraConfig, TaskType
 from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.adalora.layer import RankAllocator as PeftRankAllocator
 
 from ..errors import ChatmagicError
@@ -217,6 +218,9 @@ def rank_allocator(model) -> RankAllocator | None:
         return None
     if not isinstance(tuner.rankallocator, RankAllocator):
         name = tuner.trainable_adapter_name
+        for layer in tuner.model.modules():
+            if isinstance(layer, AdaLoraLayer):  # PEFT 0.21 makes this constant trainable where the base is 16-bit
+                layer.ranknum[name].requires_grad_(False)
         tuner.rankallocator = RankAllocator(tuner.model, tuner.peft_config[name], name)
     return tuner.rankallocator
 
