@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -56,3 +57,29 @@ def test_importing_loads_neither_torch_nor_transformers(module):
     )
     assert module in loaded.stdout.split()
     assert not {"torch", "transformers", "peft", "numpy"} & set(loaded.stdout.split())
+
+
+@pytest.mark.skipif(not (ROOT / PROJECT["readme"]).is_file(), reason="nothing builds without the README")
+def test_the_wheel_holds_every_module_and_the_profiles(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("chatmagic-*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("chatmagic/")}
+    files = (path for path in (ROOT / "chatmagic").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert held == {path.relative_to(ROOT).as_posix() for path in files}
+    assert {
+        "chatmagic/profiles.toml",
+        "chatmagic/train/__init__.py",
+        "chatmagic/families/__init__.py",
+    } <= held
