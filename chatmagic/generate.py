@@ -69,13 +69,14 @@ class LocalModel:
             )
         config = self._generation_config(**options)
         config.max_new_tokens, config.max_length = room, None
+        stop_ids = config.eos_token_id or ()
         text = TextStream(self.tokenizer, self.template.stop_strings)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
             for token in self._tokens(ids, config, seed, stats):
                 stats.tokens_out += 1
-                if token in config.eos_token_id:
+                if token in stop_ids:
                     stats.stop_reason = "stop"
                     break
                 yield text.push(token)
@@ -109,7 +110,7 @@ class LocalModel:
         config.update(num_beams=1, num_return_sequences=1, **options)
         eos = config.eos_token_id
         own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        config.eos_token_id = sorted({*own, *self.template.stop_token_ids(self.tokenizer)})
+        config.eos_token_id = sorted({*own, *self.template.stop_token_ids(self.tokenizer)}) or None
         if config.pad_token_id is None and config.eos_token_id:
             config.pad_token_id = config.eos_token_id[0]  # unused at batch 1; generate warns without one
         return config

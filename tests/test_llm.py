@@ -8,6 +8,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from fake_model import FakeModel
@@ -439,6 +440,17 @@ def test_every_stop_id_ends_a_reply_and_is_not_shown(model, tokenizer):
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, ids[4]]
     reply = llm("hi", greedy=True, remember=False)
     assert reply == tokenizer.decode(ids[: ids.index(ids[4])]) and reply.stats.stop_reason == "stop"
+
+
+def test_a_stop_string_ends_a_reply_even_without_stop_ids(model, tokenizer):
+    model.generation_config.eos_token_id = None
+    llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=30)
+    llm.backend.template = SimpleNamespace(stop_token_ids=lambda tokenizer: [], stop_strings=[])
+    whole = llm("hi", greedy=True, remember=False)
+    assert whole.stats.tokens_out == 30 and whole.stats.stop_reason == "length"
+    llm.backend.template.stop_strings = ["never said", whole[12:15]]
+    reply = llm("hi", greedy=True, remember=False)
+    assert reply == whole[: whole.index(whole[12:15])] and reply.stats.stop_reason == "stop"
 
 
 def test_characters_and_stop_strings_arrive_whole(tokenizer):
