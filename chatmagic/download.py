@@ -129,6 +129,7 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
     transformers unpacks GGUF while loading but keeps a quantisation mark that refuses `save_pretrained`: the weights
     move to a fresh model. The file's tokenizer pads with the token that ends a turn, which would then be masked.
     """
+    import gguf  # noqa: F401, transformers reads the file through it, and says less clearly that it is missing
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
