@@ -25,7 +25,7 @@ class Kind(IntEnum):
 class Piece(NamedTuple):
     text: str
     score: float
-    kind: Kind
+    kind: int
 
 
 def build_tokenizer(file: Path, special: Iterable[str] = (), extra: Iterable[str] = ()) -> Tokenizer:
@@ -39,7 +39,7 @@ def build_tokenizer(file: Path, special: Iterable[str] = (), extra: Iterable[str
     pieces += [Piece(text, 0.0, Kind.UNUSED) for text in extra]
     vocabulary = {piece.text: index for index, piece in enumerate(pieces)}
     merges = _merges(pieces, vocabulary)
-    unknown = next(piece.text for piece in pieces if piece.kind is Kind.UNKNOWN)
+    unknown = next(piece.text for piece in pieces if piece.kind == Kind.UNKNOWN)
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -62,10 +62,11 @@ def build_tokenizer(file: Path, special: Iterable[str] = (), extra: Iterable[str
 def _merges(pieces: list[Piece], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Every pair of pieces that joins into a learnt one, in SentencePiece's order: best score first."""
     merges = []
-    for piece in pieces:
-        if piece.kind is Kind.NORMAL:
-            splits = ((piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text)))
-            merges += [(piece.score, (a, b)) for a, b in splits if a in vocabulary and b in vocabulary]
+    for text, score, kind in pieces:
+        if kind == Kind.NORMAL:
+            for cut in range(1, len(text)):
+                if (left := text[:cut]) in vocabulary and (right := text[cut:]) in vocabulary:
+                    merges.append((score, (left, right)))
     return [pair for _, pair in sorted(merges, key=lambda merge: -merge[0])]
 
 
@@ -81,33 +82,31 @@ def read_pieces(file: Path) -> tuple[list[Piece], bool]:
         if number == 1:
             piece = dict(_fields(value))
             score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
-            pieces.append(Piece(piece[1].decode(), score, Kind(piece.get(3, Kind.NORMAL))))
+            pieces.append(Piece(piece[1].decode(), score, piece.get(3, Kind.NORMAL)))
         elif number == 3:
             dummy_prefix = bool(dict(_fields(value)).get(3, True))
     return pieces, dummy_prefix
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protobuf message, (number, value), off the wire: three fields need no library."""
+    """The fields of a protobuf message, (number, value), off the wire: three fields need no library.
+
+    The messages read here number their fields below 16, so that each field begins with a single byte.
+    """
     position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
     while position < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 2: None, 5: 4}[wire_type]
-        size = varint() if size is None else size
+        number, wire_type = divmod(message[position], 8)
+        position += 1
+        if wire_type in (0, 2):  # a number or a length, seven bits a byte
+            value = shift = 0
+            while (byte := message[position]) > 127:
+                value |= (byte & 127) << shift
+                position, shift = position + 1, shift + 7
+            value |= byte << shift
+            position += 1
+            if wire_type == 0:
+                yield number, value
+                continue
+        size = {1: 8, 5: 4}.get(wire_type) or value
         yield number, message[position : position + size]
         position += size
