@@ -13,11 +13,12 @@ class DataError(ChatmagicError):
 
 
 def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[str, str]]]:
-    """The conversations of a JSONL file, one a line, as lists of messages; the file is read as it is consumed.
+    """The conversations of a JSONL file, one a line, as lists of messages, read as they are consumed.
 
-    A line is an object with `messages`, in ShareGPT's form (`conversations` of `from` and `value`, `system`) or in
-    Alpaca's (`instruction`, `input`, `output`, `system`, `history`). Empty lines are passed over. With `progress`, a bar
-    shows the bytes read. Raises DataError with the number of the line that is no valid conversation.
+    A line is an object with `messages`, in ShareGPT's form (`conversations` of `from` and `value`, `system`)
+    or in Alpaca's (`instruction`, `input`, `output`, `system`, `history`). Empty lines are passed over. With
+    `progress`, a bar shows the bytes read. Raises DataError with the number of the line that is no valid
+    conversation.
     """
     from tqdm.auto import tqdm
 
@@ -84,8 +85,9 @@ def _messages(row) -> list[dict]:
 class DataCollator:
     """Examples of different lengths to one batch, in the order given.
 
-    Pads on the right, whatever `tokenizer.padding_side` says: that side is for generation, while all families of the
-    course were trained with their first token at position 0. Raises DataError where there is no pad token.
+    Pads on the right, whatever `tokenizer.padding_side` says: that side is for generation, while all families
+    of the course were trained with their first token at position 0. Raises DataError where there is no pad
+    token.
     """
 
     def __init__(self, tokenizer, pad_to_multiple_of: int | None = None):
@@ -98,9 +100,10 @@ class DataCollator:
         self.multiple = pad_to_multiple_of or 1
 
     def __call__(self, examples: Sequence[dict]) -> dict:
-        """The examples' `input_ids` and `labels` as int64 tensors of shape (len(examples), length), with -100 in the
-        labels' padding, and `attention_mask`, 0 there. Raises DataError for an example that trains the pad token: whoever
-        masks labels where the id is the pad's would never teach the model to end its turn."""
+        """The examples' `input_ids` and `labels` as int64 tensors of shape (len(examples), length), with -100
+        in the labels' padding, and `attention_mask`, 0 there. Raises DataError for an example that trains the
+        pad token: whoever masks labels where the id is the pad's would never teach the model to end its
+        turn."""
         import torch
 
         length = max(len(example["input_ids"]) for example in examples)
@@ -114,9 +117,8 @@ class DataCollator:
             labels = torch.as_tensor(example["labels"])
             if (labels == self.pad_token_id).any():
                 raise DataError(
-                    f"Example {row} trains {self.pad_token!r}, the token that ends a turn, and it is the pad token too: "
-                    "it would be masked as padding. Choose another, for example "
-                    "tokenizer.pad_token = tokenizer.unk_token"
+                    f"Example {row} trains {self.pad_token!r}, which ends a turn and is the pad token too: "
+                    "it would be masked as padding. Choose another: tokenizer.pad_token = tokenizer.unk_token"
                 )
             filled = slice(len(labels))
             batch["input_ids"][row, filled] = torch.as_tensor(example["input_ids"])

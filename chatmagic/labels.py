@@ -20,10 +20,10 @@ class LabelsError(ChatmagicError):
 class Encoder:
     """Pieces of a template to token ids and labels.
 
-    Words go through a copy of the tokenizer's backend that takes control tokens for ordinary characters; control
-    tokens that the template writes are looked up. What touches is encoded as one string, as the publishers do, and
-    offsets say which tokens are an answer's. But an answer always starts a new string, so that the ids before it,
-    which inference sends, never depend on it.
+    Words go through a copy of the tokenizer's backend that takes control tokens for ordinary characters;
+    control tokens that the template writes are looked up. What touches is encoded as one string, as the
+    publishers do, and offsets say which tokens are an answer's. But an answer always starts a new string, so
+    that the ids before it, which inference sends, never depend on it.
     """
 
     def __init__(self, tokenizer, template):
@@ -37,8 +37,8 @@ class Encoder:
             and not any(stop in end for stop in template.stop_strings)
         ):
             raise TemplateError(
-                f"Template {template.name!r} ends a turn with {end!r}, which is no token of this tokenizer: the "
-                "model would never stop. Pass the model_type of the model's own family, or none to have it found."
+                f"Template {template.name!r} ends a turn with {end!r}, which is no token of this tokenizer: "
+                "the model would never stop. Pass the model_type of its own family, or none to have it found."
             )
         self._ending = stops[0]
         self._parts = cache(re.compile(f"({control_pattern(tokenizer, self._control)})").split)
@@ -52,8 +52,8 @@ class Encoder:
         self._restart = set(self._control.values() if always else self._bos)
 
     def __call__(self, pieces: list[Piece], finished: bool) -> tuple[list[int], list[int]]:
-        """Token ids and labels, two lists of the same length. `finished`: the last turn is an answer, so that its
-        ending token stands there even where the history leaves it out, and no next turn is opened."""
+        """Token ids and labels, two lists of the same length. `finished`: the last turn is an answer, so that
+        its ending token stands there even where the history leaves it out, and no next turn is opened."""
         if finished:
             last = max(index for index, piece in enumerate(pieces) if piece.answer)
             pieces = pieces[: last + 1] if isinstance(pieces[last], EndOfTurn) else pieces
@@ -120,9 +120,9 @@ class Encoder:
 
 
 def _text_backends(tokenizer, control: dict[str, int]) -> tuple:
-    """Two copies of a tokenizer's backend that take control tokens for ordinary characters: for a text that starts
-    afresh, and for one that continues another, to which SentencePiece adds no space. And whether the tokenizer
-    itself starts afresh after every added token.
+    """Two copies of a tokenizer's backend that take control tokens for ordinary characters: for a text that
+    starts afresh, and for one that continues another, to which SentencePiece adds no space. And whether the
+    tokenizer itself starts afresh after every added token.
 
     The copies share the vocabulary, which is large. Control tokens stay in it, so that the ids of other added
     tokens do not move, but all marked special, for `encode_special_tokens` skips special tokens only.
@@ -177,8 +177,8 @@ def _encode(messages, tokenizer, model_type, max_length, drop_oldest, multi_roun
     template = encoder.template
     if (system := messages[0]["role"] == "system") and not template.takes_system:
         raise TemplateError(
-            f"Message 0 has role 'system', and template {template.name!r} has no place for it; expected user. "
-            "Put the text into the first user message."
+            f"Message 0 has role 'system', and template {template.name!r} has no place for it; expected "
+            "user. Put the text into the first user message."
         )
 
     def encode(part: Sequence[dict]) -> tuple[list[int], list[int]]:
@@ -203,8 +203,8 @@ def _encode(messages, tokenizer, model_type, max_length, drop_oldest, multi_roun
     turns = range(system, len(messages))
     over = turns[bisect_left(turns[:-1], True, key=lambda turn: not fits(messages[: turn + 1]))]
     raise LabelsError(
-        f"The conversation is {len(encoded[0])} tokens long: message {over} ({messages[over]['role']}) goes beyond "
-        f"the expected {limit}. {hint}"
+        f"The conversation is {len(encoded[0])} tokens long: message {over} ({messages[over]['role']}) goes "
+        f"beyond the expected {limit}. {hint}"
     )
 
 
@@ -238,15 +238,16 @@ def build_inputs_labels(
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation, two lists of the same length.
 
-    Every assistant turn and the token that ends it is trained (`multi_rounds=False`: the last turn only); labels
-    are -100 elsewhere. The ids before an answer are `encode_prompt` of the messages before it. Where a family keeps
-    the ending token out of the history, it is the label of the token that follows the answer, as in Baichuan2's
-    fine-tune.py. Errors and lengths as for `encode_prompt`; LabelsError also where nothing is trained.
+    Every assistant turn and the token that ends it is trained (`multi_rounds=False`: the last turn only);
+    labels are -100 elsewhere. The ids before an answer are `encode_prompt` of the messages before it. Where a
+    family keeps the ending token out of the history, it is the label of the token that follows the answer, as
+    in Baichuan2's fine-tune.py. Errors and lengths as for `encode_prompt`; LabelsError also where nothing is
+    trained.
     """
     validate_messages(messages)
     last = messages[-1]["role"]
     if last != "assistant" and not (multi_rounds and len(messages) > 2):
         raise LabelsError(
-            f"Nothing is trained: message {len(messages) - 1} has role {last!r}; expected a last assistant turn."
+            f"Nothing is trained: message {len(messages) - 1} has role {last!r}; expected assistant."
         )
     return _encode(messages, tokenizer, model_type, max_length, drop_oldest, multi_rounds)

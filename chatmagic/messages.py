@@ -1,4 +1,4 @@
-"""Conversations as lists of `{"role": ..., "content": ...}`: how they are built and what they must look like."""
+"""Conversations as lists of `{"role": ..., "content": ...}`: how to build them, what they must look like."""
 
 from collections.abc import Iterable, Sequence
 

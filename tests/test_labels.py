@@ -1,4 +1,5 @@
-"""Prompts and labels of the course's families, against their publishers' ids and as properties of random talk."""
+"""Prompts and labels of the course's families, against their publishers' ids and as properties of random
+talk."""
 
 import json
 
@@ -63,15 +64,17 @@ def test_labels_are_those_of_baichuan2s_fine_tuning_script(shared, tokenizers):
         assert (ids, labels) == (row["input_ids"], row["labels"])
 
 
-# Where the golden prompts hold the first answer of TALK, and with its ending token.
+# Where the golden prompts hold the first answer of TALK, the answer with its ending token, and how a row
+# ends.
 ANSWERS = {
-    "baichuan2-chat": (5, [45779, 31457, 92440, 94177, 66, 2]),
-    "qwen-7b-chat": (23, [35946, 99882, 99815, 15946, 39374, 101399, 1773, 151645]),
-    "internlm-chat": (16, [85624, 80564, 60482, 62164, 99157, 103028]),
-    "chatglm2": (20, [51718, 47132, 54623, 56754, 31155, 2]),
+    "baichuan2-chat": (5, [45779, 31457, 92440, 94177, 66, 2], [2]),
+    "qwen-7b-chat": (23, [35946, 99882, 99815, 15946, 39374, 101399, 1773, 151645], [151645, 198]),
+    "internlm-chat": (16, [85624, 80564, 60482, 62164, 99157, 103028], [103028, 364]),
+    "chatglm2": (20, [51718, 47132, 54623, 56754, 31155, 2], [2]),
     "llama-2": (
         18,
         [29871, 30672, 232, 146, 174, 233, 165, 169, 30275, 30993, 234, 133, 140, 30267, 29871, 2],
+        [2],
     ),
 }
 
@@ -81,22 +84,18 @@ def test_exactly_the_answers_and_their_ending_tokens_are_trained(shared, family)
     prompt = next(
         case["prompt_ids"] for case in golden(shared, FAMILIES[name][0]) if case["messages"] == TALK
     )
-    start, answer = ANSWERS[name]
-    ids, labels = build_inputs_labels([*TALK, {"role": "assistant", "content": ""}], tokenizer)
+    start, answer, tail = ANSWERS[name]
+    ids, labels = build_inputs_labels([*TALK, {"role": "assistant", "content": "a"}], tokenizer)
     assert ids[: len(prompt)] == prompt
     expected = [-100] * start + answer
     expected += [-100] * (len(prompt) - len(expected))
-    expected[0] = (
-        2 if name == "baichuan2-chat" else -100
-    )  # the publisher labels the first user mark like the others
+    expected[0] = 2 if name == "baichuan2-chat" else -100  # its publisher labels every user mark
     assert labels[: len(prompt)] == expected
-    assert labels[-1] == answer[-1] or labels[-2:] == [
-        answer[-1],
-        -100,
-    ]  # ChatML and InternLM write "\n" behind it
+    assert ids[-len(tail) :] == tail
+    assert labels[-len(tail) :] == [tail[0], -100][: len(tail)]
 
     only_last = build_inputs_labels(
-        [*TALK, {"role": "assistant", "content": ""}], tokenizer, multi_rounds=False
+        [*TALK, {"role": "assistant", "content": "a"}], tokenizer, multi_rounds=False
     )
     assert only_last == (ids, [-100] * len(prompt) + labels[len(prompt) :])
 
@@ -104,7 +103,7 @@ def test_exactly_the_answers_and_their_ending_tokens_are_trained(shared, family)
 def test_the_ending_token_is_what_stops_generation(family):
     name, tokenizer, _ = family
     stops = get_template(name).stop_token_ids(tokenizer)
-    assert stops[0] == ANSWERS[name][1][-1]
+    assert stops[0] == ANSWERS[name][2][0]
     assert tokenizer.eos_token_id in stops
 
 
@@ -180,7 +179,7 @@ def test_guards(tokenizers):
     with pytest.raises(MessagesError, match="empty"):
         encode_prompt([], glm)
     with pytest.raises(
-        LabelsError, match="Nothing is trained: message 0 has role 'user'; expected a last assistant"
+        LabelsError, match="Nothing is trained: message 0 has role 'user'; expected assistant"
     ):
         build_inputs_labels(build_messages("一"), glm)
     with pytest.raises(LabelsError, match="Nothing is trained: message 2 has role 'user'"):

@@ -1,5 +1,8 @@
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +30,17 @@ def test_every_working_template_of_fastchat_is_reproduced_byte_for_byte(fastchat
         ]
     # The one exception: InternLM's publisher dropped <eoh>, the inner <s> and the default system text.
     assert {name for name, _ in wrong} == {"internlm-chat"}
+
+
+def test_the_docs_name_them_all(fastchat):
+    docs = (Path(__file__).parents[1] / "docs" / "templates.md").read_text("utf-8")
+    assert [name for name in fastchat if f"`{name}`" not in docs] == []
+
+
+def test_nothing_here_imports_torch_or_transformers():
+    code = "import sys, chatmagic.labels, chatmagic.dataset, chatmagic.picture; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not {"torch", "transformers", "tokenizers", "IPython"} & set(modules.split())
 
 
 def test_fastchat_stops(fastchat):

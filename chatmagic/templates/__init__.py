@@ -36,7 +36,7 @@ class EndOfTurn(Piece):
 
 
 def is_trained(last: bool, multi_rounds: bool | None) -> bool:
-    """Whether an answer is trained: all are, with `multi_rounds=False` only the last turn, with None (a prompt) none."""
+    """Whether an answer is trained: all are, with `multi_rounds=False` the last turn, with None nothing."""
     return bool(multi_rounds) or multi_rounds is False and last
 
 
@@ -54,8 +54,8 @@ class Template:
     system_in_user  True: that place is inside the first user turn
     default_system  the template's own system text; None: no system text, no system turn
     takes_system    False: the model knows no system text
-    bos             tokens before the first turn, which `build_prompt` does not show; None: the tokenizer's own
-    reserved        a pattern of tokens that no message may write though the tokenizer does not mark them special
+    bos             tokens before the first turn, not shown by `build_prompt`; None: the tokenizer's own
+    reserved        a pattern of tokens, not marked special, that no message may write either
     piecewise       True: every piece is encoded by itself
     strip           True: messages lose the whitespace around them
     joint           what stands between two turns in place of `end` and the like; it forbids training
@@ -98,7 +98,7 @@ class Template:
     def render(
         self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool | None = None
     ) -> list[Piece]:
-        """Valid messages as pieces; their texts, joined, are the prompt. For `multi_rounds` see `is_trained`."""
+        """Valid messages as pieces; their texts joined are the prompt. `multi_rounds` as in `is_trained`."""
         opening, begin = self._opening(messages)
         pieces = [] if self.system_in_user else list(opening)
         if self.starts_ended and not opening:
@@ -119,8 +119,8 @@ class Template:
             trained = is_trained(last, multi_rounds)
             if trained and self.joint is not None:
                 raise TemplateError(
-                    f"Message {index} (assistant) cannot be trained: template {self.name!r} writes a turn that was "
-                    "answered in another way than one that asks. Pass another model_type."
+                    f"Message {index} (assistant) cannot be trained: template {self.name!r} writes a turn "
+                    "that was answered in another way than one that asks. Pass another model_type."
                 )
             before, after = self._answer
             pieces.append(Piece(before + words + after, False, True, trained))
@@ -152,8 +152,8 @@ class Template:
 
 
 def control_tokens(tokenizer, literals: str, reserved: str = "(?!)") -> dict[str, int]:
-    """The added tokens that are marked special, are named in `tokenizer.chat_control_tokens`, stand in a template's
-    own text, `literals`, or match the pattern `reserved`; with their ids."""
+    """The added tokens that are marked special, are named in `tokenizer.chat_control_tokens`, stand in a
+    template's own text, `literals`, or match the pattern `reserved`; with their ids."""
     named = set(getattr(tokenizer, "chat_control_tokens", None) or ())
     return {
         token.content: token_id
@@ -166,7 +166,7 @@ def control_tokens(tokenizer, literals: str, reserved: str = "(?!)") -> dict[str
 
 
 def control_pattern(tokenizer, control: dict[str, int]) -> str:
-    """A pattern of these control tokens, with the whitespace that some of them swallow; the longer ones first."""
+    """A pattern of these control tokens, longer ones first, with the whitespace that some of them swallow."""
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content in control]
     return (
         "|".join(
@@ -204,9 +204,9 @@ _SIGNS = {
 def get_template(model_type: str | None = None, tokenizer=None, model=None):
     """The template named `model_type`; without a name, the one that fits a loaded tokenizer and model.
 
-    Most families of the course are found by their vocabulary, SmolLM2 and Llama-2 by what their tokenizer's chat
-    template writes (Llama-2 without one by its folder's name); every other model is served by its own chat template.
-    Raises TemplateError for an unknown name, with the three nearest, and where nothing fits.
+    Most families of the course are found by their vocabulary, SmolLM2 and Llama-2 by what their tokenizer's
+    chat template writes (Llama-2 without one by its folder's name); every other model is served by its own
+    chat template. Raises TemplateError for an unknown name, with the three nearest, and where nothing fits.
     """
     if model_type is not None:
         if template := _table().get(model_type):
@@ -234,9 +234,9 @@ def get_template(model_type: str | None = None, tokenizer=None, model=None):
 def build_prompt(messages: Sequence[dict], model_type: str, add_generation_prompt: bool = True) -> str:
     """The conversation as one string; after a last user turn with what leads to an answer.
 
-    Byte for byte FastChat's under its own names, but for "internlm-chat", which follows the publisher. For what a
-    model is sent use `encode_prompt`: a string cannot tell a control token from the same characters typed by a
-    user. Warns where the model knows no system text and is given one.
+    Byte for byte FastChat's under its own names, but for "internlm-chat", which follows the publisher. For
+    what a model is sent use `encode_prompt`: a string cannot tell a control token from the same characters
+    typed by a user. Warns where the model knows no system text and is given one.
     """
     validate_messages(messages)
     template = get_template(model_type)

@@ -1,18 +1,18 @@
 """A tokenizer's own chat template (Jinja), with the trained spans found by comparing renderings.
 
-transformers can find them (`return_assistant_tokens_mask`) only where a template marks them with
-`{% generation %}`, which few do, and not together with `sanitize_control_tokens`, which encodes a control token in a
-message apart from its neighbours.
+transformers can find them (`return_assistant_tokens_mask`) only where a template marks them with `{%
+generation %}`, which few do, and not together with `sanitize_control_tokens`, which encodes a control token
+in a message apart from its neighbours.
 """
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 
 from . import EndOfTurn, Piece, Template, TemplateError, control_pattern, control_tokens, is_trained
 
-# Private-use characters go through Jinja with the messages: one for each control token in them, and two around
-# an answer. So it is known afterwards which control tokens are the template's, and where the answers stand.
+# Private-use characters go through Jinja with the messages: one for each control token in them, and two
+# around an answer. They tell afterwards which control tokens are the template's, and where the answers are.
 _PRIVATE = "[\U00100000-\U0010fffd]"
 _FIRST_STAND_IN, _BEGIN, _END = 0x100000, "\U0010fffc", "\U0010fffd"
 _ANSWER = re.compile(f"{_BEGIN}([^{_BEGIN}{_END}]*){_END}")
@@ -32,6 +32,7 @@ class OwnTemplate:
         control = self.control_tokens(tokenizer)
         self._hide = re.compile("|".join([*map(re.escape, sorted(control, key=len, reverse=True)), _PRIVATE]))
         self._end = re.compile(rf"\s*(?:{control_pattern(tokenizer, control)})")
+        self._joint = cache(self._learn_joint)
 
     def control_tokens(self, tokenizer) -> dict[str, int]:
         return control_tokens(tokenizer, tokenizer.get_chat_template())
@@ -46,8 +47,9 @@ class OwnTemplate:
     def render(
         self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool | None = None
     ) -> list[Piece]:
-        """As `Template.render`. Raises TemplateError where an answer that is to be trained does not follow the
-        prompt that asks for it, as in templates that rewrite earlier turns; and for a system text without a place.
+        """As `Template.render`. Raises TemplateError where an answer that is to be trained does not follow
+        the prompt that asks for it, as in templates that rewrite earlier turns; and for a system text without
+        a place.
         """
         hidden, shown = self._hidden(messages)
         (full,) = self._jinja([hidden], add_generation_prompt and hidden[-1]["role"] == "user")
@@ -56,25 +58,24 @@ class OwnTemplate:
                 "Message 0 has role 'system', and this chat template has no place for it; expected user."
             )
         turns = [index for index, message in enumerate(hidden) if message["role"] == "assistant"]
-        prompts = self._jinja([hidden[:index] for index in turns], True)
         answers = list(_ANSWER.finditer(full))
         if len(answers) != len(turns):
             answers = [None] * len(turns)
         pieces, start = [], 0
-        for index, prompt, answer in zip(turns, prompts, answers, strict=True):
+        for index, answer in zip(turns, answers, strict=True):
             last = index + 1 == len(hidden)
             trained = is_trained(last, multi_rounds)
-            follows = answer and full.startswith(prompt)
-            if trained and not (follows and (last or self._appends)):
+            cut = answer and self._cut(full, answer, hidden[: index + 1], last)
+            if trained and cut is None:
                 raise TemplateError(
-                    f"Message {index} (assistant) cannot be trained: this chat template rewrites earlier turns, "
-                    "so that the prompt which asks for it is not how the conversation begins. Expected one that "
-                    "only appends: pass multi_rounds=False, or another model_type."
+                    f"Message {index} (assistant) cannot be trained: this chat template rewrites earlier "
+                    "turns, so that the prompt which asks for it is not how the conversation begins. "
+                    "Expected one that only appends: pass multi_rounds=False, or another model_type."
                 )
-            if follows:
+            if cut is not None:
                 end = self._end.match(full, answer.end())
-                pieces += _split(full[start : len(prompt)], shown)
-                pieces += _split(full[len(prompt) : answer.start()], shown, True, trained)
+                pieces += _split(full[start:cut], shown)
+                pieces += _split(full[cut : answer.start()], shown, True, trained)
                 words = "".join([shown.get(char, char) for char in answer[1]])
                 pieces.append(Piece(words, False, True, trained))
                 pieces.append((Piece if end else EndOfTurn)(end[0] if end else "", True, True, trained))
@@ -93,16 +94,41 @@ class OwnTemplate:
             return False
         return own == [(template.bos or "") + prompt for prompt in other]
 
-    @cached_property
-    def _appends(self) -> bool:
-        """Whether what the template writes for some messages is how it begins when more follow."""
-        turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
-        *beginnings, whole = self._jinja([turns[: end + 1] for end in range(4)], False)
-        return all(map(whole.startswith, beginnings))
+    def _cut(self, full: str, answer: re.Match, messages: list[dict], last: bool) -> int | None:
+        """Where in `full` the last of `messages` begins, as the prompt that asks for it leaves off; None if
+        it does not follow that prompt."""
+        if last:
+            (prompt,) = self._jinja([messages[:-1]], True)
+            return len(prompt) if full.startswith(prompt) else None
+        joint, keeps_space = self._joint(messages[0]["role"] == "system")
+        if joint is None:
+            return None
+        if keeps_space:
+            joint += messages[-1]["content"].partition(_BEGIN)[0]
+        return answer.start() - len(joint) if full.endswith(joint, 0, answer.start()) else None
+
+    def _learn_joint(self, system: bool) -> tuple[str | None, bool]:
+        """What stands between prompts and their answers, None if the template rewrites earlier turns, and
+        whether it keeps the whitespace before an answer.
+
+        Learnt once, for it takes time, from the renderings of a growing conversation: if each of its
+        beginnings, with the prompt for an answer and without, is how the whole begins, the template only
+        appends.
+        """
+        roles = ["system"] * system + ["user", "assistant"] * 3
+        turns, _ = self._hidden([{"role": role, "content": role} for role in roles])
+        turns[-1]["content"] = " " + turns[-1]["content"]
+        *beginnings, full = self._jinja([turns[: end + 1] for end in range(system, len(turns))], False)
+        prompts = self._jinja([turns[:end] for end in range(system + 1, len(turns), 2)], True)
+        answers = list(_ANSWER.finditer(full))
+        if len(answers) != 3 or not all(map(full.startswith, beginnings + prompts)):
+            return None, False
+        first, second, spaced = (
+            full[len(prompt) : answer.start()] for prompt, answer in zip(prompts, answers, strict=True)
+        )
+        return (first if first == second and spaced in (first, first + " ") else None), spaced != first
 
     def _jinja(self, conversations: list[Sequence[dict]], add_generation_prompt: bool) -> list[str]:
-        if not conversations:
-            return []
         import jinja2
 
         try:
