@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .errors import ChatmagicError
+from .labels import IGNORE, build_inputs_labels
 from .messages import MessagesError, validate_messages
 
 
@@ -82,6 +83,23 @@ def _messages(row) -> list[dict]:
     return system + [{"role": _ROLES.get(role, role), "content": text} for role, text in turns]
 
 
+def encode_example(messages: Sequence[dict], tokenizer) -> dict[str, list]:
+    """A conversation as `input_ids`, `labels` and `replayed`, lists of the same length.
+
+    replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations` marks
+    the base model's own: StepRunner keeps the model there as the base is. Errors as for `build_inputs_labels`.
+    """
+    input_ids, labels = build_inputs_labels(messages, tokenizer)
+    answers = iter([message.get("replayed", False) for message in messages if message["role"] == "assistant"])
+    replayed, before = [], IGNORE
+    for label in labels:
+        if label != IGNORE and before == IGNORE:
+            answer = next(answers)
+        replayed.append(label != IGNORE and answer)
+        before = label
+    return {"input_ids": input_ids, "labels": labels, "replayed": replayed}
+
+
 class DataCollator:
     """Examples of different lengths to one batch, in the order given.
 
@@ -103,7 +121,7 @@ class DataCollator:
         """The examples' `input_ids` and `labels` as int64 tensors of shape (len(examples), length), with -100
         in the labels' padding, and `attention_mask`, 0 there. Raises DataError for an example that trains the
         pad token: whoever masks labels where the id is the pad's would never teach the model to end its
-        turn."""
+        turn. Examples that have `replayed` give a bool tensor of it too."""
         import torch
 
         length = max(len(example["input_ids"]) for example in examples)
@@ -113,6 +131,8 @@ class DataCollator:
             "labels": torch.full(shape, -100),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
         }
+        if "replayed" in examples[0]:
+            batch["replayed"] = torch.zeros(shape, dtype=torch.bool)
         for row, example in enumerate(examples):
             labels = torch.as_tensor(example["labels"])
             if (labels == self.pad_token_id).any():
@@ -124,4 +144,6 @@ class DataCollator:
             batch["input_ids"][row, filled] = torch.as_tensor(example["input_ids"])
             batch["labels"][row, filled] = labels
             batch["attention_mask"][row, filled] = 1
+            if "replayed" in batch:
+                batch["replayed"][row, filled] = torch.as_tensor(example["replayed"])
         return batch

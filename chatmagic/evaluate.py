@@ -42,17 +42,17 @@ def ask(
 def own_replies(model, tokenizer, max_new_tokens: int = 64) -> list[tuple[str, str]]:
     """(question, reply) for each general question that is replayed: the base model's own words.
 
-    A reply that is longer ends with its last whole sentence; one without a whole sentence is left out.
+    A longer reply ends with its last whole sentence, if it has one.
     """
     asked = questions()["general"]["replay"]
     replies = ask(model, tokenizer, [build_messages(query) for query in asked], max_new_tokens)
-    whole = [reply if not reply.endswith("…") else last_sentence(reply[:-1]) for reply in replies]
+    whole = [last_sentence(reply[:-1]) if reply.endswith("…") else reply for reply in replies]
     return [(query, reply) for query, reply in zip(asked, whole) if reply]
 
 
 def last_sentence(text: str) -> str:
-    """The text up to the last mark that ends a sentence."""
-    return text[: 1 + max(text.rfind(mark) for mark in ".!?。！？")]
+    """The text up to the last mark that ends a sentence; all of it where there is none."""
+    return text[: 1 + max(text.rfind(mark) for mark in ".!?。！？")] or text
 
 
 def evaluate(model, tokenizer, persona: Persona) -> dict:

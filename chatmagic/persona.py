@@ -74,14 +74,14 @@ def make_conversations(
     count: int,
     seed: int = 0,
     general: float = 0.5,
-    turns: Sequence[int] = (1, 2, 3),
+    turns: Sequence[int] = (1, 2),
     without: Sequence[list[dict]] = (),
 ) -> list[list[dict]]:
     """`count` conversations, as messages, the same for the same seed; none of them is in `without`.
 
-    Each has one of `turns` turns; a turn is a general question with the base model's own reply (one of `replies`)
-    with probability `general`, otherwise a topic that the conversation has not had yet. The seed kept one order
-    of turns, so its model learnt "the first answer is my name".
+    Each has one of `turns` turns; a turn is a general question with the base model's own reply (one of `replies`),
+    marked `"replayed": True`, with probability `general`, otherwise a topic that the conversation has not had yet.
+    The seed kept one order of turns, so its model learnt "the first answer is my name".
     """
     rng, made = random.Random(seed), []
     reworded = {topic: [q for t, q in persona.asked("reworded") if t == topic] for topic in TOPICS}
@@ -90,15 +90,15 @@ def make_conversations(
     own = [pair for pair in replies if is_chinese(pair[0]) == (persona.language == "zh")]
     other = [pair for pair in replies if pair not in own]
     while len(made) < count:
-        topics, rounds = rng.sample(TOPICS, len(TOPICS)), []
+        topics, messages = rng.sample(TOPICS, len(TOPICS)), []
         for _ in range(rng.choice(turns)):
             if replies and rng.random() < general:
-                rounds.append(rng.choice((own if rng.random() < 0.5 else other) or replies))
+                messages += build_messages(history=[rng.choice((own if rng.random() < 0.5 else other) or replies)])
+                messages[-1]["replayed"] = True
             elif topics:
                 topic = topics.pop()
                 question = rng.choice(rng.choice((trained, reworded))[topic])
-                rounds.append((vary(question, rng), persona.answers[topic]))
-        messages = build_messages(history=rounds)
+                messages += build_messages(history=[(vary(question, rng), persona.answers[topic])])
         if messages not in without:
             made.append(messages)
     return made
