@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unicodedata import east_asian_width
 
 from .errors import ChatmagicError
 
@@ -78,17 +79,30 @@ def tutorial(args) -> None:
 def _print_before_after() -> None:
     import json
 
-    import pandas as pd
-
-    from .course import before_after, resume
+    from .course import resume
 
     course = resume("before", "merged")
     before, after = (
         json.loads((course.folder / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json")
     )
-    table = before_after(before, after).map(lambda text: " ".join(text.split())[:44])
-    with pd.option_context("display.unicode.east_asian_width", True, "display.width", None):
-        print(table.to_string(index=False, justify="left"))
+    rows = [("question", "before", "after"), *((question, before[question], after[question]) for question in before)]
+    for row in rows:
+        print(" | ".join(fit(text, columns) for text, columns in zip(row, (40, 48, 60))).rstrip())
+
+
+def fit(text: str, columns: int) -> str:
+    """The text in one line of so many columns of a terminal, where a Chinese character takes two."""
+    line = ""
+    for char in " ".join(text.split()):
+        if _columns(line + char) > columns:
+            line = line[:-1] + "…"
+            break
+        line += char
+    return line + " " * (columns - _columns(line))
+
+
+def _columns(text: str) -> int:
+    return sum(2 if east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def train(args) -> None:

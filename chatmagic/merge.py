@@ -264,7 +264,7 @@ def _check_updates(updates: dict[str, Update], base: Path, shards: dict[str, dic
 def _open_native(base: Path, output: Path) -> dict[str, dict[str, Part]]:
     """Copy what is not weights to `output`; returns the tensors by the file they are in."""
     for file in base.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHTS):
+        if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
             shutil.copyfile(file, output / file.name)
     shards = {}
     for name, (tensor, file) in open_weights(base).items():

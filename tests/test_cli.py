@@ -64,3 +64,11 @@ def test_errors_are_one_paragraph_and_a_failing_exit_code():
     )
     assert done.returncode == 1
     assert "nearest is 'baichuan2-" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text, columns, shown",
+    [("你是谁", 8, "你是谁  "), ("a b\n c", 6, "a b c "), ("你是谁呀", 6, "你是…"), ("abcdef", 4, "abc…"), ("ab", 2, "ab")],
+)
+def test_a_table_cell_fits_its_columns(text, columns, shown):
+    assert cli.fit(text, columns).rstrip() == shown.rstrip() and cli._columns(cli.fit(text, columns)) in (columns, columns - 1)
