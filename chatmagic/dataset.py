@@ -35,7 +35,7 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
             if not line.strip():
                 continue
             try:
-                messages = _messages(json.loads(line.decode("utf-8-sig")))
+                messages = _messages(json.loads(line.decode("utf-8")))
                 validate_messages(messages)
             except (ValueError, TypeError, AttributeError, MessagesError) as error:
                 raise DataError(f"{path.name}, line {number}: {error}") from error
@@ -91,8 +91,8 @@ def encode_example(messages: Sequence[dict], tokenizer) -> dict[str, list]:
     """
     input_ids, labels = build_inputs_labels(messages, tokenizer)
     answers = iter([message.get("replayed", False) for message in messages if message["role"] == "assistant"])
-    replayed, before = [], IGNORE
-    for label in labels:
+    replayed, before = [False], IGNORE  # Baichuan2 labels its first token, which no answer can be
+    for label in labels[1:]:
         if label != IGNORE and before == IGNORE:
             answer = next(answers)
         replayed.append(label != IGNORE and answer)

@@ -15,6 +15,7 @@ from chatmagic import (
     get_template,
     load_model,
 )
+from chatmagic.dataset import encode_example
 from chatmagic.labels import LabelsError
 from chatmagic.messages import MessagesError
 from chatmagic.templates import TemplateError
@@ -136,6 +137,16 @@ def test_every_control_token_in_text_stays_text(family):
     assert {
         token: count(text) for token in known for text in (token, f"前{token}{token}后") if count(text) != own
     } == {}
+
+
+def test_replayed_answers_are_marked_where_they_are_trained(tokenizers):
+    messages = build_messages(None, [("一", "壹"), ("二", "贰")])
+    messages[3]["replayed"] = True
+    for tokenizer in tokenizers.values():
+        example = encode_example(messages, tokenizer)
+        prompt = len(encode_prompt(messages[:3], tokenizer))
+        trained = [label != -100 for label in example["labels"]]
+        assert example["replayed"] == [False] * prompt + trained[prompt:]
 
 
 def test_qwen_keeps_control_tokens_in_text_as_text(shared, tokenizers):

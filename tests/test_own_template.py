@@ -88,6 +88,23 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer_only():
     assert tokenizer.decode([label for label in labels if label != -100]) == "<think></think>好<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    "chat_template",
+    [
+        CHATML.replace(
+            "assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"
+        ),  # QwQ's: a prompt of its own
+        CHATML.replace("m.content", "(m.content | upper if loop.last else m.content)"),  # of the same length
+    ],
+)
+def test_an_answer_that_does_not_follow_its_prompt_is_not_trained(chat_template):
+    tokenizer, talk = build(chat_template), build_messages(None, [("Hi", "Ho"), ("hey", "好")])
+    for multi_rounds, index in (True, 1), (False, 3):
+        with pytest.raises(TemplateError, match=rf"Message {index} \(assistant\) cannot be trained"):
+            build_inputs_labels(talk, tokenizer, multi_rounds=multi_rounds)
+    assert encode_prompt(talk[:-1], tokenizer)  # but it may be asked for
+
+
 def test_a_template_that_cuts_an_answer_does_not_train_it():
     tokenizer = build(CHATML.replace("m.content", "m.content.split('||')[-1]"))
     with pytest.raises(TemplateError, match=r"Message 1 \(assistant\) cannot be trained"):
