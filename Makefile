@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 
 .PHONY: tutorial test lab kernel notebooks clean
 
-tutorial: $(READY)
+tutorial: kernel
 	$(BIN)/chatmagic tutorial
 
 test: $(READY)
