@@ -1,4 +1,4 @@
-"""Time to first token as a conversation grows, and what `%%chat` costs over a bare `generate`.
+"""Time to first token as a conversation grows, the cost of `%%chat` over `generate`, how fast Stop stops.
 
     python benchmarks/chat.py [MODEL_FOLDER] [--json FILE]
 
@@ -67,6 +67,20 @@ for turn in range(10):
 print("RESULT", [tokens, kept, fresh])
 """
 
+STOP = """
+import os, signal
+def stop(query, delay):
+    at = time.perf_counter() + delay
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, delay)
+    try:
+        llm(query, stream=False, greedy=True, max_new_tokens=2000, remember=False)
+    except KeyboardInterrupt:
+        return time.perf_counter() - at
+long = "a long prompt " * (llm.backend.context // 8)
+print("RESULT", [[stop("hello", 1 + n / 7) for n in range(7)], [stop(long, 0.2 + n / 7) for n in range(7)]])
+"""
+
 DEVICE = """
 import json
 print("RESULT", json.dumps(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"))
@@ -103,6 +117,7 @@ def main() -> None:
         run(client, SETUP.format(folder=args.folder, dtype=args.dtype, tokens=args.tokens))
         wall_bare, wall_magic, cpu_bare, cpu_magic = run(client, COST.format(repeats=args.repeats))
         tokens, kept, fresh = run(client, TURNS)
+        stop_decode, stop_prefill = run(client, STOP)
         device = run(client, DEVICE)
     finally:
         client.stop_channels()
@@ -119,6 +134,7 @@ def main() -> None:
         for pair in ((wall_bare, wall_magic), (cpu_bare, cpu_magic))
     ]
     print(f"{'own cost':>26}" + "".join(f"{cost:>11.1%} " for cost in costs))
+    print(f"\nstopped within {max(stop_decode):.3f} s while decoding, {max(stop_prefill):.3f} s in a prompt")
     if args.json:
         result = {
             "prompt_tokens": tokens,
@@ -127,6 +143,8 @@ def main() -> None:
             "bare_generate_s": wall_bare,
             "chat_s": wall_magic,
             "own_cost": dict(zip(("wall", "cpu"), costs)),
+            "stop_while_decoding_s": stop_decode,
+            "stop_in_a_prompt_s": stop_prefill,
             "device": device,
             "machine": platform.machine(),
             "python": platform.python_version(),

@@ -30,7 +30,7 @@ class Stats:
     @property
     def tokens_per_second(self) -> float | None:
         """Speed of the tokens after the first."""
-        if not self.tokens_out or self.tokens_out < 2:
+        if self.seconds_to_first_token is None or (self.tokens_out or 0) < 2:
             return None
         return (self.tokens_out - 1) / (self.seconds - self.seconds_to_first_token)
 

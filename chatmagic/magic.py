@@ -184,11 +184,11 @@ class ChatMagics(Magics):
 
         That is the newest, or what `%config ChatMagics.model` says.
         """
-        active = self._model() if models else None
+        active = self.model or "".join(list(models)[-1:])
         print_table(
             ["", "model", "context", "rounds"],
             [
-                ["*" if llm is active else "", name, str(llm.backend.context or "?"), str(len(llm.history))]
+                ["*" if name == active else "", name, str(llm.backend.context or "?"), str(len(llm.history))]
                 for name, llm in models.items()
             ],
         )

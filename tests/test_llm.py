@@ -40,6 +40,13 @@ def test_a_reply_is_a_string_that_knows_what_it_cost(fake, capsys):
     assert reply.stats.tokens_per_second > 0
 
 
+def test_an_empty_reply(fake):
+    fake.reply = lambda turn, question: ""
+    reply = ChatLLM(fake)("hi")
+    assert reply == "" and reply.stats.tokens_per_second is None
+    assert str(reply.stats) == "2 tokens in (0 kept), 0 out, first after ? s, ? tokens/s, stop"
+
+
 def test_streaming_prints_pieces_as_they_come(fake, monkeypatch):
     calls = []
     monkeypatch.setattr("builtins.print", lambda *text, **keywords: calls.append((*text, keywords)))

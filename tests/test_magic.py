@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from fake_model import FakeModel
@@ -11,7 +12,7 @@ from IPython.testing.globalipapp import start_ipython
 
 from chatmagic import ChatLLM, ChatmagicError, load_model
 from chatmagic.llm import Interrupted, models
-from chatmagic.magic import render_markdown
+from chatmagic.magic import ChatMagics, render_markdown
 
 
 class Shell:
@@ -272,6 +273,9 @@ def test_the_newest_model_is_active_and_others_answer_to_their_names(run, llm):
     assert run("%%chat\nhi") == "2: hi\n"
     assert run("%chat_models") == "   model  context  rounds\n*  fake   ?        2\n   other  100      2\n"
     run.fails("%%chat -m othr\nhi", "no model is called 'othr'", "did you mean other?")
+    run("%config ChatMagics.model = 'gone'")
+    run.fails("%%chat\nhi", "no model is called 'gone'", "%chat_models shows all")
+    assert run("%chat_models").count("fake") == 1
 
 
 def test_creating_a_chatllm_loads_the_magic(ipython, capsys, fake):
@@ -404,6 +408,17 @@ def test_help_lists_every_option(run):
     options = "-m --system --temperature --top-p --max-new-tokens --seed --greedy --no-stream --new"
     for option in [*options.split(), "--no-history", "-o", "--format", "--stats", "--vars"]:
         assert f"{option} " in text
+
+
+def test_the_docs_have_every_option_default_and_test():
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "chat.md").read_text("utf-8")
+    options = [option for action in ChatMagics.chat.parser._actions for option in action.option_strings]
+    for name in [*options, *ChatMagics.class_own_traits(config=True)]:
+        assert f" `{name}" in text, name
+    tests = "".join(path.read_text("utf-8") for path in (root / "tests").glob("test_*.py"))
+    named = re.findall(r"::(test_\w+)", text)
+    assert len(named) > 10 and [name for name in named if f"def {name}(" not in tests] == []
 
 
 def completions(run, code):
