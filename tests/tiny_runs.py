@@ -68,7 +68,7 @@ def processes(target, *arguments):
     """Started processes, one for each tuple of arguments, all forked from a server that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["chatmagic.train", "transformers.models.llama.modeling_llama"])
-    started = [context.Process(target=target, args=args) for args in arguments]
+    started = [context.Process(target=target, args=args, daemon=True) for args in arguments]
     for process in started:
         process.start()
     return started

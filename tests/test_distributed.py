@@ -1,0 +1,106 @@
+"""Two gloo processes on the CPU: one run, the same as one process makes; one writer; a death that is told."""
+
+import json
+import os
+import signal
+import socket
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import adalora, fit, loader, processes, rows
+
+from chatmagic import ChatmagicError
+from chatmagic.train import StepRunner, keras
+from chatmagic.train.adalora import rank_table
+
+COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
+
+
+def uneven_rows(n, seed=0):
+    """Samples that differ in how many of their tokens are trained; n is no multiple of the global batch."""
+    samples = rows(n, seed)
+    for index, sample in enumerate(samples):
+        sample["labels"][: 2 + index] = -100
+    return samples
+
+
+def run(path, batch_size, **settings):
+    """30 steps, 3 an epoch, over 10 samples in batches of 4 all told."""
+    model = adalora(steps=30)
+    train = loader(uneven_rows(10), batch_size, shuffle=True)
+    val = loader(uneven_rows(5, seed=1), batch_size)
+    return model, fit(model, path, train=train, val=val, **settings)[COLUMNS]
+
+
+class KilledAtBatch12(StepRunner):
+    seen = 0
+
+    def __call__(self, batch):
+        KilledAtBatch12.seen += 1
+        if KilledAtBatch12.seen == 12 and self.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(batch)
+
+
+def worker(rank, port, path, kill, resume):
+    """One of two processes; leaves path/rank-RANK.json."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    saved = []
+    save_state, save_adapter = keras.save_state, keras.save_adapter
+    keras.save_state = lambda *args: (saved.append("state"), save_state(*args))
+    keras.save_adapter = lambda *args: (saved.append("adapter"), save_adapter(*args))
+    try:
+        model, history = run(path / "run", 2, resume=resume, runner=KilledAtBatch12 if kill else None)
+        ranks = rank_table(model.peft_config["default"]).to_numpy().tolist()
+        result = {"history": history.values.tolist(), "ranks": ranks, "saved": saved}
+    except ChatmagicError as error:
+        result = {"error": str(error)}
+    (path / f"rank-{rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def start(path, kill=False, resume=False) -> list[dict]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = processes(worker, *((rank, port, path, kill, resume) for rank in (0, 1)))
+    for process in started:
+        process.join(120)
+        assert process.exitcode is not None
+    results = [path / f"rank-{rank}.json" for rank in (0, 1)]
+    return [json.loads(result.read_text()) for result in results if result.exists()]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return start(tmp_path_factory.mktemp("two"))
+
+
+def test_two_processes_are_one(tmp_path, two):
+    model, history = run(tmp_path, 4)
+    ranks = rank_table(model.peft_config["default"]).to_numpy().tolist()
+    for process in two:
+        np.testing.assert_allclose(process["history"], history.values, atol=1e-4, rtol=0)
+        assert process["ranks"] == ranks
+
+
+def test_one_of_them_writes(two):
+    main, other = two
+    assert {"state", "adapter"} <= set(main["saved"])
+    assert other["saved"] == []
+
+
+def test_a_killed_worker_ends_the_run_with_the_reason(tmp_path, two):
+    (survivor,) = start(tmp_path, kill=True)
+    assert "Another process of this run has ended" in survivor["error"]
+    assert "resume=True" in survivor["error"]
+    resumed = start(tmp_path, resume=True)
+    assert [process["history"] for process in resumed] == [process["history"] for process in two]
+
+
+def test_a_state_of_two_processes_is_not_for_one(tmp_path):
+    start(tmp_path, kill=True)
+    with pytest.raises(ChatmagicError, match="of 2 processes, this run has 1"):
+        run(tmp_path / "run", 4, resume=True)
