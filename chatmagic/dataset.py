@@ -35,7 +35,7 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
             if not line.strip():
                 continue
             try:
-                messages = _messages(json.loads(line.decode("utf-8")))
+                messages = _messages(json.loads(line.decode("utf-8-sig")))
                 validate_messages(messages)
             except (ValueError, TypeError, AttributeError, MessagesError) as error:
                 raise DataError(f"{path.name}, line {number}: {error}") from error
