@@ -78,7 +78,7 @@ def lab(tmp_path_factory, embedded):
             stderr=log,
         )
     try:
-        wait(lambda: answers(f"http://127.0.0.1:{port}/api"), 40, lambda: (settings / "lab.log").read_text())
+        wait(lambda: answers(f"http://127.0.0.1:{port}/api"), 120, lambda: (settings / "lab.log").read_text())
         yield f"http://127.0.0.1:{port}/lab/tree/chat.ipynb"
     finally:
         server.terminate()
@@ -111,7 +111,7 @@ def page(lab):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1100, "height": 900})
         page.goto(lab)
-        page.get_by_text("| Idle").wait_for(timeout=40_000)
+        page.get_by_text("| Idle").wait_for(timeout=120_000)
         yield Notebook(page)
         browser.close()
 
