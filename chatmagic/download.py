@@ -129,8 +129,8 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
     transformers unpacks GGUF while loading but keeps a quantisation mark that refuses `save_pretrained`: the weights
     move to a fresh model. The file's tokenizer pads with the token that ends a turn, which would then be masked.
     """
-    import gguf  # noqa: F401, transformers reads the file through it, and says less clearly that it is missing
     import torch
+    from gguf import GGUFReader  # noqa: F401, transformers reads the file through it, and says less of its lack
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
