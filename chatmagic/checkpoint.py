@@ -108,6 +108,8 @@ def _open_bin(file: Path) -> dict[str, "Tensor"]:
                 f"loaded, and no option does. Get the model from its publisher, best as safetensors."
             ) from None
         raise CheckpointError(f"{file} is cut short or no checkpoint: download it again.") from None
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{file} is no checkpoint but a {type(tensors).__name__}: download it again.")
     if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
         kind = type(tensors[odd[0]]).__name__
         raise CheckpointError(f"{file} holds more than tensors: {odd[0]} is a {kind}.")

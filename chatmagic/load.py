@@ -34,7 +34,9 @@ def load_model(path, quantize: str | None = None, dtype="auto", device_map="auto
     stored = open_weights(folder)
     dtype = _resolve_dtype(dtype, config)
     options = {"dtype": dtype, "device_map": device_map}
-    if quantize:
+    if "quantization_config" in config:
+        _check_quantised(folder, config["quantization_config"], quantize)
+    elif quantize:
         options["quantization_config"] = quantization_config(quantize, dtype)
     if family is None:
         return _load_native(folder, config, stored, options)
@@ -62,6 +64,18 @@ def _read_config(folder: Path) -> dict:
             f"PeftModel.from_pretrained(model, {str(folder)!r})."
         )
     raise CheckpointError(f"{folder} has no config.json: it is no model folder, or its download did not end.")
+
+
+def _check_quantised(folder: Path, stored: dict, quantize: str | None) -> None:
+    """A checkpoint that was saved quantised stays as it is."""
+    nf4 = stored.get("bnb_4bit_quant_type") == "nf4" and stored.get("load_in_4bit")
+    found = "nf4" if nf4 else "int8" if stored.get("load_in_8bit") else stored.get("quant_method")
+    if quantize not in (None, found):
+        raise ChatmagicError(
+            f"{folder} is quantised already ({found}), and cannot become {quantize}: leave quantize out, or "
+            f"load the model that it was made from."
+        )
+    mend_bitsandbytes()
 
 
 def _refuse_remote_code(config: dict, folder: Path) -> None:
@@ -117,9 +131,7 @@ def _load_native(folder: Path, config: dict, stored: dict[str, Stored], options:
         raise CheckpointError(f"{folder} has no tokenizer that transformers can read: {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if "quantization_config" in config:
-        mend_bitsandbytes()
-    else:  # transformers checks no shape that it quantises
+    if "quantization_config" not in config:  # transformers checks no shape that it quantises
         with torch.device("meta"):
             expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
         for name in stored.keys() & expected.keys():

@@ -86,7 +86,9 @@ def test_nf4_saves_exactly_before_and_after_a_forward(llama, tmp_path, spoken):
     before = logits(model) if spoken else None
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again, _ = load_model(tmp_path)
+    again, _ = load_model(tmp_path, quantize="nf4")
+    with pytest.raises(ChatmagicError, match=r"is quantised already \(nf4\), and cannot become int8"):
+        load_model(tmp_path, quantize="int8")
     assert torch.equal(logits(again), logits(model) if before is None else before)
 
 
@@ -215,3 +217,10 @@ def test_bin_with_more_than_tensors(copy, payload, said, monkeypatch):
     with pytest.raises(CheckpointError, match=f"pytorch_model.bin holds more than tensors.*{said}"):
         load_model(copy)
     assert not (copy / "chatmagic_was_here").exists()
+
+
+def test_bin_without_names(copy):
+    as_bin(copy)
+    torch.save([torch.zeros(1)], copy / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is no checkpoint but a list"):
+        load_model(copy)
