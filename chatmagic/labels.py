@@ -4,7 +4,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from .errors import ChatmagicError
 from .messages import MessagesError, validate_messages
@@ -41,9 +41,10 @@ class Encoder:
                 "the model would never stop. Pass the model_type of its own family, or none to have it found."
             )
         self._ending = stops[0]
-        self._parts = cache(re.compile(f"({control_pattern(tokenizer, self._control)})").split)
+        remember = lru_cache(maxsize=256)  # a template repeats itself; messages, which do not, must not pile up
+        self._parts = remember(re.compile(f"({control_pattern(tokenizer, self._control)})").split)
         self._fresh, self._joined, always = _text_backends(tokenizer, self._control)
-        self._literal = cache(lambda text, backend: backend.encode(text, add_special_tokens=False).ids)
+        self._literal = remember(lambda text, backend: backend.encode(text, add_special_tokens=False).ids)
         if template.bos is None:
             with_bos, without = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
             self._bos = with_bos[: with_bos.index(without[0])]

@@ -1,5 +1,6 @@
 """What a model is trained on, token by token, in colours: HTML in a notebook, ANSI in a terminal."""
 
+import unicodedata
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
@@ -101,11 +102,10 @@ def _whole_characters(
         if token_id in control:
             text = tokenizer.convert_ids_to_tokens(token_id)
         else:
-            context = (
-                [*before, *groups][-1].input_ids if before or groups else ()
-            )  # a decoder drops a first space
-            known = tokenizer.decode(context, skip_special_tokens=False)
-            text = tokenizer.decode([*context, *ids], skip_special_tokens=False)[len(known) :]
+            # Decoded behind its neighbour: a decoder drops the space that a text begins with.
+            neighbour = [token for group in [*before, *groups][-1:] for token in group.input_ids]
+            known = tokenizer.decode(neighbour, skip_special_tokens=False)
+            text = tokenizer.decode([*neighbour, *ids], skip_special_tokens=False)[len(known) :]
         if end == len(tokens) or not text.endswith("\ufffd"):
             groups.append(Group(kind, "".join(map(_visible, text)), ids, labels))
             start = end
@@ -114,7 +114,7 @@ def _whole_characters(
 
 def _visible(char: str) -> str:
     """A character, or its escape where a terminal would act on it."""
-    return char if char.isprintable() or char == "\n" else repr(char)[1:-1]
+    return repr(char)[1:-1] if unicodedata.category(char) == "Cc" and char != "\n" else char
 
 
 def _numbers(group: Group) -> str:

@@ -12,15 +12,15 @@ def tokenizer():
     return build(CHATML)
 
 
-TALK = build_messages(None, [("<b>你</b>", "好\n😀 \x1b[31m<|im_end|>")])
+TALK = build_messages(None, [("<b>你</b>", "好\n\u3000👨‍👩‍👧 \x1b[31m<|im_end|>")])
 
 
 def test_characters_of_several_tokens_are_shown_whole(tokenizer):
     groups = show_labels(TALK, tokenizer).groups
     texts = [group.text for group in groups]
-    assert "你" in texts and "好" in texts and "😀" in texts and "�" not in "".join(texts)
-    (smile,) = (group for group in groups if group.text == "😀")
-    assert smile.kind == "trained" and len(smile.input_ids) == 4 and smile.labels == smile.input_ids
+    assert "你" in texts and "好" in texts and "�" not in "".join(texts)
+    (man,) = (group for group in groups if group.text == "👨")
+    assert man.kind == "trained" and len(man.input_ids) == 4 and man.labels == man.input_ids
 
 
 def test_kinds(tokenizer):
@@ -30,7 +30,7 @@ def test_kinds(tokenizer):
     assert kinds == {
         "control": "<|im_start|><|im_end|><|im_start|>",
         "masked": "user\n<b>你</b>\nassistant\n\n",
-        "trained": r"好↵😀 \x1b[31m<|im_end|>".replace("↵", "\n"),
+        "trained": "好↵\u3000👨‍👩‍👧 \\x1b[31m<|im_end|>".replace("↵", "\n"),
         "trained control": "<|im_end|>",
     }
 
