@@ -86,8 +86,9 @@ def _messages(row) -> list[dict]:
 def encode_example(messages: Sequence[dict], tokenizer) -> dict[str, list]:
     """A conversation as `input_ids`, `labels` and `replayed`, lists of the same length.
 
-    replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations` marks
-    the base model's own: StepRunner keeps the model there as the base is. Errors as for `build_inputs_labels`.
+    replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations`
+    marks the base model's own: StepRunner keeps the model there as the base is. Errors as for
+    `build_inputs_labels`.
     """
     input_ids, labels = build_inputs_labels(messages, tokenizer)
     answers = iter([message.get("replayed", False) for message in messages if message["role"] == "assistant"])

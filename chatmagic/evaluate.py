@@ -97,3 +97,17 @@ def perplexity(model, tokenizer, text: str) -> float:
     """exp of the mean cross-entropy of the text's tokens after the first."""
     input_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
     return math.exp(model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.item())
+
+
+def summary(before: dict, after: dict) -> dict[str, tuple[int, int] | float]:
+    """The row of a table, of two results of `evaluate`.
+
+    (right, asked) of each position and of the held-out paraphrases; (still right, right before) of the general
+    questions; (answered with the new identity, asked) of them; the perplexity.
+    """
+    known = set(before["known"])
+    return {position: tuple(counts) for position, counts in after["identity"].items()} | {
+        "retained": (len(known & set(after["known"])), len(known)),
+        "leaked": (len(after["leaked"]), len(questions()["general"]["retention"])),
+        "perplexity": after["perplexity"],
+    }

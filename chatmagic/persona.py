@@ -40,8 +40,12 @@ class Persona:
     @property
     def facts(self) -> dict[str, tuple[str, ...]]:
         """Topic -> strings of which a right reply holds one."""
-        name, doing = (self.name, "训练") if self.language == "zh" else (self.english_name, "train")
-        return {"who": (name,), "from": (self.birth, self.home, self.author), "can": (doing,)}
+        zh = self.language == "zh"
+        return {
+            "who": (self.name if zh else self.english_name,),
+            "from": (self.birth, self.home, self.author),
+            "can": ("优雅", "图表") if zh else ("elegant", "chart"),  # not "train": the answer to "who" says it too
+        }
 
     def asked(self, kind: str) -> list[tuple[str, str]]:
         """(topic, question) pairs; kind: "trained" (the seed's nine), "reworded" or "heldout" (never trained)."""

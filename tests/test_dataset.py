@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from chatmagic import DataCollator, read_jsonl
-from chatmagic.dataset import DataError
+from chatmagic import DataCollator, load_model, read_jsonl
+from chatmagic.dataset import DataError, encode_example
 
 
 class Tokenizer:
@@ -120,3 +120,22 @@ def test_the_bar_counts_bytes(tmp_path, capsys):
     path = write(tmp_path / "talk.jsonl", {"messages": TALK})
     assert list(read_jsonl(path)) == [TALK]
     assert "talk.jsonl: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["llama-2-13b-chat", "baichuan2-7b-chat"])
+def test_an_example_says_which_labels_are_the_bases_own(tiny_models, folder):
+    tokenizer = load_model(tiny_models / folder)[1]
+    own = {"role": "assistant", "content": "Paris.", "replayed": True}
+    capital = {"role": "user", "content": "Capital?"}
+    for messages in [*TALK, capital, own], [capital, own, *TALK]:
+        example = encode_example(messages, tokenizer)
+        old = [label for label, old in zip(example["labels"], example["replayed"]) if old]
+        assert tokenizer.convert_ids_to_tokens(old)[-1] == "</s>" and tokenizer.decode(old[:-1]).strip() == "Paris."
+        new = [label for label, old in zip(example["labels"], example["replayed"]) if label != -100 and not old]
+        assert "好" in tokenizer.decode(new) and "Paris" not in tokenizer.decode(new)
+
+
+def test_a_batch_pads_what_is_replayed():
+    replayed = [False, True, True], [False, False, False, False, True]
+    batch = DataCollator(Tokenizer())([each | {"replayed": old} for each, old in zip(EXAMPLES, replayed)])
+    assert batch["replayed"].tolist() == [[False, True, True, False, False], [False, False, False, False, True]]

@@ -113,6 +113,26 @@ def test_validation_reports_cross_entropy_alone(tmp_path):
     assert history.val_loss[7:].min() == pytest.approx(with_penalty - penalty, abs=1e-5)
 
 
+def test_replayed_labels_hold_the_model_to_its_base():
+    model, batch = adalora(), next(iter(loader(rows(4), batch_size=4)))
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(param)
+    batch["replayed"] = torch.zeros(4, 12, dtype=bool)
+    batch["replayed"][1:3, 6:] = True  # rows without any, and a row's first answer, are learnt as ever
+    runner = StepRunner(model, None, Accelerator(cpu=True), "val")
+    with torch.no_grad():
+        ours, labels = model(batch["input_ids"]).logits[:, :-1].log_softmax(-1), batch["labels"][:, 1:]
+        with model.disable_adapter():
+            base = model(batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+        drift = (base.exp() * (base - ours)).sum(-1)
+        surprise = -ours.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+        expected = torch.where(batch["replayed"][:, 1:], drift, surprise)[labels != -100].mean()
+        loss = runner(batch)[1]["val_loss"]
+    assert drift.mean() > 0.01
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
 def uneven_rows(n):
     """Samples that differ in how many of their tokens are trained."""
     samples = rows(n)

@@ -16,13 +16,15 @@ from .runtime import never_packed, trainable
 class StepRunner:
     """torchkeras' step, for a causal language model with an adapter.
 
-    A batch is a dict of int64 (batch, length) tensors: input_ids, labels (-100 where nothing is learnt) and, if
-    anything is padded, attention_mask. Labels where `replayed` (bool, the same shape) is True are the base model's
-    own words: there the loss is not cross-entropy but how far the model has moved from its base. A call returns torchkeras' pair, losses to average and metrics. The first
-    is empty, since a mean of batch means would weigh the tokens of short answers above those of long ones; the
-    metrics are those of the epoch so far, so that the last step's are the epoch's:
+    A batch is a dict of (batch, length) tensors: input_ids, labels (-100 where nothing is learnt) and, if
+    anything is padded, attention_mask, int64; and perhaps replayed, bool: True at labels that are the base
+    model's own words. There the loss is not cross-entropy but the divergence of the model from its base.
 
-    train_loss, val_loss: cross-entropy (divergence from the base where `replayed`) per label token. train_penalty, val_penalty: the orthogonality penalty.
+    A call returns torchkeras' pair, losses to average and metrics. The first is empty, since a mean of batch
+    means would weigh the tokens of short answers above those of long ones; the metrics are those of the epoch
+    so far, so that the last step's are the epoch's:
+
+    train_loss, val_loss: that loss per label token. train_penalty, val_penalty: the orthogonality penalty.
     lr, grad_norm (before clipping), rank_budget (triplets kept): of the last step.
     tokens_per_s: without padding, all processes. peak_memory: GiB, of this process.
     """
@@ -50,11 +52,10 @@ class StepRunner:
         labels = batch["labels"][: self._rows_not_repeated(), 1:]
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
         rows, columns = (labels != -100).nonzero(as_tuple=True)
-        replayed = batch["replayed"][rows, columns + 1] if "replayed" in batch else torch.zeros_like(rows).bool()
+        replayed = batch.get("replayed", torch.zeros_like(batch["labels"], dtype=bool))[rows, columns + 1]
         base = self._base_log_probs(inputs, rows[replayed], columns[replayed])
         with self.accelerator.autocast(), head_sees_only(self.model, rows, columns):
-            logits = self.net(**inputs, use_cache=False).logits[0]
-        logits = logits.float()
+            logits = self.net(**inputs, use_cache=False).logits[0].float()
         loss = cross_entropy(logits[~replayed], labels[rows, columns][~replayed], reduction="sum")
         loss = loss + kl_div(logits[replayed].log_softmax(-1), base, reduction="sum", log_target=True)
         tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
@@ -72,17 +73,22 @@ class StepRunner:
         return {}, dict(self.log)
 
     @torch.no_grad()
-    def _base_log_probs(self, inputs, rows, columns) -> torch.Tensor:
+    def _base_log_probs(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """The base model's log-probabilities of the next token at n positions, float32 (n, vocabulary).
 
-        Matching them where the base spoke itself is learning without forgetting (Li & Hoiem, 2016,
-        https://arxiv.org/abs/1606.09282); cross-entropy on its words would make it ever surer of them.
+        To match them where the base spoke is learning without forgetting (Li & Hoiem, 2016,
+        https://arxiv.org/abs/1606.09282); cross-entropy on its words would make the model ever surer of
+        them.
         """
         if not len(rows):
-            return torch.zeros(0, self.model.config.get_text_config().vocab_size, device=rows.device)
+            return torch.zeros(0, self.model.get_output_embeddings().out_features, device=rows.device)
         some, rows = rows.unique(return_inverse=True)
         inputs = {name: tensor[some] for name, tensor in inputs.items()}
-        with self.accelerator.autocast(), self.model.disable_adapter(), head_sees_only(self.model, rows, columns):
+        with (
+            self.accelerator.autocast(),
+            self.model.disable_adapter(),
+            head_sees_only(self.model, rows, columns),
+        ):
             return self.model(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
 
     def _rows_not_repeated(self) -> int | None:
