@@ -1,4 +1,4 @@
-"""`chatmagic doctor | download | tutorial | merge`: the course without a browser."""
+"""`chatmagic doctor | download | tutorial | train | merge`: the course without a browser."""
 
 import argparse
 import shutil
@@ -105,6 +105,13 @@ def _columns(text: str) -> int:
     return sum(2 if east_asian_width(char) in "WF" else 1 for char in text)
 
 
+def train(args) -> None:
+    import runpy
+
+    sys.argv = ["chatmagic.train", *args.arguments]
+    runpy.run_module("chatmagic.train", run_name="__main__")
+
+
 def merge(args) -> None:
     from .merge import merge_adapter
 
@@ -130,6 +137,8 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     added.add_argument("--executed", type=Path, default=Path("work/executed"))
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
+    added = command("train", train, "the notebooks' run as a script: chatmagic train PROFILE; --help after it says more")
+    added.add_argument("arguments", nargs=argparse.REMAINDER)
     added = command("merge", merge, "write an adapter into its 16-bit base")
     for name in ("base", "adapter", "output"):
         added.add_argument(name, type=Path)

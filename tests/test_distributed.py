@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ import torch
 from tiny_runs import adalora, fit, loader, processes, rows
 
 from chatmagic import ChatmagicError
+from chatmagic.profiles import profiles
 from chatmagic.train import StepRunner, keras
+from chatmagic.train.__main__ import main
 from chatmagic.train.adalora import rank_table
 
 COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
@@ -43,10 +48,15 @@ class KilledAtBatch12(StepRunner):
         return super().__call__(batch)
 
 
-def worker(rank, port, path, kill, resume):
-    """One of two processes; leaves path/rank-RANK.json."""
+def join(rank, port):
+    """Be one of two processes, as a launcher would make it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+
+
+def worker(rank, port, path, kill, resume):
+    """Leaves path/rank-RANK.json."""
+    join(rank, port)
     saved = []
     save_state, save_adapter = keras.save_state, keras.save_adapter
     keras.save_state = lambda *args: (saved.append("state"), save_state(*args))
@@ -61,14 +71,20 @@ def worker(rank, port, path, kill, resume):
     torch.distributed.destroy_process_group()
 
 
-def start(path, kill=False, resume=False) -> list[dict]:
+def in_two(target, *arguments) -> list[int]:
+    """The exit codes of target(0, port, *arguments) and target(1, port, *arguments), run together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = processes(worker, *((rank, port, path, kill, resume) for rank in (0, 1)))
+    started = processes(target, *((rank, port, *arguments) for rank in (0, 1)))
     for process in started:
         process.join(120)
         assert process.exitcode is not None
+    return [process.exitcode for process in started]
+
+
+def start(path, kill=False, resume=False) -> list[dict]:
+    in_two(worker, path, kill, resume)
     results = [path / f"rank-{rank}.json" for rank in (0, 1)]
     return [json.loads(result.read_text()) for result in results if result.exists()]
 
@@ -104,3 +120,22 @@ def test_a_state_of_two_processes_is_not_for_one(tmp_path):
     start(tmp_path, kill=True)
     with pytest.raises(ChatmagicError, match="of 2 processes, this run has 1"):
         run(tmp_path / "run", 4, resume=True)
+
+
+def script(rank, port, home):
+    """`accelerate launch -m chatmagic.train llama-2-13b-chat`, of a tiny model and for ten steps."""
+    join(rank, port)
+    os.environ["CHATMAGIC_HOME"] = str(home)
+    tiny = profiles()["llama-2-13b-chat"]
+    profiles()["llama-2-13b-chat"] = replace(tiny, quantize="no", conversations=20, epochs=2, learning_rate=1e-2)
+    sys.exit(main(["llama-2-13b-chat", "--name", "小明"]))
+
+
+def test_the_script_trains_in_two_processes(tmp_path, tiny_models):
+    shutil.copytree(tiny_models / "llama-2-13b-chat", tmp_path / "llama-2-13b-chat")
+    assert in_two(script, tmp_path) == [0, 0]
+    (folder,) = (tmp_path / "course").glob("llama-2-13b-chat-*")
+    assert "小明" in (folder / "train.jsonl").read_text()
+    assert json.loads((folder / "adapter" / "chatmagic.json").read_text())["base"]
+    names = {path.name for path in (folder / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "history.png", "ranks.png", "last-000010"} <= names

@@ -7,13 +7,14 @@ import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, rows, tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatmagic import ChatmagicError
 from chatmagic.train import KerasModel, StepRunner, adalora_config, find_all_linear_names
 from chatmagic.train.adalora import importance_table, rank_allocator, rank_table
+from chatmagic.train.fast import drop, fast_adapters
 from chatmagic.train.runtime import best_precision, trainable
 
 
@@ -38,6 +39,7 @@ def test_schedule_fits_the_run():
         ({"total_steps": 100, "target_r": 0}, "0 < target_r"),
         ({"total_steps": 100, "tinit": 60, "tfinal": 40}, "leaves 0 for shrinking"),
         ({"total_steps": 100, "tfinal": 0}, "tfinal >= 1"),
+        ({"total_steps": 100, "deltaT": 0}, "deltaT >= 1"),
         ({"total_steps": 100, "r": 32}, "init_r"),
     ],
 )
@@ -102,6 +104,45 @@ def test_ranks_and_importance_can_be_read(tmp_path):
 
 
 # --- the step
+
+
+@pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("linear", [torch.nn.Linear, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt])
+def test_the_fast_forward_is_pefts(linear, precision, tolerance):
+    torch.manual_seed(0)
+    base = torch.nn.ModuleDict({"layer": linear(64, 64, bias=True)})
+    base.is_loaded_in_4bit, base.is_loaded_in_8bit = "4bit" in linear.__name__, "8bit" in linear.__name__
+    model = get_peft_model(base, AdaLoraConfig(target_modules=["layer"], init_r=6, target_r=3, total_step=10))
+    layer = model.base_model.model["layer"]
+    torch.nn.init.normal_(layer.lora_E["default"])
+    model.to("cpu").train()  # which quantises bitsandbytes' layers
+    x = torch.randn(2, 5, 64, requires_grad=True)
+
+    def outputs():
+        with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
+            y = layer(x)
+        return y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.lora_A.values(), *layer.lora_E.values()])
+
+    expected = outputs()
+    with fast_adapters(model):
+        assert layer.forward.__func__.__module__ == "chatmagic.train.fast"
+        found = outputs()
+        with model.disable_adapter():
+            assert torch.equal(layer(x), layer.base_layer(x))
+    assert "forward" not in vars(layer)
+    for ours, theirs in zip(found, expected):
+        assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_dropout_by_bytes():
+    x = torch.full((100, 1001), 2.0, requires_grad=True)
+    torch.manual_seed(0)
+    y = drop(x, 0.25)
+    assert y.unique().tolist() == pytest.approx([0.0, 2 / 0.75])
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    y.sum().backward()
+    assert torch.equal(x.grad * 2, y)
+    assert not torch.equal(drop(x, 0.25), y)
 
 
 def test_validation_reports_cross_entropy_alone(tmp_path):

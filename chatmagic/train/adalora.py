@@ -75,10 +75,12 @@ def adalora_config(
     tinit = total_steps // 10 if tinit is None else tinit
     tfinal = total_steps * 3 // 10 if tfinal is None else tfinal
     shrinking = total_steps - tfinal - tinit
-    if tinit < 0 or tfinal < 1 or shrinking < 1:
+    deltaT = max(1, shrinking // 20) if deltaT is None else deltaT
+    if tinit < 0 or tfinal < 1 or deltaT < 1 or shrinking < 1:
         raise ChatmagicError(
-            f"Of {total_steps} steps, tinit={tinit} come before the ranks shrink and tfinal={tfinal} after, which "
-            f"leaves {shrinking} for shrinking. Keep tinit >= 0, tfinal >= 1 and tinit + tfinal < {total_steps}."
+            f"Of {total_steps} steps, tinit={tinit} come before the ranks shrink and tfinal={tfinal} after, which leaves "
+            f"{shrinking} for shrinking every deltaT={deltaT} steps. Keep tinit >= 0, tfinal >= 1, deltaT >= 1 and "
+            f"tinit + tfinal < {total_steps}."
         )
     return AdaLoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -88,7 +90,7 @@ def adalora_config(
         total_step=total_steps,
         tinit=tinit,
         tfinal=tfinal,
-        deltaT=max(1, shrinking // 20) if deltaT is None else deltaT,
+        deltaT=deltaT,
         **lora,
     )
 
@@ -96,8 +98,8 @@ def adalora_config(
 class RankAllocator(PeftRankAllocator):
     """PEFT's allocator with the same results, in a few kernels a step instead of thousands.
 
-    PEFT walks every parameter of the model for each update (146 ms a step on a 7B model); here the factors are
-    listed once and handled through `torch._foreach_*` and one stacked tensor a shape.
+    PEFT walks every parameter of the model at each update; here the factors are listed once, and handled through
+    `torch._foreach_*` and one stacked tensor a shape.
 
     step: optimizer steps allocated so far.
     budget: triplets kept at present.

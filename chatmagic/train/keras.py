@@ -14,11 +14,13 @@ from accelerate.utils import GradScalerKwargs, gather_object
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
 from torchkeras import kerasmodel
+from torchkeras.kerascallbacks import VisProgress
 
 from ..errors import ChatmagicError
 from .adalora import rank_allocator
 from .checkpoints import load_adapter, load_state, save_adapter, save_state, state_folder
-from .plots import pictures
+from .fast import fast_adapters
+from .plots import EpochLines, pictures
 from .runtime import (
     Batches,
     best_precision,
@@ -80,6 +82,7 @@ class KerasModel(kerasmodel.KerasModel):
         AdaLoRA no epoch counts, for the best or for patience, before the ranks are final.
         resume: go on from the newest state in ckpt_path, to the same losses as an unbroken run. A state is saved
         at the start, at the end of an epoch, on Ctrl-C, and every `save_every` optimizer steps if that is given.
+        plot: show the curve and a progress bar while it runs, and save pictures; else print a line an epoch.
         mixed_precision: "auto" is bf16 where the hardware has it, fp16 on older GPUs, else "no".
 
         The lr_scheduler moves once an optimizer step. Raises ChatmagicError for settings that would train nothing
@@ -106,14 +109,14 @@ class KerasModel(kerasmodel.KerasModel):
         self._check()
         self.epoch, self.batch, self.sums, self.history, self.best = 1, 0, None, {}, None
         self.epoch_rng = self.rng = get_rng(self.samplers)
-        self.callbacks = [*(pictures() if plot else []), *(callbacks or [])]
+        self.callbacks = [*([*pictures(), VisProgress()] if plot else [EpochLines()]), *(callbacks or [])]
         try:
             self._place()
             (self._load_state if resume else self._save_state)()
             self._call_back("on_fit_start")
-            with noted_interrupt() as self.interrupt:
+            with noted_interrupt() as self.interrupt, fast_adapters(self.model):
                 while self.epoch <= epochs and not self._out_of_patience():
-                    self._run_epoch(quiet=plot)
+                    self._run_epoch()
             if self.best is None:
                 warnings.warn("No epoch ended with final ranks: the adapter is the last one, not the best.")
                 self._on_main(self.save_ckpt, ckpt_path, accelerator=self.accelerator)
@@ -184,15 +187,13 @@ class KerasModel(kerasmodel.KerasModel):
             self.net = DistributedDataParallel(self.net, [device] if device.type == "cuda" else None)
         self.optimizer = self.accelerator.prepare(self.optimizer)
 
-    def _run_epoch(self, quiet: bool):
+    def _run_epoch(self):
         set_rng(self.epoch_rng, self.samplers)
-        self._run_stage(
-            "train", Batches(self.train_loader, self.batch, self._on_skipped, self._after_step), quiet
-        )
+        self._run_stage("train", Batches(self.train_loader, self.batch, self._on_skipped, self._after_step))
         self._call_back("on_train_epoch_end")
         if self.val_loader is not None:
             with torch.no_grad():
-                self._run_stage("val", self.val_loader, quiet)
+                self._run_stage("val", self.val_loader)
         score = self.history[self.monitor][-1]
         if math.isnan(score):
             raise ChatmagicError(f"{self.monitor} is not a number. Has val_data any label that is not -100?")
@@ -204,7 +205,7 @@ class KerasModel(kerasmodel.KerasModel):
         self.epoch_rng = get_rng(self.samplers)
         self._rest(save=True)
 
-    def _run_stage(self, stage: str, batches, quiet: bool):
+    def _run_stage(self, stage: str, batches):
         training = stage == "train"
         self.runner = self.StepRunner(
             net=self.net,
@@ -217,7 +218,7 @@ class KerasModel(kerasmodel.KerasModel):
         )
         if training and self.batch:
             self.runner.sums = self.sums
-        log = self.EpochRunner(self.runner, quiet)(batches)
+        log = self.EpochRunner(self.runner, quiet=True)(batches)
         for name, value in (({"epoch": self.epoch} if training else {}) | log).items():
             self.history.setdefault(name, []).append(value)
 
@@ -261,7 +262,7 @@ class KerasModel(kerasmodel.KerasModel):
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
-            "sums": self.runner.sums if self.batch else None,
+            "sums": getattr(self.runner, "sums", None) if self.batch else None,
             "history": self.history,
             "best": self.best,
             "params": {name: param.detach() for name, param in trainable(self.model)},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
-from torchkeras.kerascallbacks import VisMetric, VisProgress
+from torchkeras.kerascallbacks import VisMetric
 
 from .adalora import importance_table, rank_table
 
@@ -18,8 +18,16 @@ STYLE = {"font.family": ["DejaVu Sans", font_manager.FontProperties(fname=FONT).
 
 
 def pictures() -> list:
-    """The callbacks that draw, live and at the end of a run."""
-    return [LiveCurve(), VisProgress(), RankPictures()]
+    """The callbacks that save pictures beside the adapter, and in a notebook show the first while it grows."""
+    return [LiveCurve(), RankPictures()]
+
+
+class EpochLines:
+    """A line an epoch, where no bar and no picture are wanted."""
+
+    def on_validation_epoch_end(self, model):
+        log = {name: values[-1] for name, values in model.history.items()}
+        print(f"epoch {log.pop('epoch')}/{model.epochs}", *(f"{k} {v:.4g}" for k, v in log.items()), flush=True)
 
 
 class LiveCurve(VisMetric):

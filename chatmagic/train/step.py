@@ -40,10 +40,8 @@ class StepRunner:
         self.model = accelerator.unwrap_model(net)
         self.allocator = rank_allocator(self.model)
         self.params = [param for _, param in trainable(self.model)]
-        self.pending = torch.zeros(
-            3, device=accelerator.device
-        )  # loss, label tokens, tokens: of the step so far
-        self.sums = [0.0, 0.0]  # loss and label tokens of the epoch so far
+        self.pending = torch.zeros(3, device=accelerator.device)  # loss, label tokens, tokens: of this step so far
+        self.sums = [0.0, 0.0]  # loss and label tokens: of the epoch so far
         self.tokens = 0.0
         self.started = time.perf_counter()
         self.log = {f"{stage}_loss": math.nan}
