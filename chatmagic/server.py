@@ -4,11 +4,13 @@ import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 
 from .errors import ChatmagicError
 from .llm import ChatLLM
 
 OPTIONS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
+BROKE_OFF = "broke off in the middle of a reply; ask again"
 
 
 def connect(url: str, model: str, **settings) -> ChatLLM:
@@ -29,7 +31,7 @@ class ServerModel:
         from openai import OpenAI
 
         self.url, self.name = url, model
-        key = os.environ.get("OPENAI_API_KEY", "none")  # the client insists on one, most local servers do not
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # the client insists on one, most local servers do not
         self._client = OpenAI(base_url=url, api_key=key, max_retries=1)
 
     def count(self, messages: list[dict]) -> None:
@@ -49,44 +51,40 @@ class ServerModel:
         request = {OPTIONS[name]: value for name, value in options.items()}
         request |= {"model": self.name, "messages": messages, "stream": True}
         finished = None
-        with self._errors_in_words():
+        with self._errors_in_words("does not answer: start it, or check the address given to chatmagic.connect"):
             chunks = self._client.chat.completions.create(**request, stream_options={"include_usage": True})
-            with chunks:
-                for chunk in chunks:
-                    if usage := chunk.usage:
-                        stats.tokens_in, stats.tokens_out = usage.prompt_tokens, usage.completion_tokens
-                    for choice in chunk.choices:
-                        finished = choice.finish_reason or finished
-                        if choice.delta.content:
-                            yield choice.delta.content
+        with chunks, self._errors_in_words(BROKE_OFF):
+            for chunk in chunks:
+                if usage := chunk.usage:
+                    stats.tokens_in, stats.tokens_out = usage.prompt_tokens, usage.completion_tokens
+                for choice in chunk.choices:
+                    finished = choice.finish_reason or finished
+                    if choice.delta.content:
+                        yield choice.delta.content
         if finished is None:
-            raise ChatmagicError(f"the server at {self.url} broke off in the middle of a reply; ask again")
+            raise ChatmagicError(f"the server at {self.url} {BROKE_OFF}")
         stats.stop_reason = finished
 
     @contextmanager
-    def _errors_in_words(self):
-        import httpx
+    def _errors_in_words(self, lost: str):
+        """The client's exceptions as ChatmagicError; `lost` tells of a connection that was not, or no longer."""
         import openai
 
         try:
             yield
         except openai.APITimeoutError:
-            reason = f"the server at {self.url} took too long to answer; ask again"
-        except openai.APIConnectionError:
-            reason = (
-                f"no server answers at {self.url}: start it, or check the address given to chatmagic.connect"
-            )
-        except httpx.TransportError:
-            reason = f"the server at {self.url} broke off in the middle of a reply; ask again"
+            reason = "took too long to answer; ask again"
+        except (openai.APIConnectionError, JSONDecodeError):  # the latter for half an event
+            reason = lost
         except openai.AuthenticationError:
-            reason = f"the server at {self.url} refused the key: set OPENAI_API_KEY before chatmagic.connect"
-        except openai.NotFoundError as error:
-            reason = f"{self.url} has no model {self.name!r}: {self._nearest() or error.message}"
+            reason = "refused the key: set OPENAI_API_KEY before chatmagic.connect"
+        except openai.NotFoundError:
+            reason = f"has no model {self.name!r}: {self._nearest()}"
         except openai.APIError as error:
-            reason = f"the server at {self.url} failed: {error.message}"
+            reason = f"failed: {error.message}"
         else:
             return
-        raise ChatmagicError(reason)
+        raise ChatmagicError(f"the server at {self.url} {reason}")
 
     def _nearest(self) -> str:
         import openai
@@ -94,5 +92,5 @@ class ServerModel:
         try:
             names = [model.id for model in self._client.models.list()]
         except openai.APIError:
-            return ""
+            return "it has not even a list of them, so the address may lack its /v1"
         return "it has " + ", ".join(difflib.get_close_matches(self.name, names, 3, cutoff=0))

@@ -525,14 +525,20 @@ def test_stop_ends_a_reply_at_once_and_the_next_is_as_ever(model, tokenizer):
 
 # A server
 
+BREAKING_OFF = ["ends early", "dies", "sends half an event"]
+
 
 class Handler(BaseHTTPRequestHandler):
     """An OpenAI-compatible server that knows the model "parrot" and the key "sesame"."""
 
     def do_GET(self):
+        if self.path != "/v1/models":
+            return self.answer(404, {"detail": "Not Found"})
         self.answer(200, {"object": "list", "data": [{"id": "parrot", "object": "model"}]})
 
     def do_POST(self):
+        if self.path != "/v1/chat/completions":
+            return self.answer(404, {"detail": "Not Found"})
         self.server.request = request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.headers["Authorization"] != "Bearer sesame":
             return self.answer(401, {"error": {"message": "wrong key"}})
@@ -540,13 +546,18 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": {"message": "no such model"}})
         if len(request["messages"][-1]["content"]) > 100:
             return self.answer(400, {"error": {"message": "maximum context length is 100"}})
+        how = request["messages"][-1]["content"]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
+        if how == "dies":
+            self.send_header("Content-Length", "9999")
         self.end_headers()
         for word in ["你", "好", "!"]:
             self.event({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]})
             time.sleep(self.server.delay)
-        if request["messages"][-1]["content"] == "die":
+        if how == "sends half an event":
+            self.wfile.write(b'data: {"choices": [{"ind\n\n')
+        if how in BREAKING_OFF:
             return
         self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
         self.event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}})
@@ -611,7 +622,6 @@ def test_the_key_is_nowhere_to_be_seen(server, tmp_path):
         ("parrot", "open", "hi", "refused the key.*OPENAI_API_KEY"),
         ("gpt", "sesame", "hi", "no model 'gpt': it has parrot"),
         ("parrot", "sesame", "x" * 101, "maximum context length is 100"),
-        ("parrot", "sesame", "die", "broke off in the middle"),
     ],
 )
 def test_what_a_server_refuses(server, monkeypatch, model, key, query, reason):
@@ -622,9 +632,30 @@ def test_what_a_server_refuses(server, monkeypatch, model, key, query, reason):
     assert llm.history == []
 
 
+@pytest.mark.parametrize("how", BREAKING_OFF)
+def test_a_server_that_breaks_off(server, capsys, how):
+    llm = connect(url(server), "parrot")
+    with pytest.raises(ChatmagicError, match=f"{url(server)} broke off in the middle of a reply; ask again"):
+        llm(how)
+    assert capsys.readouterr().out == "你好!\n" and llm.history == []
+    assert llm("hi") == "你好!"
+
+
 def test_a_dead_server():
-    with pytest.raises(ChatmagicError, match="no server answers at http://127.0.0.1:9/v1"):
+    with pytest.raises(ChatmagicError, match="server at http://127.0.0.1:9/v1 does not answer: start it"):
         connect("http://127.0.0.1:9/v1", "parrot")("hi")
+
+
+def test_an_address_without_its_v1(server):
+    with pytest.raises(ChatmagicError, match="no model 'parrot'.* may lack its /v1"):
+        connect(url(server).removesuffix("/v1"), "parrot")("hi")
+
+
+@pytest.mark.parametrize("key", [None, ""])
+def test_a_server_that_wants_no_key(server, monkeypatch, key):
+    monkeypatch.delenv("OPENAI_API_KEY") if key is None else monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ChatmagicError, match="refused the key"):  # it was asked: no key is needed to ask
+        connect(url(server), "parrot")("hi")
 
 
 def test_an_option_no_server_has(server):
