@@ -241,15 +241,15 @@ class ChatLLM:
         line = json.dumps({"messages": build_messages(None, self.history, self.system)}, ensure_ascii=False)
         part = path.with_name(path.name + ".part")
         try:
-            part.write_text(line + "\n", encoding="utf-8")
+            part.write_bytes(f"{line}\n".encode())
             part.replace(path)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise ChatmagicError(f"the conversation cannot be saved: {error}") from None
 
     def load(self, path: str | Path) -> None:
         """Take system text and history from a file of `save`'s. Raises ChatmagicError where it cannot."""
         try:
-            (line,) = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+            (line,) = Path(path).expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
             messages = json.loads(line)["messages"]
         except OSError as error:
             raise ChatmagicError(f"the conversation cannot be read: {error}") from None

@@ -246,16 +246,13 @@ class ChatMagics(Magics):
         first, before = context.full_text.split("\n", 1)[0], context.text_until_cursor
         if not re.match(r"\s*%?%chat\b", first):
             return {"completions": []}
-        if context.cursor_line > 0:
-            found = re.search(r"\{(\w*)$", before) if "--vars" in first else None
-            words = [name for name in self.shell.user_ns if not name.startswith("_")]
+        variables = [name for name in self.shell.user_ns if not name.startswith("_")]
+        if "--vars" in first and (found := re.search(r"\{(\w*)$", before)):
+            words = variables
+        elif context.cursor_line > 0:
+            return {"completions": []}
         elif found := re.search(r"(?:-m|--model|--format|-o|--output)[\s=]+(\S*)$", before):
-            kind = found[0].lstrip("-")[0]
-            words = {
-                "m": models,
-                "f": FORMATS,
-                "o": [n for n in self.shell.user_ns if not n.startswith("_")],
-            }[kind]
+            words = {"m": models, "f": FORMATS, "o": variables}[found[0].lstrip("-")[0]]
         else:
             found = re.search(r"\s(-\S*)$", before)
             words = [option for action in ChatMagics.chat.parser._actions for option in action.option_strings]
@@ -290,9 +287,13 @@ def fill(text: str, variables: dict) -> str:
         raise ChatmagicError(f"--vars: {error}. Braces that should stay are written {{{{ and }}}}") from None
 
 
+CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+CONTROL |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # some terminals obey these as well
+
+
 def visible(text: str) -> str:
     """A model's text, its control characters shown: a terminal would obey them."""
-    return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else c for c in text)
+    return text.translate(CONTROL)
 
 
 def write(piece: str) -> None:

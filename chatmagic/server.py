@@ -31,7 +31,7 @@ class ServerModel:
         from openai import OpenAI
 
         self.url, self.name = url, model
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # the client insists on one, most local servers do not
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # the client wants one, most local servers do not
         self._client = OpenAI(base_url=url, api_key=key, max_retries=1)
 
     def count(self, messages: list[dict]) -> None:
@@ -51,7 +51,7 @@ class ServerModel:
         request = {OPTIONS[name]: value for name, value in options.items()}
         request |= {"model": self.name, "messages": messages, "stream": True}
         finished = None
-        with self._errors_in_words("does not answer: start it, or check the address given to chatmagic.connect"):
+        with self._errors_in_words("does not answer: start it, or check the address that connect was given"):
             chunks = self._client.chat.completions.create(**request, stream_options={"include_usage": True})
         with chunks, self._errors_in_words(BROKE_OFF):
             for chunk in chunks:

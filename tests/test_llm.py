@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
@@ -130,13 +132,13 @@ def test_json_reply(fake):
 
 def test_save_and_load(fake, tmp_path):
     llm = ChatLLM(fake, stream=False, system="系统")
-    llm("一"), llm("two\nlines")
+    llm("一"), llm("two\nlines\u2028")
     path = tmp_path / "chat.jsonl"
     llm.save(path)
     assert path.read_text("utf-8") == (
         '{"messages": [{"role": "system", "content": "系统"}, {"role": "user", "content": "一"}, '
-        '{"role": "assistant", "content": "1: 一"}, {"role": "user", "content": "two\\nlines"}, '
-        '{"role": "assistant", "content": "2: two\\nlines"}]}\n'
+        '{"role": "assistant", "content": "1: 一"}, {"role": "user", "content": "two\\nlines\u2028"}, '
+        '{"role": "assistant", "content": "2: two\\nlines\u2028"}]}\n'
     )
     other = ChatLLM(fake)
     other.load(path)
@@ -148,7 +150,24 @@ def test_a_save_that_fails_leaves_the_file(fake, tmp_path):
     llm.save(path)
     before = path.read_bytes()
     llm.history = [("\ud800", "a lone surrogate cannot be written")]
-    with pytest.raises(UnicodeEncodeError):
+    with pytest.raises(ChatmagicError, match="cannot be saved.*surrogates"):
+        llm.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_that_is_cut_short_leaves_the_file(fake, tmp_path, monkeypatch):
+    llm, path = ChatLLM(fake, history=[("a", "b")]), tmp_path / "chat.jsonl"
+    llm.save(path)
+    before = path.read_bytes()
+    llm.history *= 2
+
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ChatmagicError, match="cannot be saved.*No space left"):
         llm.save(path)
     assert path.read_bytes() == before
 
@@ -607,13 +626,17 @@ def test_a_server_streams_and_counts(server, capsys):
     assert server.request["temperature"] == 0 and server.request["max_tokens"] == 512
 
 
-def test_the_key_is_nowhere_to_be_seen(server, tmp_path):
+def test_the_key_is_nowhere_to_be_seen(server, tmp_path, monkeypatch, capsys):
     llm = connect(url(server), "parrot")
     llm("hi")
     llm.save(tmp_path / "chat.jsonl")
-    assert "sesame" not in (tmp_path / "chat.jsonl").read_text() + repr(llm) + repr(vars(llm)) + repr(
-        vars(llm.backend)
-    )
+    seen = (tmp_path / "chat.jsonl").read_text() + repr(llm) + repr(vars(llm)) + repr(vars(llm.backend))
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame seed")
+    for model, query in [("parrot", "hi"), ("gpt", "hi"), ("parrot", "dies"), ("parrot", "x" * 101)]:
+        with pytest.raises(ChatmagicError) as caught:
+            connect(url(server), model)(query)
+        seen += "".join(traceback.format_exception(caught.value))
+    assert "sesame" not in seen + "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

@@ -138,14 +138,24 @@ def test_options_reach_the_model(run, llm, fake):
 
 
 def test_config_sets_defaults_and_the_cell_overrides_them(run, llm, fake):
-    for option in ("temperature = 0.5", "max_new_tokens = 9", "system = 'brief'", "greedy = True"):
-        run(f"%config ChatMagics.{option}")
+    defaults = "temperature = 0.5", "top_p = 0.9", "max_new_tokens = 9", "seed = 7", "greedy = True"
+    for default in (*defaults, "system = 'brief'"):
+        run(f"%config ChatMagics.{default}")
     run("%%chat\nhi")
-    assert fake.asked[-1][1] == {"temperature": 0.5, "max_new_tokens": 9, "greedy": True}
-    run("%%chat --temperature 0.8 --system long\nhi")
     messages, options = fake.asked[-1]
-    assert options == {"temperature": 0.8, "max_new_tokens": 9}  # asked to sample, it does not stay greedy
+    assert options == {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 9, "seed": 7, "greedy": True}
+    assert messages[0] == {"role": "system", "content": "brief"}
+    run("%%chat --temperature 0.8 --top-p 1 --max-new-tokens 8 --seed 6 --system long\nhi")
+    messages, options = fake.asked[-1]  # asked to sample, it does not stay greedy
+    assert options == {"temperature": 0.8, "top_p": 1, "max_new_tokens": 8, "seed": 6}
     assert messages[0]["content"] == "long"
+
+
+def test_config_sets_how_replies_are_shown(run, llm, fake):
+    fake.reply = lambda turn, question: '{"a":1}'
+    run("%config ChatMagics.format = 'json'"), run("%config ChatMagics.stats = True")
+    assert re.fullmatch(r'\{\n  "a": 1\n\}\n\[.*, stop\]\n', run("%%chat\nhi"))
+    assert run("%%chat --format text\nhi").startswith('{"a":1}\n[')
 
 
 def test_new_and_no_history(run, llm, fake):
@@ -258,8 +268,8 @@ def test_markdown_cannot_run_or_fetch(text, html):
 
 
 def test_control_characters_are_shown_not_obeyed(run, llm, fake):
-    fake.reply = lambda turn, question: "a\x1b]52;c;x\x07\rb\tc\n\x00"
-    assert run("%%chat\nhi") == run("%%chat --no-stream\nhi") == "a␛]52;c;x␇␍b\tc\n␀\n"
+    fake.reply = lambda turn, question: "a\x1b]52;c;x\x07\rb\tc\n\x00\x7f\x9b2J"
+    assert run("%%chat\nhi") == run("%%chat --no-stream\nhi") == "a␛]52;c;x␇␍b\tc\n␀␡\ufffd2J\n"
 
 
 # Models
@@ -435,6 +445,7 @@ def test_completion(run, llm):
     assert completions(run, "%%chat --format ") == [(16, 16, "json"), (16, 16, "markdown"), (16, 16, "text")]
     assert (10, 14, "conversation") in completions(run, "%%chat -o conv")
     assert completions(run, "%%chat --vars\nabout {conv") == [(21, 25, "conversation")]
+    assert completions(run, "%chat --vars about {conv") == [(20, 24, "conversation")]
     assert "--temperature" not in str(completions(run, "%%time --te"))
     assert "--temperature" not in str(completions(run, "%%chat\nx --te"))
 
