@@ -1,20 +1,26 @@
-"""`chatmagic doctor | download | tutorial | train | merge`: the course without a browser."""
+"""`chatmagic doctor | download | tutorial | train | evaluate | merge`: the course without a browser."""
 
 import argparse
 import shutil
 import sys
 import tempfile
 import time
+import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 from unicodedata import east_asian_width
 
+from .course import Course, CourseError, resume
 from .errors import ChatmagicError
+from .machine import short
+from .persona import Persona
+from .profiles import get_profile
 
 
 def doctor(args) -> None:
     from .download import home
     from .machine import report
-    from .profiles import check_machine, get_profile
+    from .profiles import check_machine
 
     for what, found in report(home()):
         print(f"{what:13}{found}")
@@ -79,8 +85,6 @@ def tutorial(args) -> None:
 def _print_before_after() -> None:
     import json
 
-    from .course import resume
-
     course = resume("before", "merged")
     before, after = (
         json.loads((course.folder / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json")
@@ -105,17 +109,45 @@ def _columns(text: str) -> int:
     return sum(2 if east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def train(args) -> None:
-    import runpy
+def chosen(args) -> Course:
+    """The course that the arguments choose; what they leave out is as in the one started last."""
+    try:
+        last = resume()
+    except CourseError:
+        last = Course(get_profile(), Persona())
+    said = {field.name: getattr(args, field.name) for field in fields(Persona) if field.name in args}
+    profile = get_profile(args.profile) if args.profile else last.profile
+    return Course(profile, replace(last.persona, **said))
 
-    sys.argv = ["chatmagic.train", *args.arguments]
-    runpy.run_module("chatmagic.train", run_name="__main__")
+
+def train(args) -> None:
+    from .train.script import run
+
+    run(chosen(args), args.resume, args.save_every)
+
+
+def evaluate(args) -> None:
+    from .evaluate import before_and_after
+
+    course = chosen(args)
+    table = before_and_after(course)
+    print(f"\n{'':16}{'before':>10}{'after':>10}")
+    for name in table["before"]:
+        cells = [table[when][name] for when in ("before", "after")]
+        cells = [f"{cell:.1f}" if isinstance(cell, float) else "{}/{}".format(*cell) for cell in cells]
+        print(f"{name:16}{cells[0]:>10}{cells[1]:>10}")
+    print(f"Every reply is in {short(course.folder)}/evaluation.json.")
 
 
 def merge(args) -> None:
     from .merge import merge_adapter
 
     print(merge_adapter(args.base, args.adapter, args.output))
+
+
+TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.train, over several nodes
+with CHATMAGIC_HOME on a disk that they share"""
+EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -137,8 +169,16 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     added.add_argument("--executed", type=Path, default=Path("work/executed"))
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
-    added = command("train", train, "the notebooks' run as a script: chatmagic train PROFILE; --help after it says more")
-    added.add_argument("arguments", nargs=argparse.REMAINDER)
+    training, evaluation = command("train", train, TRAIN), command("evaluate", evaluate, EVALUATE)
+    training.add_argument("--resume", action="store_true", help="go on from the newest state of a broken-off run")
+    training.add_argument("--save-every", type=int, metavar="STEPS", help="how often to save a state, beside every epoch")
+    for added in (training, evaluation):
+        added.add_argument("profile", nargs="?", help="of profiles.toml; default: that of the course started last")
+        who = added.add_argument_group("who the model becomes", "what is left out is as in the course started last")
+        for field in fields(Persona):
+            languages = ("zh", "en") if field.name == "language" else None
+            flag = f"--{field.name.replace('_', '-')}"
+            who.add_argument(flag, default=argparse.SUPPRESS, choices=languages)
     added = command("merge", merge, "write an adapter into its 16-bit base")
     for name in ("base", "adapter", "output"):
         added.add_argument(name, type=Path)
@@ -147,11 +187,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    warnings.filterwarnings("ignore", module="peft|transformers")  # what they tell their own developers
     try:
         args.run(args)
     except ChatmagicError as error:
         print(f"\nchatmagic: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nchatmagic: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

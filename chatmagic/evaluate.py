@@ -1,11 +1,17 @@
 """Does the model know who it is, and what did it forget? The same questions before and after, decoded greedily."""
 
 import math
+import time
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import cross_entropy
 
+from .course import Course
+from .errors import ChatmagicError
 from .labels import encode_prompt
+from .load import load_model
+from .machine import short
 from .messages import build_messages
 from .persona import Persona, holds, questions
 from .templates import get_template
@@ -96,7 +102,8 @@ def evaluate(model, tokenizer, persona: Persona) -> dict:
 def perplexity(model, tokenizer, text: str) -> float:
     """exp of the mean cross-entropy of the text's tokens after the first."""
     input_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
-    return math.exp(model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.item())
+    logits = model(input_ids=input_ids, use_cache=False).logits  # to the loss PEFT would add AdaLoRA's penalty
+    return math.exp(cross_entropy(logits[0, :-1].float(), input_ids[0, 1:]).item())
 
 
 def summary(before: dict, after: dict) -> dict[str, tuple[int, int] | float]:
@@ -111,3 +118,37 @@ def summary(before: dict, after: dict) -> dict[str, tuple[int, int] | float]:
         "leaked": (len(after["leaked"]), len(questions()["general"]["retention"])),
         "perplexity": after["perplexity"],
     }
+
+
+def before_and_after(course: Course) -> dict[str, dict]:
+    """Ask the base, and what became of it: the merged model or, where that is not there or older, the adapter.
+
+    Returns the `summary` of each, {"before": ..., "after": ...}, and writes evaluation.json in the course's folder:
+    that as "table", and what `evaluate` returns of both. Raises ChatmagicError where nothing is trained yet.
+    """
+    from peft import PeftModel  # after load.py, which spares us what bitsandbytes says on import
+
+    made = [course.adapter / "adapter_config.json", course.merged / "config.json"]
+    made = sorted((path.stat().st_mtime, path.parent) for path in made if path.is_file())
+    if not made:
+        raise ChatmagicError(f"No adapter is in {course.adapter}. Make one: chatmagic train {course.profile.name}")
+    newest = made[-1][1]
+    merged, quantize = newest == course.merged, course.profile.quantize
+
+    def asked(folder, model) -> dict:
+        began = time.perf_counter()
+        result = evaluate(model, tokenizer, course.persona)
+        print(f"{len(result['replies'])} questions to {short(folder)}: {time.perf_counter() - began:.0f} s", flush=True)
+        return result
+
+    model, tokenizer = load_model(course.model, None if merged or quantize == "no" else quantize)
+    results = {"before": asked(course.model, model)}
+    if merged:
+        del model  # a GPU may not hold both
+        model, tokenizer = load_model(newest)
+    else:
+        model = PeftModel.from_pretrained(model, newest)
+    results["after"] = asked(newest, model)
+    table = {name: summary(results["before"], result) for name, result in results.items()}
+    course.save_json("evaluation.json", {"table": table, **results})
+    return table

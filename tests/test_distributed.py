@@ -14,9 +14,9 @@ import torch
 from tiny_runs import adalora, fit, loader, processes, rows
 
 from chatmagic import ChatmagicError
+from chatmagic.cli import main
 from chatmagic.profiles import profiles
 from chatmagic.train import StepRunner, keras
-from chatmagic.train.__main__ import main
 from chatmagic.train.adalora import rank_table
 
 COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
@@ -128,7 +128,7 @@ def script(rank, port, home):
     os.environ["CHATMAGIC_HOME"] = str(home)
     tiny = profiles()["llama-2-13b-chat"]
     profiles()["llama-2-13b-chat"] = replace(tiny, quantize="no", conversations=20, epochs=2, learning_rate=1e-2)
-    sys.exit(main(["llama-2-13b-chat", "--name", "小明"]))
+    sys.exit(main(["train", "llama-2-13b-chat", "--name", "小明"]))
 
 
 def test_the_script_trains_in_two_processes(tmp_path, tiny_models):

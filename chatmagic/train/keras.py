@@ -127,7 +127,8 @@ class KerasModel(kerasmodel.KerasModel):
                 raise
             raise ChatmagicError(
                 f"Another process of this run has ended: {str(error).splitlines()[0]}. Its own message says why. The "
-                f"newest state is in {self.ckpt_path}: start all processes again, with fit(..., resume=True)."
+                f"newest state is in {self.ckpt_path}: start all processes again, with fit(..., resume=True), or "
+                "--resume."
             ) from error
         finally:
             self.net = self.accelerator.unwrap_model(self.net).eval()
@@ -240,7 +241,7 @@ class KerasModel(kerasmodel.KerasModel):
             raise TrainingInterrupted(
                 f"Interrupted after step {self.step} of {self.epochs * self.steps_per_epoch}. The state is in "
                 f"{state_folder(self.ckpt_path, self.step)}: to go on, make the model again and call "
-                "fit(..., resume=True)."
+                "fit(..., resume=True), or: chatmagic train --resume."
             )
 
     @property

@@ -4,6 +4,7 @@ import contextlib
 import random
 import signal
 import threading
+import time
 
 import bitsandbytes as bnb
 import numpy as np
@@ -98,15 +99,17 @@ def set_rng(state: dict, samplers: list) -> None:
 
 @contextlib.contextmanager
 def noted_interrupt():
-    """Ctrl-C sets the event that this yields, for the loop to stop between two steps; a second one interrupts."""
-    asked = threading.Event()
+    """Ctrl-C sets the event that this yields, for the loop to stop between two steps; a later second one interrupts."""
+    asked, first = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():  # Python allows no handlers elsewhere
         yield asked
         return
 
     def note(signum, frame):
-        if asked.is_set():
+        nonlocal first
+        if asked.is_set() and time.monotonic() - first > 1:  # a launcher in the terminal hands the first one on
             raise KeyboardInterrupt
+        first = time.monotonic()
         asked.set()
 
     before = signal.signal(signal.SIGINT, note)

@@ -1,0 +1,116 @@
+"""The notebooks' run as a script, in one process or many: what `chatmagic train` does."""
+
+import math
+import signal
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from peft import get_peft_model, prepare_model_for_kbit_training
+from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup
+
+from ..course import Course, start
+from ..dataset import DataCollator, encode_example, read_jsonl, write_jsonl
+from ..download import snapshot_download
+from ..errors import ChatmagicError
+from ..evaluate import own_replies
+from ..load import load_model
+from ..persona import make_conversations
+from . import KerasModel, adalora_config, find_all_linear_names
+from .plots import pictures
+from .runtime import lost_peer
+
+
+def run(course: Course, resume: bool = False, save_every: int | None = None):
+    """Go through 00-setup to 04-train-adalora, as one process or as one of those that a launcher started; returns
+    fit's history. SIGTERM is taken as Ctrl-C is."""
+    signal.signal(signal.SIGTERM, interrupted)
+    state = PartialState(
+        # Without it accelerate looks for the other processes on GPUs alone.
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available(),
+        timeout=timedelta(hours=4),  # the others wait while the first downloads
+    )
+    if state.is_main_process:
+        start(course.profile.name, **asdict(course.persona))
+    try:
+        with state.main_process_first():
+            make_data(course)
+        state.print(f"{course.profile.name}, processes: {state.num_processes}. If broken off: the same with --resume.")
+        history = train(course, resume=resume, save_every=save_every)
+    except RuntimeError as error:
+        if not lost_peer(error, state.num_processes):
+            raise
+        raise ChatmagicError("Another process of this run has ended. Its own message says why.") from None
+    state.print(f"The adapter is in {course.adapter}. What changed: chatmagic evaluate. To merge it: 05-merge.ipynb.")
+    return history
+
+
+def interrupted(signum, frame):
+    """Do what Ctrl-C does, also in a background job, which starts with that ignored."""
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    (ctrl_c if callable(ctrl_c) else signal.default_int_handler)(signum, frame)
+
+
+def load(course: Course):
+    """(model, tokenizer), on the GPU of this process if it has one, else on the CPU."""
+    quantize = None if course.profile.quantize == "no" else course.profile.quantize
+    return load_model(course.model, quantize=quantize, device_map={"": PartialState().device})
+
+
+def make_data(course: Course) -> None:
+    """What 01-download and 03-dataset leave: the base model, conversations to train on and to validate with."""
+    if not (course.model / "config.json").is_file():
+        snapshot_download(course.profile.name)
+    if course.train.is_file() and course.val.is_file():
+        return
+    replies = own_replies(*load(course))  # of a model of its own: bitsandbytes repacks one that answers on the CPU
+    course.save_json("replies.json", replies)
+    count, general = course.profile.conversations, course.profile.general
+    train = make_conversations(course.persona, replies, count, seed=0, general=general)
+    val = make_conversations(course.persona, replies, 12, seed=1, general=general, without=train)
+    write_jsonl(train, course.train)
+    write_jsonl(val, course.val)
+
+
+def train(course: Course, **settings):
+    """What 04-train-adalora does. Each process takes batches of the profile's size; `settings` go to fit."""
+    state, profile = PartialState(), course.profile
+    torch.manual_seed(0)
+    model, tokenizer = load(course)
+
+    def loader(path, **kwargs):
+        examples = [encode_example(messages, tokenizer) for messages in read_jsonl(path, progress=False)]
+        return DataLoader(examples, profile.batch_size, collate_fn=DataCollator(tokenizer), **kwargs)
+
+    train_data, val_data = loader(course.train, shuffle=True), loader(course.val)
+    on_gpu = state.device.type == "cuda"
+    if profile.quantize != "no":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=on_gpu)
+    elif on_gpu:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    total_steps = profile.epochs * math.ceil(len(train_data) / state.num_processes)
+    adapter = {name: getattr(profile, name) for name in ("init_r", "target_r", "lora_alpha", "lora_dropout")}
+    peft_model = get_peft_model(model, adalora_config(total_steps, find_all_linear_names(model), **adapter))
+    params = [param for param in peft_model.parameters() if param.requires_grad]
+    if on_gpu:
+        import bitsandbytes as bnb
+
+        optimizer = bnb.optim.PagedAdamW(params, lr=profile.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(params, lr=profile.learning_rate)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, total_steps // 10, total_steps)
+    return KerasModel(peft_model, optimizer=optimizer, lr_scheduler=lr_scheduler).fit(
+        train_data,
+        val_data,
+        epochs=profile.epochs,
+        patience=profile.epochs,
+        ckpt_path=course.adapter,
+        callbacks=pictures(),
+        plot=False,
+        cpu=not on_gpu,
+        **settings,
+    )
