@@ -1,0 +1,158 @@
+"""`chatmagic train` and `chatmagic evaluate`: the notebooks' own run, broken off and gone on with, and asked."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from tiny_runs import processes
+
+from chatmagic import cli, course, merge_adapter
+from chatmagic.profiles import profiles
+from chatmagic.train import script
+from chatmagic.train.step import StepRunner
+
+NAME = "llama-2-13b-chat"
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "04-train-adalora.ipynb"
+
+
+def train(home, *arguments, runner=None) -> int:
+    """`chatmagic train` of a tiny model in sixteen steps, eight an epoch."""
+    os.environ["CHATMAGIC_HOME"] = str(home)
+    profiles()[NAME] = replace(profiles()[NAME], quantize="no", conversations=16, epochs=2, learning_rate=1e-2)
+    if runner:
+        script.KerasModel.StepRunner = runner
+    return cli.main(["train", NAME, *arguments])
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """What `train` sets in this process is undone."""
+    monkeypatch.setenv("CHATMAGIC_HOME", "")
+    monkeypatch.setitem(profiles(), NAME, profiles()[NAME])
+    monkeypatch.setattr(script.KerasModel, "StepRunner", StepRunner)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def home(tmp_path, tiny_models):
+    """A CHATMAGIC_HOME with the base model."""
+    shutil.copytree(tiny_models / NAME, tmp_path / "home" / NAME)
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_models):
+    """A home where the script has run."""
+    home = tmp_path_factory.mktemp("trained")
+    shutil.copytree(tiny_models / NAME, home / NAME)
+    (process,) = processes(train, (home,))
+    process.join(120)
+    return home
+
+
+def adapter_of(home) -> Path:
+    (folder,) = (home / "course").glob("*/adapter")
+    return folder
+
+
+def weights(home) -> bytes:
+    return (adapter_of(home) / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_script_is_the_notebooks_run(trained, tmp_path, monkeypatch):
+    """The cells of 04 as far as `fit`, on the same data, leave the same adapter."""
+    shutil.copytree(trained, tmp_path / "home")
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "home"))
+    shutil.rmtree(adapter_of(tmp_path / "home"))
+    profiles()[NAME] = replace(profiles()[NAME], quantize="no", epochs=2, learning_rate=1e-2)
+    cells = {}
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.cell_type == "code" and "history" not in cells:
+            exec(cell.source, cells)
+    assert weights(tmp_path / "home") == weights(trained)
+    assert json.loads((adapter_of(trained).parent / "replies.json").read_text())
+
+
+def killed_at(batch, number):
+    class Killed(StepRunner):
+        seen = 0
+
+        def __call__(self, inputs):
+            Killed.seen += 1
+            if Killed.seen == batch:
+                os.kill(os.getpid(), number)
+            return super().__call__(inputs)
+
+    return Killed
+
+
+def train_until(home, batch, number):
+    sys.exit(train(home, runner=killed_at(batch, number)))
+
+
+@pytest.mark.parametrize("number, code, saved", [(signal.SIGKILL, -9, 8), (signal.SIGTERM, 1, 14)])
+def test_a_run_that_was_ended_goes_on_to_the_same_adapter(home, trained, number, code, saved):
+    """SIGTERM is a batch system's and a launcher's: the step is finished and the state saved. The 14th training batch
+    is the 20th of all: the first epoch ended with six of validation."""
+    (process,) = processes(train_until, (home, 20, number))
+    process.join(120)
+    assert process.exitcode == code
+    assert [folder.name for folder in adapter_of(home).glob("last-*")] == [f"last-{saved:06d}"]
+    assert train(home, "--resume") == 0
+    assert weights(home) == weights(trained)
+
+
+def test_sigterm_outside_the_steps_ends_the_run(home, monkeypatch, capsys):
+    monkeypatch.setattr(script, "make_data", lambda course: os.kill(os.getpid(), signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a job in the background
+    assert train(home) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_nothing_to_resume_is_told(home, capsys):
+    assert train(home, "--resume") == 1
+    assert "Nothing to resume" in capsys.readouterr().err
+
+
+def test_each_process_loads_the_quantised_base_to_its_own_device(monkeypatch, home):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(home))
+    monkeypatch.setattr(script.PartialState(), "device", torch.device("cuda", 3))
+    monkeypatch.setattr(script, "load_model", lambda folder, **settings: settings)
+    assert script.load(course.start(NAME)) == {"quantize": "nf4", "device_map": {"": torch.device("cuda", 3)}}
+
+
+def test_what_changed_is_asked_of_the_newest(trained, tmp_path, capsys, monkeypatch):
+    """The adapter, then the merged model: as good as one another."""
+    shutil.copytree(trained, tmp_path / "home")
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "home"))
+    run = course.resume()
+    profiles()[NAME] = replace(profiles()[NAME], quantize="no")
+    results = []
+    for folder in (run.adapter, run.merged):
+        assert cli.main(["evaluate"]) == 0
+        said = capsys.readouterr().out
+        results.append(json.loads((run.folder / "evaluation.json").read_text()))
+        assert f"{folder.name}: " in said and "alone                  0/9" in said
+        if folder == run.adapter:
+            merge_adapter(run.model, run.adapter, run.merged)
+    adapter, merged = results
+    assert adapter["before"] == merged["before"] != adapter["after"]
+    assert adapter["after"]["perplexity"] == pytest.approx(merged["after"]["perplexity"], rel=1e-3)
+    assert adapter["table"]["after"]["perplexity"] < adapter["table"]["before"]["perplexity"]
+    assert len(adapter["after"]["replies"]) > 80
+
+
+def test_before_any_training_the_way_to_it_is_told(home, capsys, monkeypatch):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(home))
+    assert cli.main(["evaluate", NAME]) == 1
+    assert f"chatmagic train {NAME}" in capsys.readouterr().err
