@@ -21,7 +21,7 @@ from peft import get_peft_model
 
 import chatmagic
 from chatmagic.persona import Persona, make_conversations
-from chatmagic.train.fast import fast_adapters
+from chatmagic.train.fast import fast_layers
 from chatmagic.train.runtime import best_precision
 
 
@@ -55,7 +55,7 @@ def plain_step(folder, dropout: float, steps: int):
 def our_step(folder, dropout: float, steps: int, stack: ExitStack):
     """The same with chatmagic's StepRunner; the adapters' forward is `fit`'s until `stack` closes."""
     model, _, optimizer = adapted(folder, "auto", dropout, steps)
-    stack.enter_context(fast_adapters(model))
+    stack.enter_context(fast_layers(model))
     accelerator = Accelerator(mixed_precision=best_precision(), cpu=not torch.cuda.is_available())
     runner = chatmagic.StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer))
 

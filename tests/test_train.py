@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from chatmagic import ChatmagicError
 from chatmagic.train import KerasModel, StepRunner, adalora_config, find_all_linear_names
 from chatmagic.train.adalora import importance_table, rank_allocator, rank_table
-from chatmagic.train.fast import drop, fast_adapters
+from chatmagic.train.fast import drop, fast_layers
 from chatmagic.train.runtime import best_precision, trainable
 
 
@@ -124,8 +124,8 @@ def test_the_fast_forward_is_pefts(linear, precision, tolerance):
         return y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.lora_A.values(), *layer.lora_E.values()])
 
     expected = outputs()
-    with fast_adapters(model):
-        assert layer.forward.__func__.__module__ == "chatmagic.train.fast"
+    with fast_layers(model):
+        assert layer.forward.func.__module__ == "chatmagic.train.fast"
         found = outputs()
         with model.disable_adapter():
             assert torch.equal(layer(x), layer.base_layer(x))

@@ -120,9 +120,30 @@ class RankAllocator(PeftRankAllocator):
         self.step, self.budget, self.log, self.masks = 0, self.init_bgt, [], None
 
     @property
+    def last(self) -> int:
+        """The step whose allocation is the last."""
+        return self.peft_config.total_step - self.peft_config.tfinal
+
+    @property
     def final(self) -> bool:
         """Whether the ranks are as they will stay."""
-        return self.step > self.peft_config.total_step - self.peft_config.tfinal
+        return self.step > self.last
+
+    @property
+    def scoring(self) -> bool:
+        """Whether the gradients of this step go into the importance: not those of the last allocation's, in PEFT."""
+        return self.step < self.last
+
+    def allocate(self) -> None:
+        """End a step: PEFT's AdaLoraModel.update_and_allocate, but for update_ipt, which comes before if `scoring`."""
+        budget, due = self.budget_schedule(self.step)
+        if self.final:
+            self.mask_using_rank_pattern(None, self.peft_config.rank_pattern)
+        elif due or self.step == self.last:
+            self.peft_config.rank_pattern = self.mask_to_budget(None, budget)
+        if self.step == self.last:
+            self.reset_ipt()
+        self.step += 1
 
     @torch.no_grad()
     def penalty(self, add_gradients: bool) -> torch.Tensor:

@@ -18,8 +18,9 @@ from torchkeras.kerascallbacks import VisProgress
 
 from ..errors import ChatmagicError
 from .adalora import rank_allocator
+from .captured import CapturedStep, why_not
 from .checkpoints import load_adapter, load_state, save_adapter, save_state, state_folder
-from .fast import fast_adapters
+from .fast import fast_layers
 from .plots import EpochLines, pictures
 from .runtime import (
     Batches,
@@ -113,8 +114,9 @@ class KerasModel(kerasmodel.KerasModel):
         try:
             self._place()
             (self._load_state if resume else self._save_state)()
+            self.captured = self._capture()
             self._call_back("on_fit_start")
-            with noted_interrupt() as self.interrupt, fast_adapters(self.model):
+            with noted_interrupt() as self.interrupt, fast_layers(self.model):
                 while self.epoch <= epochs and not self._out_of_patience():
                     self._run_epoch()
             if self.best is None:
@@ -188,6 +190,15 @@ class KerasModel(kerasmodel.KerasModel):
             self.net = DistributedDataParallel(self.net, [device] if device.type == "cuda" else None)
         self.optimizer = self.accelerator.prepare(self.optimizer)
 
+    def _capture(self) -> CapturedStep | None:
+        """The step as CUDA graphs, or None, with the reason told."""
+        optimizer, ours = self.optimizer.optimizer, issubclass(self.StepRunner, StepRunner)
+        reason = why_not(self.model, optimizer, self.accelerator) if ours else "StepRunner is not chatmagic's"
+        if reason:
+            self.accelerator.print(f"The training step is not captured as a CUDA graph: {reason}.")
+            return None
+        return CapturedStep(self.model, optimizer, self.accelerator, self.StepRunner.max_grad_norm)
+
     def _run_epoch(self):
         set_rng(self.epoch_rng, self.samplers)
         self._run_stage("train", Batches(self.train_loader, self.batch, self._on_skipped, self._after_step))
@@ -217,6 +228,8 @@ class KerasModel(kerasmodel.KerasModel):
             optimizer=self.optimizer if training else None,
             lr_scheduler=self.lr_scheduler if training else None,
         )
+        if training:
+            self.runner.captured = self.captured
         if training and self.batch:
             self.runner.sums = self.sums
         log = self.EpochRunner(self.runner, quiet=True)(batches)

@@ -43,6 +43,39 @@ def linears_4bit(model):
     return (module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
 
 
+def activations(model) -> int:
+    """Bytes that the activations of a training step of 1024 tokens take, kept from forward to backward, roughly."""
+    config = model.config.get_text_config()
+    return 1024 * config.num_hidden_layers * config.hidden_size * 60
+
+
+def free_memory(model) -> int:
+    """Bytes that torch can still have on the GPU that the model is on; 0 if it is on none."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def prepare(model) -> bool:
+    """Freeze a model for training an adapter. On a GPU that is short of memory, also have activations recomputed in
+    the backward pass instead of kept (gradient checkpointing), and say so; returns whether it is short.
+
+    PEFT's `prepare_model_for_kbit_training` would turn embeddings, head and norms into float32: 1.9 GiB of a 7B model.
+    """
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    free, wanted = free_memory(model), activations(model)
+    lean = 0 < free < wanted
+    if lean:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        print(
+            f"{free / 2**30:.1f} GiB of GPU memory are free, {wanted / 2**30:.1f} would be wanted to keep all "
+            "activations: they are recomputed. Use a paged optimizer."
+        )
+    return lean
+
+
 class Batches:
     """An epoch's batches for torchkeras' EpochRunner, the first `skip` of them drawn and thrown away.
 

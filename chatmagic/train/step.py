@@ -45,8 +45,25 @@ class StepRunner:
         self.tokens = 0.0
         self.started = time.perf_counter()
         self.log = {f"{stage}_loss": math.nan}
+        self.captured = None  # a CapturedStep, from fit
 
     def __call__(self, batch):
+        if self._may_be_captured() and (numbers := self.captured(batch)):
+            loss, taught, tokens, penalty, norm, lr = numbers
+            self.log |= {"train_penalty": penalty} if self.allocator else {}
+            self.log |= {"lr": lr, "grad_norm": norm}
+            self._allocate()
+            self._add_to_log(loss, taught, tokens)
+        else:
+            self._eager(batch)
+        return {}, dict(self.log)
+
+    def _may_be_captured(self) -> bool:
+        """Not the first step, whose checks read gradients; nor that which settles the ranks without scoring them."""
+        settling = self.allocator and self.allocator.step == self.allocator.last
+        return bool(self.captured and self.optimizer.state and not settling)
+
+    def _eager(self, batch):
         labels = batch["labels"][: self._rows_not_repeated(), 1:]
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
         rows, columns = (labels != -100).nonzero(as_tuple=True)
@@ -68,7 +85,6 @@ class StepRunner:
             elif self.allocator:
                 self.log["val_penalty"] = self.allocator.penalty(add_gradients=False).item()
             self._add_to_log(loss, taught, tokens)
-        return {}, dict(self.log)
 
     @torch.no_grad()
     def _base_log_probs(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -127,17 +143,21 @@ class StepRunner:
         if self.allocator:
             self.log["train_penalty"] = self.allocator.penalty(add_gradients=True).item()
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
-        self.log |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        self.log |= {"lr": float(self.optimizer.param_groups[0]["lr"]), "grad_norm": norm}
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 overflowed: the gradients say nothing
-            if self.allocator:
+            if self.allocator and self.allocator.scoring:
                 # After the step and before zero_grad (importance reads the gradients): the one right place.
-                self.model.base_model.update_and_allocate(self.allocator.step)
-                self.allocator.step += 1
-                self.log["rank_budget"] = self.allocator.budget
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
+                self.allocator.update_ipt(self.model)
+            self._allocate()
         self.optimizer.zero_grad()
+
+    def _allocate(self):
+        if self.allocator:
+            self.allocator.allocate()
+            self.log["rank_budget"] = self.allocator.budget
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
 
     def _add_to_log(self, loss: float, taught: float, tokens: float):
         if not (math.isfinite(loss) or self.accelerator.scaler):
