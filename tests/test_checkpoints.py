@@ -1,10 +1,12 @@
 """What a run leaves on disk, and runs that go on from it."""
 
+import itertools
 import json
 import os
 import random
 import resource
 import signal
+import sys
 
 import pytest
 import torch
@@ -13,14 +15,14 @@ from tiny_runs import Drawn, adalora, fit, loader, processes, tiny_llama
 
 from chatmagic import ChatmagicError
 from chatmagic.train import StepRunner, adalora_config
-from chatmagic.train.checkpoints import load_adapter
+from chatmagic.train.checkpoints import load_adapter, load_state
 from chatmagic.train.keras import TrainingInterrupted
 from chatmagic.train.runtime import trainable
 
 LOSSES = ["train_loss", "train_penalty", "val_loss", "val_penalty", "lr", "grad_norm", "rank_budget"]
 
 
-def run(path, **settings):
+def run(path, workers=0, **settings):
     """80 batches, 40 steps, everything random in them: dropout, shuffling, samples drawn as they are fetched."""
     torch.manual_seed(1)
     random.seed(1)
@@ -28,7 +30,7 @@ def run(path, **settings):
     history = fit(
         model,
         path,
-        train=loader(Drawn(16), shuffle=True),
+        train=loader(Drawn(16), shuffle=True, num_workers=workers),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=40),
         gradient_accumulation_steps=2,
         **settings,
@@ -42,10 +44,10 @@ def unbroken(tmp_path_factory):
     return *run(path), (path / "adapter_model.safetensors").read_bytes()
 
 
-def assert_goes_on_as(unbroken, path):
+def assert_goes_on_as(unbroken, path, workers=0):
     """Resumed, the run in `path` has the losses, the weights and the adapter of the unbroken one, bit for bit."""
     history, weights, adapter = unbroken
-    resumed_history, resumed_weights = run(path, resume=True)
+    resumed_history, resumed_weights = run(path, workers, resume=True)
     assert resumed_history.equals(history)
     assert all(torch.equal(weights[name], weight) for name, weight in resumed_weights.items())
     assert (path / "adapter_model.safetensors").read_bytes() == adapter
@@ -82,6 +84,47 @@ def test_a_killed_run_goes_on(tmp_path, unbroken, batch, save_every, saved):
     assert process.exitcode == -signal.SIGKILL
     assert [folder.name for folder in tmp_path.glob("last-*")] == [f"last-{saved:06d}"]
     assert_goes_on_as(unbroken, tmp_path)
+
+
+def run_until_killed_before(path, call, number):
+    """Dies instead of making the call of that number of a function that touches the disk."""
+    module, name = sys.modules[call.split(".")[0]], call.split(".")[1]
+    calls, real = itertools.count(1), getattr(module, name)
+    setattr(module, name, lambda *args, **kwargs: kill() if next(calls) == number else real(*args, **kwargs))
+    run(path, save_every=3)
+
+
+@pytest.mark.parametrize(
+    "call, number, left",
+    [
+        ("os.fsync", 10, [".writing", "last-000003"]),  # in the middle of a state
+        ("shutil.rmtree", 6, ["last-000000", "last-000003"]),  # the older state is still there
+        ("os.unlink", 2, ["last-000000", "last-000003"]),  # half of it is
+        ("os.replace", 18, [".writing", "adapter_model.safetensors", "last-000030"]),  # half of a better adapter
+    ],
+)
+def test_a_run_killed_while_it_writes_goes_on(tmp_path, unbroken, call, number, left):
+    (process,) = processes(run_until_killed_before, (tmp_path, call, number))
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert sorted(file.name for file in tmp_path.iterdir()) == left
+    assert_goes_on_as(unbroken, tmp_path)
+
+
+def test_the_newest_state_is_of_the_newest_run(tmp_path):
+    fit(adalora(), tmp_path)
+    (process,) = processes(run_until_killed_before, (tmp_path, "shutil.rmtree", 3))
+    process.join(120)
+    assert sorted(folder.name for folder in tmp_path.glob("last-*")) == ["last-000000", "last-000040"]
+    assert load_state(tmp_path)["step"] == 0
+
+
+def test_workers_draw_the_same_samples_and_go_on(tmp_path):
+    """Under a seed and a number of workers; another number draws others, where a dataset draws."""
+    unbroken = *run(tmp_path / "unbroken", 2), (tmp_path / "unbroken/adapter_model.safetensors").read_bytes()
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, 2, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 37))
+    assert_goes_on_as(unbroken, tmp_path, 2)
 
 
 @pytest.mark.parametrize("batch, step", [(37, 19), (48, 24)])

@@ -91,12 +91,13 @@ def save_state(model, state: dict, ckpt_path: str | Path) -> None:
 
 def load_state(ckpt_path: str | Path) -> dict:
     """The newest state under `ckpt_path`. Raises ChatmagicError if there is none."""
-    folders = sorted(Path(ckpt_path).glob("last-*"))
-    if not folders:
+    states = list(Path(ckpt_path).glob(f"last-*/{STATE}"))
+    if not states:
         raise ChatmagicError(
-            f"Nothing to resume in {ckpt_path}: no last-* folder. Start with fit(resume=False)."
+            f"Nothing to resume in {ckpt_path}: no last-*/{STATE}. Start with fit(resume=False)."
         )
-    return torch.load(folders[-1] / STATE, map_location="cpu", weights_only=True)
+    newest = max(states, key=lambda path: path.stat().st_mtime_ns)  # a new run's 0 comes after the old one's 120
+    return torch.load(newest, map_location="cpu", weights_only=True)
 
 
 def adapter_files(model) -> dict[str, bytes]:
