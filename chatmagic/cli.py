@@ -121,15 +121,16 @@ def chosen(args) -> Course:
 
 
 def train(args) -> None:
+    course = chosen(args)
     from .train.script import run
 
-    run(chosen(args), args.resume, args.save_every)
+    run(course, args.resume, args.save_every)
 
 
 def evaluate(args) -> None:
+    course = chosen(args)
     from .evaluate import before_and_after
 
-    course = chosen(args)
     table = before_and_after(course)
     print(f"\n{'':16}{'before':>10}{'after':>10}")
     for name in table["before"]:

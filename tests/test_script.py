@@ -147,7 +147,7 @@ def test_what_changed_is_asked_of_the_newest(trained, tmp_path, capsys, monkeypa
             merge_adapter(run.model, run.adapter, run.merged)
     adapter, merged = results
     assert adapter["before"] == merged["before"] != adapter["after"]
-    assert adapter["after"]["perplexity"] == pytest.approx(merged["after"]["perplexity"], rel=1e-3)
+    assert adapter["after"]["perplexity"] == pytest.approx(merged["after"]["perplexity"], rel=1e-2)
     assert adapter["table"]["after"]["perplexity"] < adapter["table"]["before"]["perplexity"]
     assert len(adapter["after"]["replies"]) > 80
 

@@ -5,10 +5,11 @@ import signal
 from dataclasses import asdict
 from datetime import timedelta
 
+import bitsandbytes as bnb
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from peft import get_peft_model, prepare_model_for_kbit_training
+from accelerate.utils import gather_object, parse_flag_from_env
+from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
@@ -21,7 +22,7 @@ from ..load import load_model
 from ..persona import make_conversations
 from . import KerasModel, adalora_config, find_all_linear_names
 from .plots import pictures
-from .runtime import lost_peer
+from .runtime import lost_peer, prepare
 
 
 def run(course: Course, resume: bool = False, save_every: int | None = None):
@@ -86,31 +87,21 @@ def train(course: Course, **settings):
         return DataLoader(examples, profile.batch_size, collate_fn=DataCollator(tokenizer), **kwargs)
 
     train_data, val_data = loader(course.train, shuffle=True), loader(course.val)
-    on_gpu = state.device.type == "cuda"
-    if profile.quantize != "no":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=on_gpu)
-    elif on_gpu:
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
+    lean = any(gather_object([prepare(model)]))  # one for all: by different optimizers the processes would drift apart
     total_steps = profile.epochs * math.ceil(len(train_data) / state.num_processes)
     adapter = {name: getattr(profile, name) for name in ("init_r", "target_r", "lora_alpha", "lora_dropout")}
     peft_model = get_peft_model(model, adalora_config(total_steps, find_all_linear_names(model), **adapter))
     params = [param for param in peft_model.parameters() if param.requires_grad]
-    if on_gpu:
-        import bitsandbytes as bnb
-
-        optimizer = bnb.optim.PagedAdamW(params, lr=profile.learning_rate)
-    else:
-        optimizer = torch.optim.AdamW(params, lr=profile.learning_rate)
+    optimizer = (bnb.optim.PagedAdamW if lean else torch.optim.AdamW)(params, lr=profile.learning_rate)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, total_steps // 10, total_steps)
     return KerasModel(peft_model, optimizer=optimizer, lr_scheduler=lr_scheduler).fit(
         train_data,
         val_data,
         epochs=profile.epochs,
-        patience=profile.epochs,
+        patience=15,
         ckpt_path=course.adapter,
         callbacks=pictures(),
         plot=False,
-        cpu=not on_gpu,
+        cpu=state.device.type == "cpu",
         **settings,
     )
