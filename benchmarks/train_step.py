@@ -25,14 +25,14 @@ from chatmagic.train.fast import fast_layers
 from chatmagic.train.runtime import best_precision
 
 
-def adapted(folder, dtype, dropout: float, steps: int):
+def adapted(folder, dtype, dropout: float, steps: int, fused: bool = False):
     """A model with AdaLoRA on every linear layer, the adapter's parameters, and an optimizer of them."""
     model, _ = chatmagic.load_model(folder, dtype=dtype)
     names = chatmagic.find_all_linear_names(model)
     torch.manual_seed(0)
     model = get_peft_model(model, chatmagic.adalora_config(steps, names, lora_alpha=16, lora_dropout=dropout))
     params = [param for name, param in model.named_parameters() if "lora_" in name]
-    return model.train(), params, torch.optim.AdamW(params, lr=1e-3)
+    return model.train(), params, torch.optim.AdamW(params, lr=1e-3, fused=fused)
 
 
 def plain_step(folder, dropout: float, steps: int):
@@ -54,7 +54,7 @@ def plain_step(folder, dropout: float, steps: int):
 
 def our_step(folder, dropout: float, steps: int, stack: ExitStack):
     """The same with chatmagic's StepRunner; the adapters' forward is `fit`'s until `stack` closes."""
-    model, _, optimizer = adapted(folder, "auto", dropout, steps)
+    model, _, optimizer = adapted(folder, "auto", dropout, steps, fused=True)
     stack.enter_context(fast_layers(model))
     accelerator = Accelerator(mixed_precision=best_precision(), cpu=not torch.cuda.is_available())
     runner = chatmagic.StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer))

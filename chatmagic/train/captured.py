@@ -40,7 +40,7 @@ class CapturedStep:
     """Forward, backward, penalty, clipping, AdamW and AdaLoRA's importance of StepRunner's step, for one process.
 
     The first batch of a shape runs eagerly, as the warm-up that capturing wants; the second is captured. All graphs
-    share one pool of memory. The optimizer becomes a fused one, with learning rates that are tensors.
+    share one pool of memory. The optimizer is a fused AdamW; its learning rates become tensors.
     off: why nothing is captured, after a capture failed, else None.
     """
 
@@ -52,7 +52,7 @@ class CapturedStep:
         self.graphs, self.pool = {}, None
         device = accelerator.device
         for group in optimizer.param_groups:
-            group |= {"fused": True, "foreach": False, "lr": torch.as_tensor(group["lr"], device=device)}
+            group["lr"] = torch.as_tensor(group["lr"], device=device)
         for state in optimizer.state.values():
             state["step"] = state["step"].to(device)
 

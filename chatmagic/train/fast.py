@@ -5,12 +5,13 @@ adds the layer's output in three passes; here the scale goes into the few column
 with B adds to the output at once. `benchmarks/train_step.py` measures it.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.adalora.layer import AdaLoraLayer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout, linear, rms_norm
 
 from .runtime import activations, free_memory, linears_4bit
@@ -38,7 +39,8 @@ def fast_layers(model):
     for layer, function in changed.items():
         layer.forward = function
     try:
-        yield
+        with quick_attention() if next(model.parameters()).device.type == "cpu" else nullcontext():
+            yield
     finally:
         for layer in changed:
             del layer.forward
@@ -65,6 +67,18 @@ def forward(layer, name: str, scale: float, x: torch.Tensor) -> torch.Tensor:
 def normalise(layer, x: torch.Tensor) -> torch.Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return rms_norm(x, layer.weight.shape, layer.weight.to(x.dtype), layer.variance_epsilon)
+
+
+@contextmanager
+def quick_attention():
+    """torch's flash attention takes twice the time of plain 16-bit products on the CPU, most of it in its backward."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # it is the CPU's switch too
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def drop(x: torch.Tensor, p: float) -> torch.Tensor:

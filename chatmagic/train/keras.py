@@ -188,6 +188,9 @@ class KerasModel(kerasmodel.KerasModel):
             self.net.to(device)
         if self.accelerator.num_processes > 1:
             self.net = DistributedDataParallel(self.net, [device] if device.type == "cuda" else None)
+        if type(self.optimizer) is torch.optim.AdamW:
+            for group in self.optimizer.param_groups:
+                group |= {"fused": True, "foreach": False}
         self.optimizer = self.accelerator.prepare(self.optimizer)
 
     def _capture(self) -> CapturedStep | None:

@@ -67,12 +67,16 @@ class StepRunner:
         labels = batch["labels"][: self._rows_not_repeated(), 1:]
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
         rows, columns = (labels != -100).nonzero(as_tuple=True)
+        targets = labels[rows, columns]
         replayed = batch.get("replayed", torch.zeros_like(batch["labels"], dtype=bool))[rows, columns + 1]
-        base = self._base_log_probs(inputs, rows[replayed], columns[replayed])
+        base = self._base_log_probs(inputs, rows[replayed], columns[replayed]) if replayed.any() else None
         with self.accelerator.autocast(), head_sees_only(self.model, rows, columns):
             logits = self.net(**inputs, use_cache=False).logits[0].float()
-        loss = cross_entropy(logits[~replayed], labels[rows, columns][~replayed], reduction="sum")
-        loss = loss + kl_div(logits[replayed].log_softmax(-1), base, reduction="sum", log_target=True)
+        if base is None:
+            loss = cross_entropy(logits, targets, reduction="sum")
+        else:
+            loss = cross_entropy(logits[~replayed], targets[~replayed], reduction="sum")
+            loss = loss + kl_div(logits[replayed].log_softmax(-1), base, reduction="sum", log_target=True)
         tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         self.pending += torch.stack([loss.detach(), tokens.new_tensor(len(rows)), tokens])
         if self.stage == "train":
@@ -94,8 +98,6 @@ class StepRunner:
         https://arxiv.org/abs/1606.09282); cross-entropy on its words would make the model ever surer of
         them.
         """
-        if not len(rows):
-            return torch.zeros(0, self.model.get_output_embeddings().out_features, device=rows.device)
         some, rows = rows.unique(return_inverse=True)
         inputs = {name: tensor[some] for name, tensor in inputs.items()}
         with (
