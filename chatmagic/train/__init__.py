@@ -10,6 +10,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # torchkeras prints on import t
 
 from .adalora import adalora_config, find_all_linear_names
 from .keras import KerasModel
+from .runtime import prepare
 from .step import StepRunner
 
-__all__ = ["KerasModel", "StepRunner", "adalora_config", "find_all_linear_names"]
+__all__ = ["KerasModel", "StepRunner", "adalora_config", "find_all_linear_names", "prepare"]

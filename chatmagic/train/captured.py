@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.functional import cross_entropy, kl_div, pad
 
 from .adalora import rank_allocator
+from .fast import gathered
 from .runtime import trainable
 
 INPUTS = {"input_ids", "labels", "attention_mask", "replayed"}
@@ -103,7 +104,8 @@ class CapturedStep:
 
     def step(self, inputs: dict) -> torch.Tensor:
         """float32 (6,), as __call__ returns it. Reads nothing back."""
-        loss, taught = self.loss(inputs), inputs["weights"].sum()
+        with gathered(self.model, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32):
+            loss, taught = self.loss(inputs), inputs["weights"].sum()
         loss.backward()
         torch._foreach_mul_([param.grad for param in self.params], 1 / taught)
         penalty = self.allocator.penalty(add_gradients=True) if self.allocator else loss.new_zeros(())

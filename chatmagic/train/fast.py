@@ -12,7 +12,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import dropout, linear, rms_norm
+from torch.nn.functional import dropout, linear, pad, rms_norm
 
 from .runtime import activations, free_memory, linears_4bit
 
@@ -26,8 +26,8 @@ def fast_layers(model):
     for layer in model.modules():
         if isinstance(layer, AdaLoraLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear):
             (name,) = layer.active_adapters
-            scale = layer.scaling[name] / (layer.ranknum[name].item() + 1e-5)
-            changed[layer] = partial(forward, layer, name, scale)
+            layer.update_scale = layer.scaling[name] / (layer.ranknum[name].item() + 1e-5)
+            changed[layer] = partial(forward, layer)
         elif type(layer).__name__.endswith("RMSNorm") and hasattr(layer, "variance_epsilon") and layer.weight.is_cuda:
             changed[layer] = partial(normalise, layer)
     four_bit = list(linears_4bit(model))
@@ -44,24 +44,54 @@ def fast_layers(model):
     finally:
         for layer in changed:
             del layer.forward
+            vars(layer).pop("update_scale", None)
 
 
-def forward(layer, name: str, scale: float, x: torch.Tensor) -> torch.Tensor:
+def forward(layer, x: torch.Tensor) -> torch.Tensor:
     if layer.disable_adapters:
         return layer.base_layer(x)
-    A, B, E = layer.lora_A[name], layer.lora_B[name], layer.lora_E[name]
+    A, B, E = layer.__dict__.get("gathered") or factors(layer)
     rows = x.flatten(0, -2)
     result = layer.base_layer(rows)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else A.dtype
-    if layer.training and (p := getattr(layer.lora_dropout[name], "p", 0)):
+    if layer.training and (p := getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0)):
         rows = drop(rows, p)
-    narrow = linear(rows.to(dtype), A) * (E.squeeze(1) * scale).to(dtype)
+    narrow = linear(rows.to(dtype), A) * (E.squeeze(1) * layer.update_scale).to(dtype)
     if result.dtype == dtype:
         result = result.addmm_(narrow, B.to(dtype).t())
     else:
         result = result + linear(narrow, B).to(result.dtype)
     return result.unflatten(0, x.shape[:-1])
+
+
+def factors(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A (rank, in), B (out, rank) and E (rank, 1)."""
+    (name,) = layer.active_adapters
+    return layer.lora_A[name], layer.lora_B[name], layer.lora_E[name]
+
+
+@contextmanager
+def gathered(model, dtype: torch.dtype):
+    """For a while, cast the factors of all layers at once, in one tensor a shape, instead of each by itself at each
+    pass; their ranks padded with zeros to a multiple of 8, as tensor cores take them. Gradients reach the parameters."""
+    layers = [layer for layer in model.modules() if "update_scale" in vars(layer)]
+    for layer in layers:
+        layer.gathered = []
+    for which, padding in enumerate(((0, 0, 0, 1), (0, 1), (0, 0, 0, 1))):  # of A, B and E
+        groups = {}
+        for layer in layers:
+            groups.setdefault(factors(layer)[which].shape, []).append(layer)
+        for group in groups.values():
+            stacked = torch.stack([factors(layer)[which] for layer in group]).to(dtype)
+            missing = -factors(group[0])[2].shape[0] % 8
+            for layer, factor in zip(group, pad(stacked, [missing * side for side in padding]).unbind()):
+                layer.gathered.append(factor)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.gathered
 
 
 def normalise(layer, x: torch.Tensor) -> torch.Tensor:
