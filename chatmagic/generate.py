@@ -3,14 +3,15 @@
 import copy
 import difflib
 import sys
+import warnings
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from .decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut, without_cudnn_attention
 from .errors import ChatmagicError
 from .labels import encode_prompt
 from .load import context_limit
@@ -36,10 +37,12 @@ class LocalModel:
         self.forget()
 
     def forget(self) -> None:
-        """Free the kept keys and values."""
+        """Free the kept keys and values, and the captured forward."""
         self._kept_ids: list[int] = []  # the ids whose keys and values are complete in every layer
         self._cache = None
         self._weights = None
+        self._graphed = None
+        self.no_graph: str | None = None  # why decoding is not graphed, once that was tried
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -148,36 +151,49 @@ class LocalModel:
             logits = self._forward(model, token)
             self._kept_ids.append(token_id)
 
+    @without_cudnn_attention()
     def _forward(self, model, input_ids) -> torch.Tensor:
         """Run `input_ids`, (1, n), after what the cache holds: the last position's logits, float32."""
+        if input_ids.shape[1] == 1 and self._kept_ids and not self.no_graph:
+            self._graphed = self._graphed or self._capture(model, input_ids)
+            if self._graphed:
+                return self._graphed(input_ids, self._cache).float()
         output = model(input_ids=input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].float()
+
+    def _capture(self, model, token):
+        try:
+            return capture(model, token, self._cache)
+        except NoGraph as reason:
+            self.no_graph = f"{self.name} {reason}"
+            if str(reason) != NOT_ON_A_GPU:
+                warnings.warn(f"replies come slower, without CUDA graphs: {self.no_graph}", stacklevel=2)
 
     def _reuse(self, ids: list[int]) -> int:
         """Cut the kept keys and values to the longest common prefix with `ids`; how many tokens that spares.
 
         An interrupted forward leaves layers of unequal length: each is cut by itself, to what all have.
         """
-        weights = self._weights_now()
+        if (weights := self._weights_now()) != self._weights:
+            self.forget()
+            self._weights = weights
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self._kept_ids)))
-        layers = self._cache.layers if common and weights == self._weights else []
-        if not layers or any(type(layer) is not DynamicLayer for layer in layers):
-            common = 0  # others cannot be cut
-        self._weights, self._kept_ids = weights, ids[:common]
-        if common:
-            for layer in layers:
-                layer.keys, layer.values = layer.keys[..., :common, :], layer.values[..., :common, :]
+        if common and can_be_cut(self._cache):
+            cut(self._cache, common)
         else:
-            self._cache = DynamicCache(config=self.model.config)
+            common, self._cache = 0, DynamicCache(config=self.model.config)
+        self._kept_ids = ids[:common]
         return common
 
     def _weights_now(self) -> list:
-        """Differs once a weight was trained, loaded or replaced, or an adapter added, merged or switched.
+        """Differs once a weight was trained, loaded, moved or replaced, an adapter added, merged or switched, or
+        a hook added: what is kept is of the model before.
 
         torch counts a tensor's in-place updates in `_version`; PEFT's layers tell how their adapters stand.
         """
-        state = [(id(weight), weight._version) for weight in self.model.parameters()]
+        state = [(id(weight), weight.data_ptr(), weight._version) for weight in self.model.parameters()]
         for module in self.model.modules():
+            state += [*module._forward_pre_hooks, *module._forward_hooks]
             if "merged_adapters" in vars(module):
                 state.append((module.disable_adapters, *module.active_adapters, *module.merged_adapters))
         return state

@@ -1,0 +1,167 @@
+"""Decoding on a GPU with CUDA graphs: a token costs a few launches a layer, instead of a few dozen.
+
+At batch 1 a plain forward leaves the GPU waiting for Python. Here it is captured in pieces: one ends where a
+layer hands its new keys and values to the cache, the next begins behind its attention, which grows and so is
+launched as ever (piecewise graphs, as in vLLM, https://docs.vllm.ai/en/latest/design/cuda_graphs.html). The
+kernels and their shapes stay those of the plain forward, and so do the logits, to the last bit.
+`benchmarks/decode.py` measures it.
+"""
+
+import gc
+from contextlib import contextmanager, suppress
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+DEVICE = "cuda"
+NOT_ON_A_GPU = "is not on a CUDA GPU"
+
+
+class NoGraph(Exception):
+    """Why a model's forward cannot be captured: the rest of the sentence that begins with it."""
+
+
+@contextmanager
+def without_cudnn_attention():
+    """Leave attention to torch's own kernels.
+
+    cuDNN's, which torch 2.11 prefers on Hopper, make a new plan for every length of the keys, in some 60 ms, and
+    a conversation has a new length every token.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def capture(model, token: torch.Tensor, cache: DynamicCache) -> "GraphedForward":
+    """A GraphedForward of `model`. Raises NoGraph where there can be none.
+
+    It is tried on `token`, int64 (1, 1), after a `cache` that is not empty, which is left as it was. The logits
+    must be those of the plain forward: so a model that numbers positions by itself, say, is found out.
+    """
+    if reason := obstacle(model, cache):
+        raise NoGraph(reason)
+    length = cache.get_seq_length()
+    try:
+        graphed = GraphedForward(model)
+        logits = graphed(token, cache).clone()
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise NoGraph(f"cannot be captured: {str(error).strip().splitlines()[0]}") from None
+    finally:
+        cut(cache, length)
+    plain = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+    cut(cache, length)
+    if not torch.equal(logits, plain):
+        raise NoGraph("computes other logits when captured")
+    return graphed
+
+
+def obstacle(model, cache: DynamicCache) -> str | None:
+    """What is known beforehand to keep `model` from being captured."""
+    if model.device.type != DEVICE:
+        return NOT_ON_A_GPU
+    modules = list(model.modules())
+    hooks = [hook for m in modules for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    if any(hasattr(module, "_hf_hook") for module in modules):
+        return "is spread over devices, or offloaded"
+    if not all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+        return "has forward hooks, which a graph would not call"  # those of transformers do nothing here
+    if model.config._attn_implementation != "sdpa":
+        return f"has {model.config._attn_implementation} attention, not sdpa"
+    if not can_be_cut(cache):
+        return "keeps more, or less, of the past than keys and values"
+    return None
+
+
+def can_be_cut(cache: DynamicCache) -> bool:
+    """Whether what follows the first n tokens can be taken out: not of a window, or the state of a scan."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def cut(cache: DynamicCache, length: int) -> None:
+    """Keep the keys and values of the first `length` tokens, in layers of whatever lengths."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+
+class GraphedForward:
+    """A captured forward of one token; valid while the model's weights stay where they are."""
+
+    def __init__(self, model):
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        self.position = torch.zeros_like(self.token)
+        self.attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        self.pieces = []  # of each layer: the graph up to its attention, and what that is called with
+        self._pool, self._open = torch.cuda.graph_pool_handle(), None
+        gc.collect()  # what it frees must not be freed during the capture
+        stream = torch.cuda.Stream(model.device)
+        stream.wait_stream(torch.cuda.current_stream(model.device))
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = self._pause
+        try:
+            with torch.cuda.stream(stream):
+                try:
+                    self._begin()
+                    self.logits = model(
+                        input_ids=self.token,
+                        position_ids=self.position,
+                        past_key_values=_NewOnly(self, config=model.config),
+                        use_cache=True,
+                    ).logits[:, -1]
+                    self._last = self._end()
+                finally:
+                    if self._open:
+                        with suppress(RuntimeError):
+                            self._end()
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = self.attention
+        torch.cuda.current_stream(model.device).wait_stream(stream)
+
+    def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """The logits after `token`, int64 (1, 1), (1, vocabulary), which the next call overwrites."""
+        self.token.copy_(token)
+        self.position.fill_(cache.get_seq_length())
+        for graph, layer, module, query, new, options, output in self.pieces:
+            graph.replay()
+            keys, values = cache.update(*new, layer)
+            output.copy_(self.attention(module, query, keys, values, None, **options)[0])
+        self._last.replay()
+        return self.logits
+
+    def _begin(self):
+        self._open = torch.cuda.CUDAGraph()
+        self._open.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def _end(self):
+        graph, self._open = self._open, None
+        graph.capture_end()
+        return graph
+
+    def _pause(self, module, query, key, value, attention_mask, **options):
+        """In place of attention while capturing: one query and its own key, so a boolean mask says nothing."""
+        graph = self._end()
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            raise NoGraph("biases its attention by distance")
+        layer, *new = self._new
+        if key is not new[0] or value is not new[1]:
+            raise NoGraph("attends to other keys than those it keeps")
+        output = query.new_empty(1, 1, query.shape[1], value.shape[-1])
+        self.pieces.append((graph, layer, module, query, new, options, output))
+        self._begin()
+        return output, None
+
+
+class _NewOnly(DynamicCache):
+    """The cache while capturing: empty, and what a layer gives it is all that it gives back."""
+
+    def __init__(self, forward: GraphedForward, config):
+        super().__init__(config=config)
+        self._forward = forward
+
+    def update(self, key, value, layer, *args, **kwargs):
+        self._forward._new = layer, key, value
+        return key, value
