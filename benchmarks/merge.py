@@ -5,8 +5,7 @@
 A Llama checkpoint of the size's shape with random bfloat16 weights, and an adapter of ranks 0 to 12 on every linear
 layer, are written to FOLDER. Each merge runs in a process of its own, with the base in the page cache: time without
 imports, the best of three (at 7B the only one), and that process's peak of resident memory. Prints a table, compares
-the merged weights bit
-by bit and writes benchmarks/results/merge-SIZE.json.
+the merged weights bit by bit and writes benchmarks/results/merge-SIZE.json.
 """
 
 import argparse

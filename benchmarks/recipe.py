@@ -4,7 +4,8 @@
 
 The sizes are the profile's, the loop is the course's KerasModel.fit, the questions are `questions.toml`'s. Each
 row trains every language and seed anew; a cell is right answers of all asked, summed over the seeds. Prints the
-table and writes benchmarks/results/recipe-PROFILE.json, with every reply, after each run.
+table and writes benchmarks/results/recipe-PROFILE.json, with every reply, after each run; a file of the same profile
+is gone on with, so that the rows can come one by one.
 """
 
 import argparse
@@ -139,9 +140,6 @@ def main(arguments: list[str] | None = None) -> None:
     output = args.output or Path(__file__).parent / "results" / f"recipe-{profile.name}.json"
 
     base = load_model(folder, quantize=None if profile.quantize == "no" else profile.quantize)
-    began = time.perf_counter()
-    replies = own_replies(*base)
-    print(f"{len(replies)} own replies in {time.perf_counter() - began:.0f} s", flush=True)
     result = {
         "profile": vars(profile),
         "rows": ROWS,
@@ -150,19 +148,26 @@ def main(arguments: list[str] | None = None) -> None:
         "versions": {
             name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "torchkeras")
         },
+        "replies": None,
         "runs": [],
     }
-    before = {}
-    for language in args.languages:
+    if output.exists() and (earlier := json.loads(output.read_text(encoding="utf-8")))["profile"] == result["profile"]:
+        result = earlier
+    result["replies"] = replies = result["replies"] or own_replies(*base)
+    before = {run["language"]: run for run in result["runs"] if run["row"] == "before"}
+    for language in set(args.languages) - set(before):
         before[language] = evaluate(*base, Persona(language=language))
         found = {"row": "before", "language": language, "seed": None, "seconds": 0.0}
         result["runs"].append(
             found | {"summary": summary(before[language], before[language])} | before[language]
         )
     del base
+    done = {(run["row"], run["language"], run["seed"]) for run in result["runs"]}
     for row in args.rows:
         for language in args.languages:
             for seed in args.seeds:
+                if (row, language, seed) in done:
+                    continue
                 persona = Persona(language=language)
                 model, tokenizer, seconds = train(row, profile, folder, replies, persona, seed)
                 after = evaluate(model, tokenizer, persona)
