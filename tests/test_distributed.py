@@ -17,6 +17,7 @@ from chatmagic import ChatmagicError
 from chatmagic.cli import main
 from chatmagic.profiles import profiles
 from chatmagic.train import StepRunner, keras
+from chatmagic.train import script as training_script
 from chatmagic.train.adalora import rank_table
 
 COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
@@ -139,3 +140,20 @@ def test_the_script_trains_in_two_processes(tmp_path, tiny_models):
     assert json.loads((folder / "adapter" / "chatmagic.json").read_text())["base"]
     names = {path.name for path in (folder / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "history.png", "ranks.png", "last-000010"} <= names
+
+
+def failing(rank, port, home):
+    """The script, in which the first process meets an error that nobody has foreseen while the other waits for it."""
+    join(rank, port)
+    os.environ["CHATMAGIC_HOME"] = str(home)
+    training_script.make_data = lambda course: 1 / 0
+    sys.stderr = (home / f"{rank}.txt").open("w", buffering=1)
+    sys.exit(main(["train", "llama-2-13b-chat"]))
+
+
+def test_an_error_in_one_process_ends_the_others(tmp_path):
+    assert in_two(failing, tmp_path) == [1, 1]
+    assert "ZeroDivisionError" in (tmp_path / "0.txt").read_text()
+    assert (tmp_path / "1.txt").read_text().strip() == (
+        "chatmagic: Another process of this run has ended. Its own message says why."
+    )

@@ -20,9 +20,9 @@ from ..errors import ChatmagicError
 from ..evaluate import own_replies
 from ..load import load_model
 from ..persona import make_conversations
-from . import KerasModel, adalora_config, find_all_linear_names
+from . import KerasModel, adalora_config, find_all_linear_names, prepare
 from .plots import pictures
-from .runtime import lost_peer, prepare
+from .runtime import lost_peer
 
 
 def run(course: Course, resume: bool = False, save_every: int | None = None):
