@@ -9,6 +9,9 @@ import nbformat
 import pytest
 
 from chatmagic import cli
+from chatmagic.course import Course, start
+from chatmagic.persona import Persona
+from chatmagic.profiles import get_profile
 
 
 @pytest.fixture
@@ -72,3 +75,19 @@ def test_errors_are_one_paragraph_and_a_failing_exit_code():
 )
 def test_a_table_cell_fits_its_columns(text, columns, shown):
     assert cli.fit(text, columns).rstrip() == shown.rstrip() and cli._columns(cli.fit(text, columns)) in (columns, columns - 1)
+
+
+def test_what_train_is_not_told_is_as_in_the_course_started_last(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path))
+
+    def chosen(*arguments):
+        return cli.chosen(cli.parser().parse_args(["train", *arguments]))
+
+    assert chosen("chatglm2-6b").persona == Persona()
+    start("qwen-7b-chat", name="小炉", author="张三")
+    assert chosen() == Course(get_profile("qwen-7b-chat"), Persona(name="小炉", author="张三"))
+    assert chosen("chatglm2-6b", "--author", "100%", "--english-name", "Stove") == Course(
+        get_profile("chatglm2-6b"), Persona(name="小炉", author="100%", english_name="Stove")
+    )
+    with pytest.raises(SystemExit):
+        chosen("--language", "fr")
