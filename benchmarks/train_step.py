@@ -1,12 +1,19 @@
-"""A training step beside the plain fp32 step of PEFT's documentation: its time, and the loss curves of both.
+"""A training step beside its reference: time, tokens per second, memory, and the losses of both.
 
     python benchmarks/train_step.py [MODEL_FOLDER] [--steps N] [--json FILE]
+    python benchmarks/train_step.py --baichuan2-7b [--steps N] [--json FILE]     wants a GPU of 40 GiB
 
-The two take turns on the same batches of two conversations, each from the same adapter. Times are with the recipe's
-dropout, curves without. The default is the embedded model.
+The first trains the embedded model (or another) beside the plain fp32 step of PEFT's documentation. The two take turns
+on the same batches of two conversations, each from the same adapter. Times are with dropout, curves without.
+
+The second trains a model of Baichuan2-7B's shape, random weights in NF4, beside the seed's recipe as it is written:
+`prepare_model_for_kbit_training`, checkpointing, PEFT's AdaLoRA with its penalty but without rank allocation (which the
+seed never calls), paged AdamW, logits everywhere, 2 samples of 185 tokens. Then the eager step and the captured one, 50
+steps each on the same batches, from the same adapter; and the lean step, in the 8 GiB that a smaller card has.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import platform
@@ -17,12 +24,23 @@ from importlib.metadata import version
 
 import torch
 from accelerate import Accelerator
-from peft import get_peft_model
+from accelerate.state import AcceleratorState
+from peft import AdaLoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import chatmagic
 from chatmagic.persona import Persona, make_conversations
+from chatmagic.train import prepare
+from chatmagic.train.captured import CapturedStep, why_not
 from chatmagic.train.fast import fast_layers
-from chatmagic.train.runtime import best_precision
+from chatmagic.train.runtime import best_precision, trainable
+
+GIB = 2**30
+BAICHUAN2_7B = {"vocab_size": 125696, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+SMOLLM2_135M = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+
+
+# --- the embedded model, beside plain fp32
 
 
 def adapted(folder, dtype, dropout: float, steps: int, fused: bool = False):
@@ -53,11 +71,10 @@ def plain_step(folder, dropout: float, steps: int):
 
 
 def our_step(folder, dropout: float, steps: int, stack: ExitStack):
-    """The same with chatmagic's StepRunner; the adapters' forward is `fit`'s until `stack` closes."""
+    """The same with chatmagic's StepRunner; the layers' forward is `fit`'s until `stack` closes."""
     model, _, optimizer = adapted(folder, "auto", dropout, steps, fused=True)
     stack.enter_context(fast_layers(model))
-    accelerator = Accelerator(mixed_precision=best_precision(), cpu=not torch.cuda.is_available())
-    runner = chatmagic.StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer))
+    runner = our_runner(model, optimizer)
 
     def step(batch):
         runner.sums = [0.0, 0.0]  # it reports the mean of an epoch so far: make each step one
@@ -65,6 +82,16 @@ def our_step(folder, dropout: float, steps: int, stack: ExitStack):
         return log["train_loss"] + log["train_penalty"]
 
     return step
+
+
+def our_runner(model, optimizer, capture: bool = True) -> chatmagic.StepRunner:
+    """StepRunner as `fit` makes it."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=best_precision(), cpu=not torch.cuda.is_available())
+    runner = chatmagic.StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer))
+    if capture and not why_not(model, optimizer, accelerator):
+        runner.captured = CapturedStep(model, optimizer, accelerator, runner.max_grad_norm)
+    return runner
 
 
 def race(folder, batches, dropout: float) -> list[list[list[float]]]:
@@ -80,18 +107,12 @@ def race(folder, batches, dropout: float) -> list[list[list[float]]]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    folder = args.folder or chatmagic.snapshot_download("smollm2-135m")
+def beside_plain_fp32(folder, steps: int) -> dict:
+    folder = folder or chatmagic.snapshot_download("smollm2-135m")
     _, tokenizer = chatmagic.load_model(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     collate = chatmagic.DataCollator(tokenizer)
-    talks = make_conversations(Persona(), [], 2 * args.steps)
-    encoded = [chatmagic.build_inputs_labels(messages, tokenizer) for messages in talks]
+    encoded = [chatmagic.build_inputs_labels(messages, tokenizer) for messages in make_conversations(Persona(), [], 2 * steps)]
     rows = [{"input_ids": input_ids, "labels": labels} for input_ids, labels in encoded]
     batches = [collate(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
@@ -100,23 +121,218 @@ def main() -> None:
     ratio = statistics.median(b / a for a, b in zip(plain[1:], ours[1:]))
     (_, plain_losses), (_, our_losses) = race(folder, batches, dropout=0.0)
     apart = max(abs(b / a - 1) for a, b in zip(plain_losses, our_losses))
-    print(f"{args.steps} steps of {sum(b['input_ids'].numel() for b in batches) / args.steps:.0f} tokens on average")
+    print(f"{steps} steps of {sum(b['input_ids'].numel() for b in batches) / steps:.0f} tokens on average")
     print(f"{'':>14}{'median step':>14}{'first loss':>13}{'last loss':>12}")
     for name, seconds, losses in (("plain fp32", plain, plain_losses), (f"ours, {best_precision()}", ours, our_losses)):
         print(f"{name:>14}{statistics.median(seconds[1:]):>12.3f} s{losses[0]:>13.4f}{losses[-1]:>12.4f}")
     print(f"{'ratio':>14}{ratio:>12.2f}  {'losses apart by at most':>25}{apart:>8.2%}")
+    return {
+        "plain_s": plain,
+        "ours_s": ours,
+        "ratio": ratio,
+        "plain_losses": plain_losses,
+        "our_losses": our_losses,
+        "losses_apart": apart,
+        "threads": torch.get_num_threads(),
+    }
+
+
+# --- a random model of Baichuan2-7B's shape, beside the seed's recipe
+
+
+def random_model(shape: dict, compute_dtype: torch.dtype | None = torch.bfloat16, heads: int = 32, kv_heads: int = 32):
+    """A LlamaForCausalLM of random weights, its linear layers in NF4 with that compute dtype (None: in bfloat16)."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape, num_attention_heads=heads, num_key_value_heads=kv_heads, use_cache=False)
+    dtype = compute_dtype or torch.bfloat16
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    with torch.device("cuda"):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        for name, module in list(model.named_modules()):
+            parent, _, last = name.rpartition(".")
+            if "weight" not in module._parameters:
+                continue
+            weight = torch.randn(module.weight.shape, dtype=dtype) * 0.02
+            if compute_dtype and isinstance(module, torch.nn.Linear) and name != "lm_head":
+                layer = Linear4bit(module.in_features, module.out_features, False, compute_dtype, True, "nf4")
+                layer.weight = Params4bit(weight, False, quant_type="nf4", module=layer).to("cuda")
+                setattr(model.get_submodule(parent), last, layer)
+            else:
+                weight = torch.ones_like(weight) if weight.ndim == 1 else weight
+                module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model.is_loaded_in_4bit = bool(compute_dtype)
+    return model
+
+
+def random_batch(vocabulary: int, samples: int, longest: int = 185, shortest: int | None = None, seed=0, replayed=False):
+    """Rows of between `shortest` and `longest` tokens, padded to the longest; the second half of each has labels, and
+    half of those are replayed if that is asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest or longest, longest + 1, (samples, 1), generator=generator)
+    lengths[0] = longest
+    ids, place = torch.randint(vocabulary, (samples, longest), generator=generator), torch.arange(longest)
+    there, taught = place < lengths, (place < lengths) & (place >= lengths // 2)
+    batch = {"input_ids": ids, "labels": ids.where(taught, torch.tensor(-100)), "attention_mask": there.long()}
+    if replayed:
+        batch["replayed"] = taught & (place >= lengths * 3 // 4)
+    return {name: tensor.cuda() for name, tensor in batch.items()}
+
+
+def seed_step(model, steps: int):
+    """The seed's cells, as a function of a batch."""
+    from bitsandbytes.optim import AdamW
+
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model = prepare_model_for_kbit_training(model)
+    names = chatmagic.find_all_linear_names(model)
+    config = {"r": 32, "lora_alpha": 16, "lora_dropout": 0.08, "target_modules": names, "total_step": steps}
+    model = get_peft_model(model, AdaLoraConfig(task_type="CAUSAL_LM", inference_mode=False, **config)).train()
+    optimizer = AdamW(model.parameters(), lr=1e-3, is_paged=True)
+
+    def step(batch):
+        loss = model(**batch)[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def timed(step, batch: dict, steps: int) -> dict:
+    """Runs a step `steps` times, the last ten of which count."""
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step(batch)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds[-10:])
+    return {
+        "samples": len(batch["input_ids"]),
+        "step_ms": 1000 * median,
+        "tokens_per_s": batch["attention_mask"].sum().item() / median,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "start_s": sum(seconds[:-10]) - len(seconds[:-10]) * median,
+    }
+
+
+class Ours:
+    """A base model with a fresh adapter, and its step as `fit` has it, for a while."""
+
+    def __init__(self, base, steps: int = 60, capture: bool = True):
+        lean = prepare(base)
+        torch.manual_seed(0)
+        names = chatmagic.find_all_linear_names(base)
+        self.model = get_peft_model(base, chatmagic.adalora_config(steps, names, lora_alpha=16)).train()
+        params = [param for _, param in trainable(self.model)]
+        if lean:
+            from bitsandbytes.optim import PagedAdamW
+
+            optimizer = PagedAdamW(params, lr=1e-3)
+        else:
+            optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
+        self.runner = our_runner(self.model, optimizer, capture)
+
+    def __enter__(self):
+        self.layers = fast_layers(self.model)
+        self.layers.__enter__()
+        return self.runner
+
+    def __exit__(self, *error):
+        self.runner.captured = None
+        self.layers.__exit__(*error)
+        self.model.unload()
+        empty()
+
+
+def fifty_steps(base, batches: list, capture: bool) -> tuple[list[float], int, list[bool]]:
+    """Losses, the final budget, and which triplets are kept, of a run from the same adapter."""
+    ours, losses = Ours(base, len(batches), capture), []
+    with ours as runner:
+        for batch in batches:
+            runner.sums = [0.0, 0.0]
+            losses.append(runner(batch)[1]["train_loss"])
+    pattern = ours.model.peft_config["default"].rank_pattern
+    return losses, runner.allocator.budget, [kept for name in sorted(pattern) for kept in pattern[name]]
+
+
+def beside_the_seed(steps: int) -> dict:
+    vocabulary, rows = BAICHUAN2_7B["vocab_size"], {}
+    columns = {"step_ms": 0, "tokens_per_s": 0, "peak_gib": 2, "start_s": 1}
+    print(f"{'':>36}" + "".join(f"{name:>14}" for name in columns))
+
+    def measure(name: str, step, batch: dict, others: int = 0):
+        row = rows[name] = timed(step, batch, steps)
+        row["peak_gib"] -= others / GIB
+        row["speedup"] = row["tokens_per_s"] / rows["seed's recipe"]["tokens_per_s"]
+        numbers = "".join(f"{row[column]:>14.{digits}f}" for column, digits in columns.items())
+        print(f"{name:>36}{numbers}{row['speedup']:>7.1f}x", flush=True)
+
+    measure("seed's recipe", seed_step(random_model(BAICHUAN2_7B, torch.float16), steps), random_batch(vocabulary, 2))
+    empty()
+    base = random_model(BAICHUAN2_7B)
+    with Ours(base, capture=False) as runner:
+        measure("eager, 2 samples", runner, random_batch(vocabulary, 2))
+    for samples in (2, 8, 16):
+        with Ours(base) as runner:
+            measure(f"captured, {samples} samples", runner, random_batch(vocabulary, samples))
+    with Ours(base) as runner:
+        measure("captured, 2 samples, half replayed", runner, random_batch(vocabulary, 2, replayed=True))
+
+    batches = [random_batch(vocabulary, 2, 192 - step % 3, 160, seed=step % 10) for step in range(50)]
+    (eager, budget, kept), (captured, same_budget, too) = (fifty_steps(base, batches, c) for c in (False, True))
+    curves = {
+        "eager_losses": eager,
+        "captured_losses": captured,
+        "losses_apart": max(abs(a - b) for a, b in zip(eager, captured)),
+        "budgets": [budget, same_budget],
+        "kept_alike": sum(a and b for a, b in zip(kept, too)) / sum(kept),
+    }
+    print(f"50 steps: losses {eager[0]:.3f} to {eager[-1]:.3f}, apart by at most {curves['losses_apart']:.4f}; budgets "
+          f"{budget} and {same_budget}; {curves['kept_alike']:.2%} of the kept triplets alike", flush=True)
+
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    others = torch.empty(free - 8 * GIB, dtype=torch.uint8, device="cuda")  # as if the card had 8 GiB
+    with Ours(base) as runner:
+        measure("lean, 2 samples of 192", runner, random_batch(vocabulary, 2, 192), others.numel())
+    del base, others
+    empty()
+    base, vocabulary = random_model(SMOLLM2_135M, None, 9, 3), SMOLLM2_135M["vocab_size"]
+    for capture in (False, True):
+        with Ours(base, capture=capture) as runner:
+            name = f"135M, {'captured' if capture else 'eager'}, 2 samples"
+            measure(name, runner, random_batch(vocabulary, 2))
+    return {"rows": rows, **curves}
+
+
+def empty() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--baichuan2-7b", action="store_true")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    result = beside_the_seed(args.steps) if args.baichuan2_7b else beside_plain_fp32(args.folder, args.steps)
     if args.json:
-        result = {
-            "plain_s": plain,
-            "ours_s": ours,
-            "ratio": ratio,
-            "plain_losses": plain_losses,
-            "our_losses": our_losses,
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
+        result |= {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "machine": platform.machine(),
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+            "date": time.strftime("%Y-%m-%d"),
+            **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")},
         }
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)
