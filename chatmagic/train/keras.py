@@ -133,6 +133,7 @@ class KerasModel(kerasmodel.KerasModel):
                 "--resume."
             ) from error
         finally:
+            self.captured = self.runner = None  # the graphs hold memory
             self.net = self.accelerator.unwrap_model(self.net).eval()
             self.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return pd.DataFrame(self.history)
