@@ -129,7 +129,7 @@ def test_the_fast_forward_is_pefts(linear, precision, tolerance):
         assert layer.forward.func.__module__ == "chatmagic.train.fast"
         found = outputs()
         with gathered(model, precision):
-            assert [factor.shape for factor in layer.gathered] == [(8, 64), (64, 8), (8, 1)]
+            assert [factor.shape for factor in layer.gathered] == [(8, 64), (64, 8), (8,)]
             once = outputs()
         with model.disable_adapter():
             assert torch.equal(layer(x), layer.base_layer(x))

@@ -50,14 +50,14 @@ def fast_layers(model):
 def forward(layer, x: torch.Tensor) -> torch.Tensor:
     if layer.disable_adapters:
         return layer.base_layer(x)
-    A, B, E = layer.__dict__.get("gathered") or factors(layer)
+    A, B, E = vars(layer).get("gathered") or factors(layer)
     rows = x.flatten(0, -2)
     result = layer.base_layer(rows)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else A.dtype
     if layer.training and (p := getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0)):
         rows = drop(rows, p)
-    narrow = linear(rows.to(dtype), A) * (E.squeeze(1) * layer.update_scale).to(dtype)
+    narrow = linear(rows.to(dtype), A) * E.to(dtype)
     if result.dtype == dtype:
         result = result.addmm_(narrow, B.to(dtype).t())
     else:
@@ -66,9 +66,9 @@ def forward(layer, x: torch.Tensor) -> torch.Tensor:
 
 
 def factors(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A (rank, in), B (out, rank) and E (rank, 1)."""
+    """A (rank, in), B (out, rank) and E (rank,), by which the update is scaled too."""
     (name,) = layer.active_adapters
-    return layer.lora_A[name], layer.lora_B[name], layer.lora_E[name]
+    return layer.lora_A[name], layer.lora_B[name], layer.lora_E[name].squeeze(1) * layer.update_scale
 
 
 @contextmanager
@@ -78,14 +78,14 @@ def gathered(model, dtype: torch.dtype):
     layers = [layer for layer in model.modules() if "update_scale" in vars(layer)]
     for layer in layers:
         layer.gathered = []
-    for which, padding in enumerate(((0, 0, 0, 1), (0, 1), (0, 0, 0, 1))):  # of A, B and E
+    for padding, which in zip(((0, 0, 0, 1), (0, 1), (0, 1)), zip(*map(factors, layers))):  # all A, then B, then E
         groups = {}
-        for layer in layers:
-            groups.setdefault(factors(layer)[which].shape, []).append(layer)
-        for group in groups.values():
-            stacked = torch.stack([factors(layer)[which] for layer in group]).to(dtype)
-            missing = -factors(group[0])[2].shape[0] % 8
-            for layer, factor in zip(group, pad(stacked, [missing * side for side in padding]).unbind()):
+        for layer, factor in zip(layers, which):
+            groups.setdefault(factor.shape, []).append((layer, factor))
+        for shape, group in groups.items():
+            stacked = torch.stack([factor for _, factor in group]).to(dtype)
+            missing = -min(shape) % 8  # the rank is the least of a factor's sizes
+            for (layer, _), factor in zip(group, pad(stacked, [missing * side for side in padding]).unbind()):
                 layer.gathered.append(factor)
     try:
         yield
