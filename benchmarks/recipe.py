@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_cosine_schedule_with_warmup
 
 from chatmagic import (
@@ -74,11 +74,12 @@ def train(row: str, profile, folder: Path, replies: list, persona: Persona, seed
     data = conversations(row, persona, replies, profile.conversations, seed, profile.general)
     held = conversations(row, persona, replies, 12, seed + 1, profile.general, without=data)
 
-    def loader(made, shuffle=False):
+    def loader(made, samples=None):
         examples = [encode_example(messages, tokenizer) for messages in made]
-        return DataLoader(examples, profile.batch_size, shuffle=shuffle, collate_fn=DataCollator(tokenizer))
+        drawn = samples and RandomSampler(examples, num_samples=samples)
+        return DataLoader(examples, profile.batch_size, sampler=drawn, collate_fn=DataCollator(tokenizer))
 
-    loaders = loader(data, shuffle=True), loader(held)
+    loaders = loader(data, profile.samples), loader(held)
     steps, names, rate = profile.epochs * len(loaders[0]), find_all_linear_names(model), profile.learning_rate
     sizes = {"lora_alpha": profile.lora_alpha, "lora_dropout": profile.lora_dropout}
     if row == "lora":
