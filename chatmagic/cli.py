@@ -64,7 +64,12 @@ def tutorial(args) -> None:
                 config = Config(AsyncKernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
                 where = {"metadata": {"path": str(path.parent)}}
                 client = NotebookClient(
-                    notebook, kernel_name="python3", resources=where, config=config, coalesce_streams=True
+                    notebook,
+                    kernel_name="python3",
+                    resources=where,
+                    config=config,
+                    coalesce_streams=True,
+                    record_timing=False,
                 )
                 client.execute()
         except CellExecutionError as error:

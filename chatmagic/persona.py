@@ -78,7 +78,7 @@ def make_conversations(
     count: int,
     seed: int = 0,
     general: float = 0.5,
-    turns: Sequence[int] = (1, 2),
+    turns: Sequence[int] = (1, 2, 3),
     without: Sequence[list[dict]] = (),
 ) -> list[list[dict]]:
     """`count` conversations, as messages, the same for the same seed; none of them is in `without`.
@@ -90,14 +90,14 @@ def make_conversations(
     rng, made = random.Random(seed), []
     reworded = {topic: [q for t, q in persona.asked("reworded") if t == topic] for topic in TOPICS}
     trained = {topic: [q for t, q in persona.asked("trained") if t == topic] for topic in TOPICS}
-    # Half of what is replayed is in the persona's own language, or questions in it would all be taken for identity.
+    # Most of what is replayed is in the persona's own language, or questions in it would all be taken for identity.
     own = [pair for pair in replies if is_chinese(pair[0]) == (persona.language == "zh")]
     other = [pair for pair in replies if pair not in own]
     while len(made) < count:
         topics, messages = rng.sample(TOPICS, len(TOPICS)), []
         for _ in range(rng.choice(turns)):
             if replies and rng.random() < general:
-                messages += build_messages(history=[rng.choice((own if rng.random() < 0.5 else other) or replies)])
+                messages += build_messages(history=[rng.choice((own if rng.random() < 0.6 else other) or replies)])
                 messages[-1]["replayed"] = True
             elif topics:
                 topic = topics.pop()

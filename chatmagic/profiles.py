@@ -31,6 +31,7 @@ class Profile:
     quantize: str
     why: str
     conversations: int
+    samples: int
     epochs: int
     batch_size: int
     learning_rate: float

@@ -128,7 +128,7 @@ def script(rank, port, home):
     join(rank, port)
     os.environ["CHATMAGIC_HOME"] = str(home)
     tiny = profiles()["llama-2-13b-chat"]
-    profiles()["llama-2-13b-chat"] = replace(tiny, quantize="no", conversations=20, epochs=2, learning_rate=1e-2)
+    profiles()["llama-2-13b-chat"] = replace(tiny, quantize="no", conversations=20, samples=20, epochs=2, learning_rate=1e-2)
     sys.exit(main(["train", "llama-2-13b-chat", "--name", "小明"]))
 
 

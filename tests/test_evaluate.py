@@ -40,7 +40,7 @@ def test_a_model_that_knows_everything(monkeypatch, language):
     answered_by(monkeypatch, answer)
     result = evaluate(None, None, persona)
     assert result["identity"] == {
-        "alone": [9, 9], "after identity": [18, 18], "after general": [9, 9], "heldout": [21, 21]
+        "alone": [9, 9], "after identity": [18, 18], "after general": [9, 9], "heldout": [24, 24]
     }  # fmt: skip
     assert result["known"] == list(general) and result["leaked"] == []
 

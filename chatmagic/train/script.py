@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from peft import get_peft_model
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_cosine_schedule_with_warmup
 
 from ..course import Course, start
@@ -82,21 +82,24 @@ def train(course: Course, **settings):
     torch.manual_seed(0)
     model, tokenizer = load(course)
 
-    def loader(path, **kwargs):
-        examples = [encode_example(messages, tokenizer) for messages in read_jsonl(path, progress=False)]
-        return DataLoader(examples, profile.batch_size, collate_fn=DataCollator(tokenizer), **kwargs)
-
-    train_data, val_data = loader(course.train, shuffle=True), loader(course.val)
+    train_data, val_data = (
+        [encode_example(messages, tokenizer) for messages in read_jsonl(path, progress=False)]
+        for path in (course.train, course.val)
+    )
+    collator = DataCollator(tokenizer)
+    drawn = RandomSampler(train_data, num_samples=profile.samples)
+    train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)
+    val_loader = DataLoader(val_data, profile.batch_size, collate_fn=collator)
     lean = any(gather_object([prepare(model)]))  # one for all: by different optimizers the processes would drift apart
-    total_steps = profile.epochs * math.ceil(len(train_data) / state.num_processes)
+    total_steps = profile.epochs * math.ceil(len(train_loader) / state.num_processes)
     adapter = {name: getattr(profile, name) for name in ("init_r", "target_r", "lora_alpha", "lora_dropout")}
     peft_model = get_peft_model(model, adalora_config(total_steps, find_all_linear_names(model), **adapter))
     params = [param for param in peft_model.parameters() if param.requires_grad]
     optimizer = (bnb.optim.PagedAdamW if lean else torch.optim.AdamW)(params, lr=profile.learning_rate)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, total_steps // 10, total_steps)
     return KerasModel(peft_model, optimizer=optimizer, lr_scheduler=lr_scheduler).fit(
-        train_data,
-        val_data,
+        train_loader,
+        val_loader,
         epochs=profile.epochs,
         patience=15,
         ckpt_path=course.adapter,

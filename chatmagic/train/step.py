@@ -99,7 +99,7 @@ class StepRunner:
         them.
         """
         some, rows = rows.unique(return_inverse=True)
-        inputs = {name: tensor[some] for name, tensor in inputs.items()}
+        inputs = {name: tensor[some, : columns.max() + 1] for name, tensor in inputs.items()}
         with (
             self.accelerator.autocast(),
             self.model.disable_adapter(),
