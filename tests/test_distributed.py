@@ -154,6 +154,5 @@ def failing(rank, port, home):
 def test_an_error_in_one_process_ends_the_others(tmp_path):
     assert in_two(failing, tmp_path) == [1, 1]
     assert "ZeroDivisionError" in (tmp_path / "0.txt").read_text()
-    assert (tmp_path / "1.txt").read_text().strip() == (
-        "chatmagic: Another process of this run has ended. Its own message says why."
-    )
+    *_, last = (tmp_path / "1.txt").read_text().splitlines()  # before it accelerate may warn of OMP_NUM_THREADS
+    assert last == "chatmagic: Another process of this run has ended. Its own message says why."

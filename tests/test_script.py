@@ -74,7 +74,7 @@ def test_the_script_is_the_notebooks_run(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "home")
     monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "home"))
     shutil.rmtree(adapter_of(tmp_path / "home"))
-    profiles()[NAME] = replace(profiles()[NAME], quantize="no", epochs=2, learning_rate=1e-2)
+    profiles()[NAME] = replace(profiles()[NAME], quantize="no", samples=16, epochs=2, learning_rate=1e-2)
     cells = {}
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         if cell.cell_type == "code" and "history" not in cells:
