@@ -25,7 +25,7 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "04-train-adalora.ipynb"
 def train(home, *arguments, runner=None) -> int:
     """`chatmagic train` of a tiny model in sixteen steps, eight an epoch."""
     os.environ["CHATMAGIC_HOME"] = str(home)
-    profiles()[NAME] = replace(profiles()[NAME], quantize="no", conversations=16, samples=16, epochs=2, learning_rate=1e-2)
+    profiles()[NAME] = replace(profiles()[NAME], quantize="no", conversations=24, samples=16, epochs=2, learning_rate=1e-2)
     if runner:
         script.KerasModel.StepRunner = runner
     return cli.main(["train", NAME, *arguments])
