@@ -9,7 +9,8 @@ on the same batches of two conversations, each from the same adapter. Times are 
 The second trains a model of Baichuan2-7B's shape, random weights in NF4, beside the seed's recipe as it is written:
 `prepare_model_for_kbit_training`, checkpointing, PEFT's AdaLoRA with its penalty but without rank allocation (which the
 seed never calls), paged AdamW, logits everywhere, 2 samples of 185 tokens. Then the eager step and the captured one, 50
-steps each on the same batches, from the same adapter; and the lean step, in the 8 GiB that a smaller card has.
+steps each on the same batches, from the same adapter; and the lean step, in the 8 GiB that a smaller card has. Where
+TRL is installed (`pip install trl`), its SFTTrainer trains LoRA of rank 8 on the same base too.
 """
 
 import argparse
@@ -18,14 +19,16 @@ import itertools
 import json
 import platform
 import statistics
+import tempfile
 import time
 from contextlib import ExitStack
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import AdaLoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chatmagic
@@ -204,6 +207,47 @@ def seed_step(model, steps: int):
     return step
 
 
+def trl_seconds(base, batch: dict, steps: int, **config) -> list[float]:
+    """Seconds of each step of a QLoRA run as TRL's documentation has it, every batch the same."""
+    from datasets import Dataset
+    from pyarrow import Table
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        begun, seconds = 0.0, []
+
+        def on_step_begin(self, *args, **kwargs):
+            torch.cuda.synchronize()
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - self.begun)
+
+    clock, names = Clock(), chatmagic.find_all_linear_names(base)
+    rows = [{name: batch[name][i].tolist() for name in ("input_ids", "labels")} for i in range(len(batch["labels"]))]
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            base,
+            SFTConfig(
+                folder, max_steps=steps, per_device_train_batch_size=len(rows), learning_rate=1e-3, bf16=True,
+                report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                dataset_kwargs={"skip_prepare_dataset": True}, **config,
+            ),
+            train_dataset=Dataset(Table.from_pylist(rows * steps), fingerprint="rows"),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>"),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=names),
+            callbacks=[clock],
+        )
+        trainer.train()
+    trainer.model.unload()
+    return clock.seconds
+
+
 def timed(step, batch: dict, steps: int) -> dict:
     """Runs a step `steps` times, the last ten of which count."""
     torch.cuda.reset_peak_memory_stats()
@@ -214,6 +258,11 @@ def timed(step, batch: dict, steps: int) -> dict:
         step(batch)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
+    return figures(seconds, batch)
+
+
+def figures(seconds: list[float], batch: dict) -> dict:
+    """A row of the table, of the last ten steps."""
     median = statistics.median(seconds[-10:])
     return {
         "samples": len(batch["input_ids"]),
@@ -270,7 +319,10 @@ def beside_the_seed(steps: int) -> dict:
     print(f"{'':>36}" + "".join(f"{name:>14}" for name in columns))
 
     def measure(name: str, step, batch: dict, others: int = 0):
-        row = rows[name] = timed(step, batch, steps)
+        report(name, timed(step, batch, steps), others)
+
+    def report(name: str, row: dict, others: int = 0):
+        rows[name] = row
         row["peak_gib"] -= others / GIB
         row["speedup"] = row["tokens_per_s"] / rows["seed's recipe"]["tokens_per_s"]
         numbers = "".join(f"{row[column]:>14.{digits}f}" for column, digits in columns.items())
@@ -303,13 +355,21 @@ def beside_the_seed(steps: int) -> dict:
     others = torch.empty(free - 8 * GIB, dtype=torch.uint8, device="cuda")  # as if the card had 8 GiB
     with Ours(base) as runner:
         measure("lean, 2 samples of 192", runner, random_batch(vocabulary, 2, 192), others.numel())
-    del base, others
-    empty()
-    base, vocabulary = random_model(SMOLLM2_135M, None, 9, 3), SMOLLM2_135M["vocab_size"]
+    del others
+    small = random_model(SMOLLM2_135M, None, 9, 3)
     for capture in (False, True):
-        with Ours(base, capture=capture) as runner:
+        with Ours(small, capture=capture) as runner:
             name = f"135M, {'captured' if capture else 'eager'}, 2 samples"
-            measure(name, runner, random_batch(vocabulary, 2))
+            measure(name, runner, random_batch(SMOLLM2_135M["vocab_size"], 2))
+    for samples, config in ((2, {}), (8, {}), (8, {"gradient_checkpointing": False})) if find_spec("trl") else ():
+        batch = random_batch(vocabulary, samples)
+        torch.cuda.reset_peak_memory_stats()
+        name = f"TRL{', no checkpointing' if config else ''}, {samples} samples"
+        try:
+            report(name, figures(trl_seconds(base, batch, steps, **config), batch))
+        except Exception as error:  # another's code: what was measured so far is kept
+            print(f"{name:>36}: {error}", flush=True)
+        empty()
     return {"rows": rows, **curves}
 
 
