@@ -5,15 +5,13 @@ import warnings
 import fake_cuda
 import pytest
 import torch
-from test_llm import adapter, family, model, new_ids, plain, tokenizer, trained, twelve_turns  # noqa: F401
+from replies import adapter, new_ids, plain, trained, twelve_turns
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from chatmagic import ChatLLM, build_messages, encode_prompt
 from chatmagic.llm import Interrupted
-
-# ruff: noqa: F811
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import multiprocessing
 import random
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,6 +28,10 @@ def adalora(steps=40, dropout=0.0, base=None):
     return get_peft_model(base, adalora_config(steps, PROJECTIONS, **settings))
 
 
+def lora():
+    return get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=PROJECTIONS))
+
+
 def rows(n, seed=0, length=12):
     """n samples, of which a third of the tokens is not trained."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,6 +39,14 @@ def rows(n, seed=0, length=12):
     labels = ids.clone()
     labels[:, : length // 3] = -100
     return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels)]
+
+
+def uneven_rows(n):
+    """Samples that differ in how many of their tokens are trained."""
+    samples = rows(n)
+    for index, sample in enumerate(samples):
+        sample["labels"][: 4 + index] = -100
+    return samples
 
 
 class Drawn(torch.utils.data.Dataset):

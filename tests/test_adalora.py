@@ -1,0 +1,90 @@
+"""AdaLoRA's schedule; its ranks and penalty against PEFT's own."""
+
+import pytest
+import torch
+from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, lora, rows, tiny_llama
+
+from chatmagic import ChatmagicError
+from chatmagic.train import adalora_config, find_all_linear_names
+from chatmagic.train.adalora import importance_table, rank_table
+from chatmagic.train.runtime import trainable
+
+# --- the schedule
+
+
+def test_schedule_fits_the_run():
+    config = adalora_config(120, PROJECTIONS)
+    assert (config.tinit, config.tfinal, config.deltaT, config.total_step) == (12, 36, 3, 120)
+    assert (config.init_r, config.target_r) == (12, 8)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"total_steps": 9}, "too few"),
+        ({"total_steps": 100, "init_r": 8, "target_r": 8}, "LoraConfig"),
+        ({"total_steps": 100, "target_r": 0}, "0 < target_r"),
+        ({"total_steps": 100, "tinit": 60, "tfinal": 40}, "leaves 0 for shrinking"),
+        ({"total_steps": 100, "tfinal": 0}, "tfinal >= 1"),
+        ({"total_steps": 100, "deltaT": 0}, "deltaT >= 1"),
+        ({"total_steps": 100, "r": 32}, "init_r"),
+    ],
+)
+def test_impossible_schedules_are_refused(settings, words):
+    with pytest.raises(ChatmagicError, match=words):
+        adalora_config(target_modules=PROJECTIONS, **settings)
+
+
+def test_linear_names():
+    assert find_all_linear_names(tiny_llama()) == PROJECTIONS
+    with pytest.raises(ChatmagicError, match="already carries an adapter"):
+        find_all_linear_names(lora())
+
+
+# --- ranks and penalty, PEFT's own as the reference
+
+
+def peft_losses(model, batch, steps, lr=1e-2):
+    """The loop of PEFT's documentation: the loss of each step, penalty included."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    model.train()
+    losses = []
+    for step in range(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([param for _, param in trainable(model)], 1.0)
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_run_is_pefts_own(tmp_path):
+    """Losses with penalty, budget and kept triplets of 40 steps are those of PEFT's eager loop."""
+    ours, theirs = adalora(), adalora()
+    data = loader(rows(8), batch_size=8)
+    history = fit(ours, tmp_path, epochs=40, train=data)
+    expected = peft_losses(theirs, next(iter(data)), 40)
+    assert expected[-1] < expected[0] - 0.5
+    torch.testing.assert_close(
+        (history.train_loss + history.train_penalty).tolist(), expected, rtol=1e-4, atol=1e-4
+    )
+    pattern = theirs.peft_config["default"].rank_pattern
+    assert ours.peft_config["default"].rank_pattern == pattern
+    assert history.rank_budget.iloc[0] == 6 * LAYERS
+    assert history.rank_budget.iloc[-1] == 3 * LAYERS == sum(map(sum, pattern.values()))
+
+
+def test_ranks_and_importance_can_be_read(tmp_path):
+    model = adalora()
+    fit(model, tmp_path)
+    ranks = rank_table(model.peft_config["default"])
+    assert list(ranks.index) == [0, 1] and sorted(ranks.columns) == PROJECTIONS
+    assert ranks.to_numpy().sum() == 3 * LAYERS
+    kept = model.base_model.model.model.layers[1].self_attn.o_proj.lora_E["default"].count_nonzero()
+    assert ranks.loc[1, "o_proj"] == kept
+    importance = importance_table(model)
+    assert list(importance.index) == list(range(5, 29))  # after tinit=4, to total_step - tfinal
+    assert set(importance.columns) == {f"{layer}.{name}" for layer in (0, 1) for name in PROJECTIONS}
+    assert (importance > 0).all(axis=None)
