@@ -40,6 +40,14 @@ def test_twelve_turns_are_those_of_plain_generate(cuda, model, tokenizer):
     )  # two layers make three graphs; one token was a trial
 
 
+def test_query_and_key_are_rotated_together(cuda, model, tokenizer):
+    before, llm = modeling_llama.apply_rotary_pos_emb, chat(model, tokenizer)
+    assert new_ids(llm, llm("hi", greedy=True)) == expected(model, tokenizer)
+    launched = [step[0] for graph, *_ in llm.backend._graphed.pieces for step in graph.launched]
+    assert launched.count(torch.ops.aten.roll.default) == len(llm.backend._graphed.pieces) == 2
+    assert modeling_llama.apply_rotary_pos_emb is before
+
+
 def test_the_published_greedy_tokens(cuda, family):
     model, tokenizer, cases = family
     llm = ChatLLM(model, tokenizer, max_new_tokens=24)
