@@ -1,11 +1,14 @@
-"""The faster forward of layers with an adapter against PEFT's own, and its dropout."""
+"""The faster forward of layers with an adapter against PEFT's own, its dropout, and batches without padding."""
 
 import bitsandbytes
 import pytest
 import torch
-from peft import AdaLoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from tiny_runs import lora
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chatmagic.train.fast import drop, fast_layers, gathered
+from chatmagic import find_all_linear_names
+from chatmagic.train.fast import drop, fast_layers, flattened, gathered, may_be_flattened
 
 
 @pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
@@ -49,3 +52,35 @@ def test_dropout_by_bytes():
     y.sum().backward()
     assert torch.equal(x.grad * 2, y)
     assert not torch.equal(drop(x, 0.25), y)
+
+
+def padded(vocabulary: int) -> dict:
+    mask = (torch.arange(12) < torch.tensor([[5], [12], [8]])).long()
+    return {"input_ids": torch.randint(vocabulary, mask.shape) * mask, "attention_mask": mask}
+
+
+def test_a_flattened_batch_has_the_logits_of_the_padded_one(family):
+    base, *_ = family
+    settings = {"task_type": "CAUSAL_LM", "target_modules": find_all_linear_names(base)}
+    model, inputs = get_peft_model(base, LoraConfig(**settings)).eval(), padded(base.config.vocab_size)
+    if base.config.model_type == "baichuan_alibi":
+        assert not may_be_flattened(model, inputs)
+        return
+    plain, there = ALL_ATTENTION_FUNCTIONS["sdpa"], inputs["attention_mask"].bool()
+    assert may_be_flattened(model, inputs)
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits
+        with flattened(inputs) as (one, places):
+            logits = model(**one, use_cache=False).logits
+    assert one["input_ids"].shape == (1, 25)
+    torch.testing.assert_close(logits[0, places[there]], expected[there], rtol=1e-4, atol=1e-5)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+
+
+def test_what_keeps_a_batch_as_it_is():
+    model, inputs = lora(), padded(64)
+    assert may_be_flattened(model, inputs)
+    assert not may_be_flattened(model, {"input_ids": inputs["input_ids"]})
+    assert not may_be_flattened(model, {name: tensor[:1] for name, tensor in inputs.items()})
+    model.gradient_checkpointing_enable()
+    assert not may_be_flattened(model, inputs)

@@ -13,6 +13,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout, linear, pad, rms_norm
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .runtime import activations, free_memory, linears_4bit
 
@@ -92,6 +93,43 @@ def gathered(model, dtype: torch.dtype):
     finally:
         for layer in layers:
             del layer.gathered
+
+
+def may_be_flattened(model, inputs: dict) -> bool:
+    """On the CPU, where a product takes as long as it has rows, if the model is one of transformers' own, all of which
+    look their attention up by name, and does so once: a backward that recomputes it would find the plain one."""
+    base = model.get_base_model()
+    return (
+        "attention_mask" in inputs
+        and len(inputs["input_ids"]) > 1
+        and base.device.type == "cpu"
+        and base.config._attn_implementation == "sdpa"
+        and type(base).__module__.startswith("transformers.")
+        and not any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    )
+
+
+@contextmanager
+def flattened(inputs: dict):
+    """For a forward: a padded batch as one row without padding, and where in it a (row, column) of the batch is, int64
+    (batch, length). Each row attends to itself alone, as with transformers' DataCollatorWithFlattening."""
+    there = inputs["attention_mask"].bool()
+    one = {
+        "input_ids": inputs["input_ids"][there][None],
+        "position_ids": (there.cumsum(1) - 1)[there][None],
+        "attention_mask": there[:1, None, None, :1],  # of four dimensions: taken as it is, and not read below
+    }
+    plain, lengths = ALL_ATTENTION_FUNCTIONS["sdpa"], there.sum(1).tolist()
+
+    def attention(module, query, key, value, mask, **options):
+        rows = zip(*(each.split(lengths, dim=2) for each in (query, key, value)))
+        return torch.cat([plain(module, *row, None, **options)[0] for row in rows], dim=1), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    try:
+        yield one, (there.flatten().cumsum(0) - 1).view(there.shape)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
 
 
 def normalise(layer, x: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,14 @@
 import math
 import resource
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from ..errors import ChatmagicError
 from .adalora import rank_allocator
+from .fast import flattened, may_be_flattened
 from .runtime import never_packed, trainable
 
 
@@ -70,8 +71,7 @@ class StepRunner:
         targets = labels[rows, columns]
         replayed = batch.get("replayed", torch.zeros_like(batch["labels"], dtype=bool))[rows, columns + 1]
         base = self._base_log_probs(inputs, rows[replayed], columns[replayed]) if replayed.any() else None
-        with self.accelerator.autocast(), head_sees_only(self.model, rows, columns):
-            logits = self.net(**inputs, use_cache=False).logits[0].float()
+        logits = self._logits(self.net, inputs, rows, columns)
         if base is None:
             loss = cross_entropy(logits, targets, reduction="sum")
         else:
@@ -100,12 +100,18 @@ class StepRunner:
         """
         some, rows = rows.unique(return_inverse=True)
         inputs = {name: tensor[some, : columns.max() + 1] for name, tensor in inputs.items()}
-        with (
-            self.accelerator.autocast(),
-            self.model.disable_adapter(),
-            head_sees_only(self.model, rows, columns),
-        ):
-            return self.model(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
+        with self.model.disable_adapter():
+            return self._logits(self.model, inputs, rows, columns).log_softmax(-1)
+
+    def _logits(self, net, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """The logits at n positions of the batch, float32 (n, vocabulary)."""
+        with ExitStack() as stack:
+            if may_be_flattened(self.model, inputs):
+                inputs, places = stack.enter_context(flattened(inputs))
+                rows, columns = torch.zeros_like(rows), places[rows, columns]
+            stack.enter_context(self.accelerator.autocast())
+            stack.enter_context(head_sees_only(self.model, rows, columns))
+            return net(**inputs, use_cache=False).logits[0].float()
 
     def _rows_not_repeated(self) -> int | None:
         """accelerate fills the last global batch of an epoch with rows from its start: what to cut those off at."""
