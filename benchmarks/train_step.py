@@ -9,8 +9,9 @@ on the same batches of two conversations, each from the same adapter. Times are 
 The second trains a model of Baichuan2-7B's shape, random weights in NF4, beside the seed's recipe as it is written:
 `prepare_model_for_kbit_training`, checkpointing, PEFT's AdaLoRA with its penalty but without rank allocation (which the
 seed never calls), paged AdamW, logits everywhere, 2 samples of 185 tokens. Then the eager step and the captured one, 50
-steps each on the same batches, from the same adapter; and the lean step, in the 8 GiB that a smaller card has. Where
-TRL is installed (`pip install trl`), its SFTTrainer trains LoRA of rank 8 on the same base too.
+steps each on the same batches, from the same adapter, beside how far a column of padding takes the eager one; and the
+lean step, in the 8 GiB that a smaller card has. Where TRL is installed (`pip install trl`), its SFTTrainer trains LoRA
+of rank 8 on the same base too.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import AdaLoraConfig, LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch.nn.functional import pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chatmagic
@@ -302,15 +304,47 @@ class Ours:
         empty()
 
 
-def fifty_steps(base, batches: list, capture: bool) -> tuple[list[float], int, list[bool]]:
-    """Losses, the final budget, and which triplets are kept, of a run from the same adapter."""
+def fifty_steps(base, batches: list, capture: bool, replay: bool = True) -> tuple[list[float], int, list[bool]]:
+    """Losses, the final budget, and which triplets are kept, of a run from the same adapter. Without `replay` the
+    captured step's kernels are launched one by one, as they are the first time."""
     ours, losses = Ours(base, len(batches), capture), []
     with ours as runner:
         for batch in batches:
             runner.sums = [0.0, 0.0]
             losses.append(runner(batch)[1]["train_loss"])
+            if not replay:
+                runner.captured.graphs.clear()
     pattern = ours.model.peft_config["default"].rank_pattern
     return losses, runner.allocator.budget, [kept for name in sorted(pattern) for kept in pattern[name]]
+
+
+def curves(base, vocabulary: int) -> dict:
+    """The captured step beside the eager one for 50 steps, and what rounding alone does to the eager one."""
+    batches = [random_batch(vocabulary, 2, 192 - step % 3, 160, seed=step % 10) for step in range(50)]
+    fills = {"labels": -100}
+    padded = [
+        {name: pad(each, (0, 192 - each.shape[1]), value=fills.get(name, 0)) for name, each in batch.items()}
+        for batch in batches
+    ]
+    runs = {
+        "eager": fifty_steps(base, batches, capture=False),
+        "eager, one or two columns of padding more": fifty_steps(base, padded, capture=False),
+        "captured": fifty_steps(base, batches, capture=True),
+        "captured, without replays": fifty_steps(base, batches, capture=True, replay=False),
+    }
+    result = {}
+    for name, other in (
+        ("eager, one or two columns of padding more", "eager"),
+        ("captured", "eager"),
+        ("captured", "captured, without replays"),
+    ):
+        (losses, budget, kept), (others, same_budget, too) = runs[name], runs[other]
+        apart = max(abs(a - b) for a, b in zip(losses, others))
+        alike = sum(a and b for a, b in zip(kept, too)) / sum(kept)
+        result[f"{name} : {other}"] = {"losses_apart": apart, "kept_alike": alike, "budgets": [budget, same_budget]}
+        print(f"50 steps, {name} : {other}: losses {losses[0]:.3f} to {losses[-1]:.3f}, apart by at most {apart:.4f}; "
+              f"budgets {budget} and {same_budget}; {alike:.2%} of the kept triplets alike", flush=True)
+    return {"curves": result, "losses": {name: losses for name, (losses, _, _) in runs.items()}}
 
 
 def beside_the_seed(steps: int) -> dict:
@@ -339,17 +373,7 @@ def beside_the_seed(steps: int) -> dict:
     with Ours(base) as runner:
         measure("captured, 2 samples, half replayed", runner, random_batch(vocabulary, 2, replayed=True))
 
-    batches = [random_batch(vocabulary, 2, 192 - step % 3, 160, seed=step % 10) for step in range(50)]
-    (eager, budget, kept), (captured, same_budget, too) = (fifty_steps(base, batches, c) for c in (False, True))
-    curves = {
-        "eager_losses": eager,
-        "captured_losses": captured,
-        "losses_apart": max(abs(a - b) for a, b in zip(eager, captured)),
-        "budgets": [budget, same_budget],
-        "kept_alike": sum(a and b for a, b in zip(kept, too)) / sum(kept),
-    }
-    print(f"50 steps: losses {eager[0]:.3f} to {eager[-1]:.3f}, apart by at most {curves['losses_apart']:.4f}; budgets "
-          f"{budget} and {same_budget}; {curves['kept_alike']:.2%} of the kept triplets alike", flush=True)
+    found = curves(base, vocabulary)
 
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     others = torch.empty(free - 8 * GIB, dtype=torch.uint8, device="cuda")  # as if the card had 8 GiB
@@ -370,7 +394,7 @@ def beside_the_seed(steps: int) -> dict:
         except Exception as error:  # another's code: what was measured so far is kept
             print(f"{name:>36}: {error}", flush=True)
         empty()
-    return {"rows": rows, **curves}
+    return {"rows": rows, **found}
 
 
 def empty() -> None:
