@@ -45,7 +45,7 @@ def ask(
     return replies
 
 
-def own_replies(model, tokenizer, max_new_tokens: int = 32) -> list[tuple[str, str]]:
+def own_replies(model, tokenizer, max_new_tokens: int = 64) -> list[tuple[str, str]]:
     """(question, reply) for each general question that is replayed: the base model's own words.
 
     A longer reply ends with its last whole sentence, if it has one.

@@ -101,7 +101,7 @@ def make_conversations(
                 messages[-1]["replayed"] = True
             elif topics:
                 topic = topics.pop()
-                question = rng.choice(rng.choice((trained, reworded))[topic])
+                question = rng.choice((reworded if rng.random() < 0.6 else trained)[topic])
                 messages += build_messages(history=[(vary(question, rng), persona.answers[topic])])
         if messages not in without:
             made.append(messages)

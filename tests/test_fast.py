@@ -8,7 +8,7 @@ from tiny_runs import lora
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chatmagic import find_all_linear_names
-from chatmagic.train.fast import drop, fast_layers, flattened, gathered, may_be_flattened
+from chatmagic.train.fast import attend, drop, fast_layers, flattened, gathered, may_be_flattened
 
 
 @pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
@@ -81,6 +81,14 @@ def test_what_keeps_a_batch_as_it_is():
     model, inputs = lora(), padded(64)
     assert may_be_flattened(model, inputs)
     assert not may_be_flattened(model, {"input_ids": inputs["input_ids"]})
-    assert not may_be_flattened(model, {name: tensor[:1] for name, tensor in inputs.items()})
     model.gradient_checkpointing_enable()
     assert not may_be_flattened(model, inputs)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_attention_of_grouped_heads(dropout_p):
+    query, key, value = torch.randn(4, 6, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True)
+    future = torch.full((9, 9), -torch.inf).triu(1)
+    found = torch.stack([attend(query, key, value, future, dropout_p) for _ in range(2000 if dropout_p else 1)]).mean(0)
+    torch.testing.assert_close(found, expected.transpose(0, 1), rtol=0, atol=0.2 if dropout_p else 1e-5)

@@ -5,13 +5,12 @@ adds the layer's output in three passes; here the scale goes into the few column
 with B adds to the output at once. `benchmarks/train_step.py` measures it.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.adalora.layer import AdaLoraLayer
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout, linear, pad, rms_norm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -40,8 +39,7 @@ def fast_layers(model):
     for layer, function in changed.items():
         layer.forward = function
     try:
-        with quick_attention() if next(model.parameters()).device.type == "cpu" else nullcontext():
-            yield
+        yield
     finally:
         for layer in changed:
             del layer.forward
@@ -101,9 +99,9 @@ def may_be_flattened(model, inputs: dict) -> bool:
     base = model.get_base_model()
     return (
         "attention_mask" in inputs
-        and len(inputs["input_ids"]) > 1
         and base.device.type == "cpu"
         and base.config._attn_implementation == "sdpa"
+        and not getattr(base.config, "sliding_window", None)
         and type(base).__module__.startswith("transformers.")
         and not any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
     )
@@ -119,34 +117,35 @@ def flattened(inputs: dict):
         "position_ids": (there.cumsum(1) - 1)[there][None],
         "attention_mask": there[:1, None, None, :1],  # of four dimensions: taken as it is, and not read below
     }
-    plain, lengths = ALL_ATTENTION_FUNCTIONS["sdpa"], there.sum(1).tolist()
+    lengths = there.sum(1).tolist()
+    future = torch.full((max(lengths), max(lengths)), -torch.inf).triu(1)
 
-    def attention(module, query, key, value, mask, **options):
-        rows = zip(*(each.split(lengths, dim=2) for each in (query, key, value)))
-        return torch.cat([plain(module, *row, None, **options)[0] for row in rows], dim=1), None
+    def attention(module, query, key, value, mask, scaling, dropout=0.0, **options):
+        rows = zip(*(each[0].split(lengths, dim=1) for each in (query * scaling, key, value)))
+        return torch.cat([attend(*row, future.to(query.dtype), dropout) for row in rows])[None], None
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    plain, ALL_ATTENTION_FUNCTIONS["sdpa"] = ALL_ATTENTION_FUNCTIONS["sdpa"], attention
     try:
         yield one, (there.flatten().cumsum(0) - 1).view(there.shape)
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
 
 
+def attend(query, key, value, future, dropout_p: float) -> torch.Tensor:
+    """Causal attention of n tokens, (n, heads, size), from query (heads, n, size) and key and value (fewer heads, n,
+    size). torch's flash attention takes twice the time on the CPU, most of it in its backward; its plain one looks for
+    rows that see nothing, and copies the keys for each head of a group."""
+    heads, n, size = query.shape
+    scores = query.reshape(len(key), -1, size) @ key.mT
+    weights = (scores.view(heads, n, n) + future[:n, :n]).softmax(-1)
+    if dropout_p:
+        weights = dropout(weights, dropout_p)
+    return (weights.view(len(key), -1, n) @ value).view(heads, n, size).transpose(0, 1)
+
+
 def normalise(layer, x: torch.Tensor) -> torch.Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return rms_norm(x, layer.weight.shape, layer.weight.to(x.dtype), layer.variance_epsilon)
-
-
-@contextmanager
-def quick_attention():
-    """torch's flash attention takes twice the time of plain 16-bit products on the CPU, most of it in its backward."""
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # it is the CPU's switch too
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def drop(x: torch.Tensor, p: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 from ..errors import ChatmagicError
 from .adalora import rank_allocator
@@ -68,15 +68,14 @@ class StepRunner:
         labels = batch["labels"][: self._rows_not_repeated(), 1:]
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
         rows, columns = (labels != -100).nonzero(as_tuple=True)
-        targets = labels[rows, columns]
         replayed = batch.get("replayed", torch.zeros_like(batch["labels"], dtype=bool))[rows, columns + 1]
-        base = self._base_log_probs(inputs, rows[replayed], columns[replayed]) if replayed.any() else None
-        logits = self._logits(self.net, inputs, rows, columns)
-        if base is None:
-            loss = cross_entropy(logits, targets, reduction="sum")
-        else:
-            loss = cross_entropy(logits[~replayed], targets[~replayed], reduction="sum")
-            loss = loss + kl_div(logits[replayed].log_softmax(-1), base, reduction="sum", log_target=True)
+        order = replayed.argsort(stable=True)  # those last: a gradient is split faster than it is indexed
+        rows, columns, learnt = rows[order], columns[order], len(rows) - int(replayed.sum())
+        logits, replays = self._logits(self.net, inputs, rows, columns).split([learnt, len(rows) - learnt])
+        loss = cross_entropy(logits, labels[rows, columns][:learnt], reduction="sum")
+        if len(replays):
+            base, entropy = self._base(inputs, rows[learnt:], columns[learnt:])
+            loss = loss - (base * replays.log_softmax(-1)).sum() - entropy
         tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         self.pending += torch.stack([loss.detach(), tokens.new_tensor(len(rows)), tokens])
         if self.stage == "train":
@@ -91,8 +90,9 @@ class StepRunner:
             self._add_to_log(loss, taught, tokens)
 
     @torch.no_grad()
-    def _base_log_probs(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """The base model's log-probabilities of the next token at n positions, float32 (n, vocabulary).
+    def _base(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base model's probabilities of the next token at n positions, float32 (n, vocabulary), and their entropy,
+        summed over the positions.
 
         To match them where the base spoke is learning without forgetting (Li & Hoiem, 2016,
         https://arxiv.org/abs/1606.09282); cross-entropy on its words would make the model ever surer of
@@ -101,7 +101,9 @@ class StepRunner:
         some, rows = rows.unique(return_inverse=True)
         inputs = {name: tensor[some, : columns.max() + 1] for name, tensor in inputs.items()}
         with self.model.disable_adapter():
-            return self._logits(self.model, inputs, rows, columns).log_softmax(-1)
+            logits = self._logits(self.model, inputs, rows, columns)
+        probabilities = logits.softmax(-1)
+        return probabilities, (logits.logsumexp(-1) - (probabilities * logits).sum(-1)).sum()
 
     def _logits(self, net, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """The logits at n positions of the batch, float32 (n, vocabulary)."""
