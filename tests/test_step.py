@@ -39,6 +39,36 @@ def test_replayed_labels_hold_the_model_to_its_base():
     assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_batch_without_its_padding_is_the_same_step(monkeypatch):
+    """Loss and gradients are those of the padded batch, which was the only way once."""
+    rows, columns = torch.arange(4)[:, None], torch.arange(12)
+    there = columns < torch.tensor([[5], [12], [8], [9]])
+    batch = next(iter(loader(uneven_rows(4), batch_size=4)))
+    batch = {
+        "input_ids": batch["input_ids"] * there,
+        "labels": batch["labels"].where(there, -100),
+        "attention_mask": there.long(),
+        "replayed": there & (columns > 6) & (rows != 3),
+    }
+    seen, results = [], []
+    for flatten in (True, False):
+        model = adalora()
+        for name, param in model.named_parameters():
+            if "lora_E" in name:
+                torch.nn.init.constant_(param, 0.5)
+        model.get_base_model().model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+        if not flatten:
+            monkeypatch.setattr("chatmagic.train.step.may_be_flattened", lambda model, inputs: False)
+        optimizer = torch.optim.SGD([param for _, param in trainable(model)], lr=1.0)
+        accelerator = Accelerator(cpu=True)
+        runner = StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer))
+        log = runner(batch)[1]
+        results.append([torch.tensor([log["train_loss"], log["grad_norm"]]), *(param for _, param in trainable(model))])
+    # the base reads the two rows with replays alone, up to the last one
+    assert seen == [(1, 34), (1, 19), (4, 12), (2, 11)]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
 def test_accumulated_batches_are_one_large_batch(tmp_path):
     """Every label token of the global batch weighs the same, however the batch is cut."""
     whole = fit(adalora(), tmp_path, epochs=20, train=loader(uneven_rows(8), batch_size=4))

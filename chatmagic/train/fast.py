@@ -2,7 +2,7 @@
 
 PEFT (`peft/tuners/adalora/layer.py` and `bnb.py`) casts the input to float32 and back under autocast, and scales and
 adds the layer's output in three passes; here the scale goes into the few columns between A and B, and the product
-with B adds to the output at once. `benchmarks/train_step.py` measures it.
+with B adds to the output at once. `benchmarks/train_step.py` and `train_step_embedded.py` measure it.
 """
 
 from contextlib import contextmanager
@@ -93,16 +93,19 @@ def gathered(model, dtype: torch.dtype):
             del layer.gathered
 
 
+FLATTENED = ("glm", "llama", "qwen2")  # where the tests compare; elsewhere a state or a window may run through all rows
+
+
 def may_be_flattened(model, inputs: dict) -> bool:
-    """On the CPU, where a product takes as long as it has rows, if the model is one of transformers' own, all of which
-    look their attention up by name, and does so once: a backward that recomputes it would find the plain one."""
+    """On the CPU, where a product takes as long as it has rows, for models that look their attention up by name, and do
+    so once: a backward that recomputes it would find the plain one."""
     base = model.get_base_model()
     return (
         "attention_mask" in inputs
         and base.device.type == "cpu"
+        and base.config.model_type in FLATTENED
         and base.config._attn_implementation == "sdpa"
         and not getattr(base.config, "sliding_window", None)
-        and type(base).__module__.startswith("transformers.")
         and not any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
     )
 
