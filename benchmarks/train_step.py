@@ -1,12 +1,8 @@
-"""A training step beside its reference: time, tokens per second, memory, and the losses of both.
+"""A training step of a 7B model beside the seed's: time, tokens per second, memory, and losses.
 
-    python benchmarks/train_step.py [MODEL_FOLDER] [--steps N] [--json FILE]
-    python benchmarks/train_step.py --baichuan2-7b [--steps N] [--json FILE]     wants a GPU of 40 GiB
+    python benchmarks/train_step.py [--steps N] [--json FILE]     wants a GPU of 40 GiB
 
-The first trains the embedded model (or another) beside the plain fp32 step of PEFT's documentation. The two take turns
-on the same batches of two conversations, each from the same adapter. Times are with dropout, curves without.
-
-The second trains a model of Baichuan2-7B's shape, random weights in NF4, beside the seed's recipe as it is written:
+A model of Baichuan2-7B's shape, random weights in NF4, beside the seed's recipe as it is written:
 `prepare_model_for_kbit_training`, checkpointing, PEFT's AdaLoRA with its penalty but without rank allocation (which the
 seed never calls), paged AdamW, logits everywhere, 2 samples of 185 tokens. Then the eager step and the captured one, 50
 steps each on the same batches, from the same adapter, beside how far a column of padding takes the eager one; and the
@@ -16,13 +12,11 @@ of rank 8 on the same base too.
 
 import argparse
 import gc
-import itertools
 import json
 import platform
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -34,7 +28,6 @@ from torch.nn.functional import pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chatmagic
-from chatmagic.persona import Persona, make_conversations
 from chatmagic.train import prepare
 from chatmagic.train.captured import CapturedStep, why_not
 from chatmagic.train.fast import fast_layers
@@ -45,50 +38,6 @@ BAICHUAN2_7B = {"vocab_size": 125696, "hidden_size": 4096, "intermediate_size": 
 SMOLLM2_135M = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
 
 
-# --- the embedded model, beside plain fp32
-
-
-def adapted(folder, dtype, dropout: float, steps: int, fused: bool = False):
-    """A model with AdaLoRA on every linear layer, the adapter's parameters, and an optimizer of them."""
-    model, _ = chatmagic.load_model(folder, dtype=dtype)
-    names = chatmagic.find_all_linear_names(model)
-    torch.manual_seed(0)
-    model = get_peft_model(model, chatmagic.adalora_config(steps, names, lora_alpha=16, lora_dropout=dropout))
-    params = [param for name, param in model.named_parameters() if "lora_" in name]
-    return model.train(), params, torch.optim.AdamW(params, lr=1e-3, fused=fused)
-
-
-def plain_step(folder, dropout: float, steps: int):
-    """A function of a batch that trains on it and returns the loss, penalty included."""
-    model, params, optimizer = adapted(folder, torch.float32, dropout, steps)
-    count = itertools.count()
-
-    def step(batch):
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        model.base_model.update_and_allocate(next(count))
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-def our_step(folder, dropout: float, steps: int, stack: ExitStack):
-    """The same with chatmagic's StepRunner; the layers' forward is `fit`'s until `stack` closes."""
-    model, _, optimizer = adapted(folder, "auto", dropout, steps, fused=True)
-    stack.enter_context(fast_layers(model))
-    runner = our_runner(model, optimizer)
-
-    def step(batch):
-        runner.sums = [0.0, 0.0]  # it reports the mean of an epoch so far: make each step one
-        _, log = runner(batch)
-        return log["train_loss"] + log["train_penalty"]
-
-    return step
-
-
 def our_runner(model, optimizer, capture: bool = True) -> chatmagic.StepRunner:
     """StepRunner as `fit` makes it."""
     AcceleratorState._reset_state()
@@ -97,52 +46,6 @@ def our_runner(model, optimizer, capture: bool = True) -> chatmagic.StepRunner:
     if capture and not why_not(model, optimizer, accelerator):
         runner.captured = CapturedStep(model, optimizer, accelerator, runner.max_grad_norm)
     return runner
-
-
-def race(folder, batches, dropout: float) -> list[list[list[float]]]:
-    """[seconds, losses] of the plain step and of ours, for every batch."""
-    results = [[[], []], [[], []]]
-    with ExitStack() as stack:
-        steps = plain_step(folder, dropout, len(batches)), our_step(folder, dropout, len(batches), stack)
-        for batch in batches:
-            for step, (seconds, losses) in zip(steps, results):
-                started = time.perf_counter()
-                losses.append(step(batch))
-                seconds.append(time.perf_counter() - started)
-    return results
-
-
-def beside_plain_fp32(folder, steps: int) -> dict:
-    folder = folder or chatmagic.snapshot_download("smollm2-135m")
-    _, tokenizer = chatmagic.load_model(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    collate = chatmagic.DataCollator(tokenizer)
-    encoded = [chatmagic.build_inputs_labels(messages, tokenizer) for messages in make_conversations(Persona(), [], 2 * steps)]
-    rows = [{"input_ids": input_ids, "labels": labels} for input_ids, labels in encoded]
-    batches = [collate(rows[i : i + 2]) for i in range(0, len(rows), 2)]
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-
-    (plain, _), (ours, _) = race(folder, batches, dropout=0.08)
-    ratio = statistics.median(b / a for a, b in zip(plain[1:], ours[1:]))
-    (_, plain_losses), (_, our_losses) = race(folder, batches, dropout=0.0)
-    apart = max(abs(b / a - 1) for a, b in zip(plain_losses, our_losses))
-    print(f"{steps} steps of {sum(b['input_ids'].numel() for b in batches) / steps:.0f} tokens on average")
-    print(f"{'':>14}{'median step':>14}{'first loss':>13}{'last loss':>12}")
-    for name, seconds, losses in (("plain fp32", plain, plain_losses), (f"ours, {best_precision()}", ours, our_losses)):
-        print(f"{name:>14}{statistics.median(seconds[1:]):>12.3f} s{losses[0]:>13.4f}{losses[-1]:>12.4f}")
-    print(f"{'ratio':>14}{ratio:>12.2f}  {'losses apart by at most':>25}{apart:>8.2%}")
-    return {
-        "plain_s": plain,
-        "ours_s": ours,
-        "ratio": ratio,
-        "plain_losses": plain_losses,
-        "our_losses": our_losses,
-        "losses_apart": apart,
-        "threads": torch.get_num_threads(),
-    }
-
-
-# --- a random model of Baichuan2-7B's shape, beside the seed's recipe
 
 
 def random_model(shape: dict, compute_dtype: torch.dtype | None = torch.bfloat16, heads: int = 32, kv_heads: int = 32):
@@ -402,24 +305,25 @@ def empty() -> None:
     torch.cuda.empty_cache()
 
 
+def versions() -> dict:
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?")
-    parser.add_argument("--baichuan2-7b", action="store_true")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--json")
     args = parser.parse_args()
-    result = beside_the_seed(args.steps) if args.baichuan2_7b else beside_plain_fp32(args.folder, args.steps)
+    result = beside_the_seed(args.steps)
     if args.json:
-        result |= {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d"),
-            **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")},
-        }
         with open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
+            json.dump(result | versions(), file, indent=1)
 
 
 if __name__ == "__main__":
