@@ -2,15 +2,16 @@
 
 At batch 1 a plain forward leaves the GPU waiting for Python. Here it is captured in pieces: one ends where a
 layer hands its new keys and values to the cache, the next begins behind its attention, which grows and so is
-launched as ever (piecewise graphs, as in vLLM, https://docs.vllm.ai/en/latest/design/cuda_graphs.html). The
-kernels and their shapes stay those of the plain forward, but for the rotary positions, which take half as many;
-the logits are the same to the last bit.
-`benchmarks/decode.py` measures it.
+launched as ever (piecewise graphs, as in vLLM, https://docs.vllm.ai/en/latest/design/cuda_graphs.html). Norms and
+rotary positions take the kernels of kernels.py, the rest stays as in the plain forward, and so do the logits, to the
+last bit. `benchmarks/decode.py` measures it.
 """
 
 import gc
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
+from unittest.mock import patch
 
 import torch
 from transformers import DynamicCache
@@ -50,16 +51,28 @@ def capture(model, token: torch.Tensor, cache: DynamicCache) -> "GraphedForward"
     if reason := obstacle(model, cache):
         raise NoGraph(reason)
     length = cache.get_seq_length()
+
+    def tried(forward):
+        try:
+            return forward(token, cache).clone()
+        finally:
+            cut(cache, length)
+
+    def plain(token, cache):
+        return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    expected, layers = tried(plain), nullcontext
+    with suppress(Exception):  # where Triton, or the C compiler it wants, is missing, or this GPU rounds otherwise
+        with fused_layers(model):  # compiles the kernels, too, which a capture must not
+            if torch.equal(tried(plain), expected):
+                layers = fused_layers
     try:
-        graphed = GraphedForward(model)
-        logits = graphed(token, cache).clone()
+        with layers(model):
+            graphed = GraphedForward(model)
+        logits = tried(graphed)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise NoGraph(f"cannot be captured: {str(error).strip().splitlines()[0]}") from None
-    finally:
-        cut(cache, length)
-    plain = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
-    cut(cache, length)
-    if not torch.equal(logits, plain):
+    if not torch.equal(logits, expected):
         raise NoGraph("computes other logits when captured")
     return graphed
 
@@ -93,31 +106,26 @@ def cut(cache: DynamicCache, length: int) -> None:
 
 
 @contextmanager
-def joint_rotary(model):
-    """Let the layers of `model` rotate the heads of a token's query and key as one tensor, with the same result: five
-    kernels instead of ten. Only where transformers rotates them as in Llama."""
-    name, last = "apply_rotary_pos_emb", [None]
-    original = getattr(modeling_llama, name)
+def fused_layers(model):
+    """Give the layers of `model` that normalise, or rotate query and key, by Llama's very code the kernels of kernels.py,
+    for forwards of one token. Raises ImportError without Triton."""
+    from .kernels import normalise, rotate
 
-    def rotate(q, k, cos, sin, unsqueeze_dim=1):
-        heads = torch.cat([q, k], dim=1)
-        half = heads.shape[-1] // 2
-        if last[0] is not cos:  # the layers of a forward share them
-            signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-            last[:] = cos, *(each.unsqueeze(unsqueeze_dim).expand_as(heads).contiguous() for each in (cos, signed))
-        return (heads * last[1] + heads.roll(half, -1) * last[2]).split([q.shape[1], k.shape[1]], dim=1)
+    def like(function, llamas):
+        code = getattr(function, "__code__", None)
+        return code and (code.co_code, code.co_names) == (llamas.__code__.co_code, llamas.__code__.co_names)
 
-    used = {type(module).__module__ for module in model.modules()}
-    files = [sys.modules[each] for each in used if hasattr(sys.modules[each], name)]
-    files = [each for each in files if getattr(each, name).__code__.co_code == original.__code__.co_code]
-    before = [getattr(each, name) for each in files]
-    for each in files:
-        setattr(each, name, rotate)
-    try:
+    rotary, norm = "apply_rotary_pos_emb", modeling_llama.LlamaRMSNorm.forward
+    modules = list(model.modules())
+    files = [sys.modules.get(name) for name in {type(module).__module__ for module in modules}]
+    with ExitStack() as stack:
+        for module in modules:
+            if like(module.forward, norm):
+                stack.enter_context(patch.object(module, "forward", partial(normalise, module)))
+        for file in files:
+            if like(getattr(file, rotary, None), modeling_llama.apply_rotary_pos_emb):
+                stack.enter_context(patch.object(file, rotary, rotate))
         yield
-    finally:
-        for each, function in zip(files, before):
-            setattr(each, name, function)
 
 
 class GraphedForward:
@@ -134,7 +142,7 @@ class GraphedForward:
         stream.wait_stream(torch.cuda.current_stream(model.device))
         ALL_ATTENTION_FUNCTIONS["sdpa"] = self._pause
         try:
-            with torch.cuda.stream(stream), joint_rotary(model):
+            with torch.cuda.stream(stream):
                 try:
                     self._begin()
                     self.logits = model(

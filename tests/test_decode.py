@@ -1,6 +1,8 @@
 """The captured forward, over CUDA graphs that `fake_cuda` imitates, and what keeps a model from it."""
 
+import sys
 import warnings
+from types import SimpleNamespace
 
 import fake_cuda
 import pytest
@@ -40,12 +42,33 @@ def test_twelve_turns_are_those_of_plain_generate(cuda, model, tokenizer):
     )  # two layers make three graphs; one token was a trial
 
 
-def test_query_and_key_are_rotated_together(cuda, model, tokenizer):
+@pytest.fixture(params=[1.0, 1.001])
+def kernels(request, monkeypatch):
+    """In place of Triton's: functions that launch one operator more, and one that is off by a factor."""
+    norm, rotary = modeling_llama.LlamaRMSNorm.forward, modeling_llama.apply_rotary_pos_emb
+
+    def rotate(q, k, cos, sin, unsqueeze_dim=1):
+        return [each.mul_(1) for each in rotary(q, k, cos, sin, unsqueeze_dim)]
+
+    def normalise(layer, x):
+        return norm(layer, x).mul_(request.param)
+
+    monkeypatch.setitem(sys.modules, "chatmagic.kernels", SimpleNamespace(normalise=normalise, rotate=rotate))
+    return request.param == 1.0
+
+
+def test_kernels_are_used_where_they_compute_the_same(cuda, model, tokenizer, kernels):
     before, llm = modeling_llama.apply_rotary_pos_emb, chat(model, tokenizer)
     assert new_ids(llm, llm("hi", greedy=True)) == expected(model, tokenizer)
-    launched = [step[0] for graph, *_ in llm.backend._graphed.pieces for step in graph.launched]
-    assert launched.count(torch.ops.aten.roll.default) == len(llm.backend._graphed.pieces) == 2
+    graphed = llm.backend._graphed
+    operators = [step[0] for graph, *_ in graphed.pieces for step in graph.launched]
+    operators += [step[0] for step in graphed._last.launched]
+    layers = len(graphed.pieces)
+    assert operators.count(torch.ops.aten.mul_.Tensor) == (
+        (2 * layers + 2 * layers + 1) * kernels
+    )
     assert modeling_llama.apply_rotary_pos_emb is before
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_the_published_greedy_tokens(cuda, family):
