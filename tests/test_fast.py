@@ -14,9 +14,10 @@ from chatmagic.train.fast import attend, drop, fast_layers, flattened, gathered,
 
 @pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("linear", [torch.nn.Linear, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt])
-def test_the_fast_forward_is_pefts(linear, precision, tolerance):
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_fast_forward_is_pefts(linear, bias, precision, tolerance):
     torch.manual_seed(0)
-    base = torch.nn.ModuleDict({"layer": linear(64, 64, bias=True)})
+    base = torch.nn.ModuleDict({"layer": linear(64, 64, bias=bias)})
     base.is_loaded_in_4bit, base.is_loaded_in_8bit = "4bit" in linear.__name__, "8bit" in linear.__name__
     model = get_peft_model(base, AdaLoraConfig(target_modules=["layer"], init_r=6, target_r=3, total_step=10))
     layer = model.base_model.model["layer"]
@@ -42,6 +43,20 @@ def test_the_fast_forward_is_pefts(linear, precision, tolerance):
     for ours, too, theirs in zip(found, once, expected):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
         assert (too - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_an_update_below_half_of_the_last_place_is_not_lost():
+    torch.manual_seed(0)
+    base = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)})
+    torch.nn.init.constant_(base["layer"].weight, 1.0)
+    model = get_peft_model(base, AdaLoraConfig(target_modules=["layer"], init_r=4, target_r=4, total_step=10, lora_alpha=4))
+    layer, x = model.base_model.model["layer"], (1 + torch.rand(4000, 64)).bfloat16()
+    for factor in layer.lora_A, layer.lora_B:
+        torch.nn.init.constant_(factor["default"], 1.0)
+    torch.nn.init.constant_(layer.lora_E["default"], 1e-3 / 4)  # adds a thousandth, where bfloat16 has steps of 1/256
+    with torch.no_grad(), fast_layers(model), torch.autocast("cpu", torch.bfloat16):
+        added = layer(x).float() / (x.float().sum(1, keepdim=True)) - 1
+    assert added.mean().item() == pytest.approx(1e-3, rel=0.05)
 
 
 def test_dropout_by_bytes():

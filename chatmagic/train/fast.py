@@ -50,15 +50,19 @@ def forward(layer, x: torch.Tensor) -> torch.Tensor:
     if layer.disable_adapters:
         return layer.base_layer(x)
     A, B, E = vars(layer).get("gathered") or factors(layer)
-    rows = x.flatten(0, -2)
-    result = layer.base_layer(rows)
+    base, rows = layer.base_layer, x.flatten(0, -2)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else A.dtype
+    kept = rows
     if layer.training and (p := getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0)):
-        rows = drop(rows, p)
-    narrow = linear(rows.to(dtype), A) * E.to(dtype)
-    if result.dtype == dtype:
-        result = result.addmm_(narrow, B.to(dtype).t())
+        kept = drop(rows, p)
+    narrow, B = linear(kept.to(dtype), A) * E.to(dtype), B.to(dtype)
+    if type(base) is torch.nn.Linear and base.bias is None and base.weight.dtype == rows.dtype == dtype:
+        # In this order the sum is rounded once. Added to a rounded product, an update below half of its last place
+        # would be lost: at first, that is most of them.
+        result = linear(narrow, B).addmm_(rows, base.weight.t())
+    elif (result := base(rows)).dtype == dtype:
+        result = result.addmm_(narrow, B.t())
     else:
         result = result + linear(narrow, B).to(result.dtype)
     return result.unflatten(0, x.shape[:-1])
