@@ -113,8 +113,8 @@ def device() -> str:
 
 
 def print_table(runs: list[dict]) -> None:
-    columns = list(runs[0]["summary"])
-    print(f"\n{'row':32}{'':4}" + "".join(f"{name:>16}" for name in columns) + f"{'seconds':>9}")
+    columns, width = list(runs[0]["summary"]), 2 + max(len(run["row"]) for run in runs)
+    print(f"\n{'row':{width}}{'':4}" + "".join(f"{name:>16}" for name in columns) + f"{'seconds':>9}")
     for row, language in dict.fromkeys((run["row"], run["language"]) for run in runs):
         group = [run for run in runs if (run["row"], run["language"]) == (row, language)]
         cells = []
@@ -126,7 +126,7 @@ def print_table(runs: list[dict]) -> None:
                 cells.append("{}/{}".format(*map(sum, zip(*values))))
         seconds = sum(run["seconds"] for run in group) / len(group)
         print(
-            f"{row:32}{language:4}" + "".join(f"{cell:>16}" for cell in cells) + f"{seconds:9.0f}", flush=True
+            f"{row:{width}}{language:4}" + "".join(f"{cell:>16}" for cell in cells) + f"{seconds:9.0f}", flush=True
         )
 
 
