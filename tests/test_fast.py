@@ -59,6 +59,17 @@ def test_an_update_below_half_of_the_last_place_is_not_lost():
     assert added.mean().item() == pytest.approx(1e-3, rel=0.05)
 
 
+def test_hooks_of_the_base_layer_are_called():
+    """accelerate's bring the weight of an offloaded layer."""
+    base = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 64, bias=False)})
+    model = get_peft_model(base, AdaLoraConfig(target_modules=["layer"], init_r=4, target_r=4, total_step=10))
+    layer, x = model.base_model.model["layer"], torch.randn(3, 64)
+    with torch.no_grad(), fast_layers(model):
+        expected = layer(x)
+        layer.base_layer.register_forward_hook(lambda module, args, output: output + 1)
+        torch.testing.assert_close(layer(x), expected + 1)
+
+
 def test_dropout_by_bytes():
     x = torch.full((100, 1001), 2.0, requires_grad=True)
     torch.manual_seed(0)

@@ -57,7 +57,8 @@ def forward(layer, x: torch.Tensor) -> torch.Tensor:
     if layer.training and (p := getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0)):
         kept = drop(rows, p)
     narrow, B = linear(kept.to(dtype), A) * E.to(dtype), B.to(dtype)
-    if type(base) is torch.nn.Linear and base.bias is None and base.weight.dtype == rows.dtype == dtype:
+    hooked = "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks  # as where weights are offloaded
+    if type(base) is torch.nn.Linear and base.bias is None and base.weight.dtype == rows.dtype == dtype and not hooked:
         # In this order the sum is rounded once. Added to a rounded product, an update below half of its last place
         # would be lost: at first, that is most of them.
         result = linear(narrow, B).addmm_(rows, base.weight.t())
