@@ -7,9 +7,9 @@ A Llama of Baichuan2-7B's shape with random weights, its base in NF4 on each GPU
 and conversations of random tokens, half of whose replies are replayed. Each row is a run of its own, started as
 `accelerate launch` starts chatmagic.train:
 
-    N GPU, eager     --batch rows each: tokens per second, against the fewest GPUs, and peak memory
-    1 GPU, as fit    the same on one GPU with what fit does there alone: CUDA graphs
-    1 GPU, as N      as many rows a step as the most GPUs have together: the losses of both runs beside one another
+    N GPU            --batch rows each: tokens per second, against the fewest GPUs, and peak memory
+    1 GPU, as N      as many rows a step as the most GPUs have together: the losses of both runs beside one another,
+                     and beside what rounding alone does, which is the same run without CUDA graphs
     killed           the most GPUs; a worker is killed in the middle, and a second run goes on from the last state
 """
 
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -65,31 +66,34 @@ def base(size: str, device: torch.device):
     )
 
 
-def conversations(count: int, length: int, vocabulary: int) -> list[dict]:
-    """Rows that differ in how many of their tokens are trained, half of them replayed."""
+def conversations(count: int, length: int) -> list[dict]:
+    """Rows of a hundred words, so that there is something to learn, which differ in how many of their tokens are trained;
+    half of them replayed."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for row in range(count):
-        input_ids = torch.randint(vocabulary, (length,), generator=generator)
+        input_ids = torch.randint(100, (length,), generator=generator)
         labels = input_ids.clone()
         labels[: length // 2 + row % 7] = -100
         rows.append({"input_ids": input_ids, "labels": labels, "replayed": (labels != -100) & bool(row % 2)})
     return rows
 
 
-class Timed(StepRunner):
-    """Times each training step, and kills the last process before the step `die`."""
+class Noted(StepRunner):
+    """Notes when each training step ends and its loss, and kills the last process before the step `die`."""
 
-    seconds, die = [], None
+    ends, losses, die, graphs = [], [], None, 0
 
     def __call__(self, batch):
         if self.stage == "val":
             return super().__call__(batch)
-        if len(Timed.seconds) == Timed.die and self.accelerator.is_last_process:
+        if len(Noted.ends) == Noted.die and self.accelerator.is_last_process:
             os.kill(os.getpid(), signal.SIGKILL)
-        began = time.perf_counter()
+        loss, taught = self.sums
         result = super().__call__(batch)  # reads the loss back: the GPU has finished
-        Timed.seconds.append(time.perf_counter() - began)
+        Noted.losses.append((self.sums[0] - loss) / (self.sums[1] - taught))
+        Noted.ends.append(time.perf_counter())
+        Noted.graphs = len([graph for graph in self.captured.graphs.values() if graph]) if self.captured else 0
         return result
 
 
@@ -100,13 +104,13 @@ def worker(args) -> None:
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     prepare(model)
-    rows = conversations(args.rows, args.length, model.config.vocab_size)
+    rows = conversations(args.rows, args.length)
     steps = EPOCHS * args.rows // (args.batch * state.num_processes)
     torch.manual_seed(0)
     model = get_peft_model(model, adalora_config(steps, find_all_linear_names(model), lora_alpha=16))
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=RATE)
     keras_model = KerasModel(model, optimizer=optimizer)
-    keras_model.StepRunner, Timed.die = Timed, args.die
+    keras_model.StepRunner, Noted.die = Noted, args.die
     if args.eager:
         keras_model._capture = lambda: None
     history = keras_model.fit(
@@ -114,10 +118,13 @@ def worker(args) -> None:
         DataLoader(rows[: 2 * args.batch * state.num_processes], args.batch),
         epochs=EPOCHS, patience=EPOCHS, ckpt_path=args.folder / "adapter", plot=False, cpu=args.cpu, resume=args.resume,
     )  # fmt: skip
+    steps = [end - start for start, end in pairwise(Noted.ends)]
     result = {
+        "losses": Noted.losses,
         "history": history.to_dict("list"),
         "ranks": rank_table(model.peft_config["default"]).to_numpy().tolist(),
-        "step_s": statistics.median(Timed.seconds[len(Timed.seconds) // 5 :]),
+        "step_s": statistics.median(steps[len(steps) // 5 :]),
+        "graphs": Noted.graphs,
         "device": torch.cuda.get_device_name() if state.device.type == "cuda" else "cpu",
     }
     (args.folder / f"{state.process_index}.json").write_text(json.dumps(result))
@@ -134,52 +141,53 @@ def launch(args, folder: Path, gpus: int, batch: int, rows: int, *more: str) -> 
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "chatmagic" in line and "Error: " in line]
-        last = (said or done.stderr.splitlines())[-1][:200]
+        said = [line for line in done.stderr.splitlines() if "chatmagic.errors" in line or "Signal 9" in line]
+        last = (said or done.stderr.splitlines())[-1].strip()[:200]
         print(f"{folder.name}: exit {done.returncode} after {time.perf_counter() - began:.0f} s. {last}", flush=True)
         return []
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(gpus)]
 
 
-def apart(ours: dict, theirs: dict, name: str) -> float:
-    return max(abs(a - b) for a, b in zip(ours["history"][name], theirs["history"][name], strict=True))
+def apart(ours: list[dict], theirs: list[dict]) -> float:
+    """How far the losses of two runs are apart, at most, over their steps."""
+    return max(abs(a - b) for a, b in zip(ours[0]["losses"], theirs[0]["losses"], strict=True))
 
 
 def measure(args, folder: Path) -> dict:
     most = max(args.gpus)
     rows = args.steps * args.batch // EPOCHS  # an epoch of one GPU
-    result = {"runs": {}}
-    print(f"{'':18}{'step, ms':>10}{'tokens/s':>10}{'ratio':>7}{'GiB a GPU':>11}{'ranks equal':>13}", flush=True)
-    ways = [("1 GPU, as fit", 1, []), *((f"{gpus} GPU, eager", gpus, ["--eager"]) for gpus in sorted(args.gpus))]
-    single = None
-    for name, gpus, more in ways:
-        workers = launch(args, folder / name, gpus, args.batch, rows * gpus, *more)
-        if not workers:
+    result, fewest, several = {"runs": {}}, None, []
+    print(f"{'':10}{'step, ms':>10}{'tokens/s':>10}{'ratio':>7}{'GiB a GPU':>11}{'graphs':>8}{'ranks equal':>13}", flush=True)
+    for gpus in sorted(args.gpus):
+        name = f"{gpus} GPU"
+        if not (several := launch(args, folder / name, gpus, args.batch, rows * gpus)):
             continue
-        step_s = max(worker["step_s"] for worker in workers)
+        step_s = max(worker["step_s"] for worker in several)
         speed = gpus * args.batch * args.length / step_s
-        single = single or (speed if more else None)
-        memory = max(max(worker["history"]["peak_memory"]) for worker in workers)
-        equal = all(worker["ranks"] == workers[0]["ranks"] for worker in workers)
-        ratio = f"{speed / single:.2f}" if single else ""
-        print(f"{name:18}{1e3 * step_s:>10.0f}{speed:>10.0f}{ratio:>7}{memory:>11.2f}{equal!s:>13}", flush=True)
+        fewest = fewest or speed
+        memory = max(max(worker["history"]["peak_memory"]) for worker in several)
+        equal = all(worker["ranks"] == several[0]["ranks"] for worker in several)
+        graphs = min(worker["graphs"] for worker in several)
+        print(f"{name:10}{1e3 * step_s:>10.1f}{speed:>10.0f}{speed / fewest:>7.2f}{memory:>11.2f}{graphs:>8}{equal!s:>13}", flush=True)
         result["runs"][name] = {"tokens_per_s": speed, "step_s": step_s, "peak_GiB": memory, "ranks_equal": equal}
-        result["runs"][name] |= {"history": workers[0]["history"], "device": workers[0]["device"]}
-    several = result["runs"].get(f"{most} GPU, eager")
-    one = launch(args, folder / f"1 GPU, as {most}", 1, args.batch * most, rows * most, "--eager")
-    if one and several:
-        result["as_one"] = {name: apart(several, one[0], name) for name in ("train_loss", "val_loss")}
+        result["runs"][name] |= {name: several[0][name] for name in ("losses", "history", "graphs", "device")}
+    alone = [f"1 GPU, as {most}", 1, args.batch * most, rows * most]
+    one = launch(args, folder / alone[0], *alone[1:])
+    eager = launch(args, folder / "without graphs", *alone[1:], "--eager")
+    if several and one and eager:
+        result["as_one"] = {"apart": apart(several, one), "rounding": apart(one, eager), "losses": one[0]["losses"]}
         result["as_one"]["history"] = one[0]["history"]
-        print(f"losses of {most} GPUs and of 1 with as many rows a step: {result['as_one']['train_loss']:.1e} apart "
-              f"(train), {result['as_one']['val_loss']:.1e} (val)", flush=True)  # fmt: skip
+        epochs = one[0]["history"]["train_loss"]
+        print(f"{alone[0]}: train_loss from {epochs[0]:.2f} to {epochs[-1]:.2f}; the losses of its steps are at most "
+              f"{apart(several, one):.1e} from those of {most} GPUs, {apart(one, eager):.1e} from its own without graphs", flush=True)  # fmt: skip
     half = args.steps // 2 + 1
-    run = folder / "killed"
-    launch(args, run, most, args.batch, rows * most, "--eager", "--die", str(half))
-    resumed = launch(args, run, most, args.batch, rows * most, "--eager", "--resume")
+    launch(args, folder / "killed", most, args.batch, rows * most, "--die", str(half))
+    resumed = launch(args, folder / "killed", most, args.batch, rows * most, "--resume")
     if resumed and several:
-        result["resumed"] = {name: apart(several, resumed[0], name) for name in ("train_loss", "val_loss")}
-        print(f"killed at step {half}, resumed: losses {result['resumed']['train_loss']:.1e} from those of the unbroken "
-              "run", flush=True)  # fmt: skip
+        again = [{"losses": several[0]["losses"][-len(resumed[0]["losses"]) :]}]
+        result["resumed"] = {"killed_at": half, "steps": len(resumed[0]["losses"]), "apart": apart(resumed, again)}
+        print(f"killed at step {half}, resumed for the last {len(resumed[0]['losses'])}: losses at most "
+              f"{apart(resumed, again):.1e} from those of the unbroken run", flush=True)  # fmt: skip
     return result
 
 

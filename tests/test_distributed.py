@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import adalora, fit, loader, processes, rows
+import torchkeras
+from tiny_runs import Replayed, adalora, fit, loader, processes, rows
 
 from chatmagic import ChatmagicError
 from chatmagic.cli import main
@@ -19,6 +20,7 @@ from chatmagic.profiles import profiles
 from chatmagic.train import StepRunner, keras
 from chatmagic.train import script as training_script
 from chatmagic.train.adalora import rank_table
+from chatmagic.train.captured import CapturedStep
 
 COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
 
@@ -31,9 +33,14 @@ def uneven_rows(n, seed=0):
     return samples
 
 
-def run(path, batch_size, **settings):
-    """30 steps, 3 an epoch, over 10 samples in batches of 4 all told."""
+def run(path, batch_size, seed=0, **settings):
+    """30 steps, 3 an epoch, over 10 samples in batches of 4 all told, of which the last lacks two. The adapter differs
+    by the seed."""
     model = adalora(steps=30)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_" in name:
+                param += seed
     train = loader(uneven_rows(10), batch_size, shuffle=True)
     val = loader(uneven_rows(5, seed=1), batch_size)
     return model, fit(model, path, train=train, val=val, **settings)[COLUMNS]
@@ -55,17 +62,26 @@ def join(rank, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
 
 
-def worker(rank, port, path, kill, resume):
-    """Leaves path/rank-RANK.json."""
+def worker(rank, port, path, runner=None, resume=False, captured=None):
+    """Leaves path/rank-RANK.json. captured: what stands in for CapturedStep, one for each process."""
     join(rank, port)
-    saved = []
+    saved, steps = [], {"captured": 0, "eager": 0}
+    if captured:
+
+        class Counted(captured[rank]):
+            def __call__(self, batch):
+                numbers = super().__call__(batch)
+                steps["captured" if numbers else "eager"] += 1
+                return numbers
+
+        keras.CapturedStep, keras.why_not = Counted, lambda *_: None
     save_state, save_adapter = keras.save_state, keras.save_adapter
     keras.save_state = lambda *args: (saved.append("state"), save_state(*args))
     keras.save_adapter = lambda *args: (saved.append("adapter"), save_adapter(*args))
     try:
-        model, history = run(path / "run", 2, resume=resume, runner=KilledAtBatch12 if kill else None)
+        model, history = run(path / "run", 2, seed=rank, resume=resume, runner=runner)
         ranks = rank_table(model.peft_config["default"]).to_numpy().tolist()
-        result = {"history": history.values.tolist(), "ranks": ranks, "saved": saved}
+        result = {"history": history.values.tolist(), "ranks": ranks, "saved": saved, "steps": steps}
     except ChatmagicError as error:
         result = {"error": str(error)}
     (path / f"rank-{rank}.json").write_text(json.dumps(result))
@@ -84,8 +100,8 @@ def in_two(target, *arguments) -> list[int]:
     return [process.exitcode for process in started]
 
 
-def start(path, kill=False, resume=False) -> list[dict]:
-    in_two(worker, path, kill, resume)
+def start(path, *arguments) -> list[dict]:
+    in_two(worker, path, *arguments)
     results = [path / f"rank-{rank}.json" for rank in (0, 1)]
     return [json.loads(result.read_text()) for result in results if result.exists()]
 
@@ -95,12 +111,31 @@ def two(tmp_path_factory):
     return start(tmp_path_factory.mktemp("two"))
 
 
-def test_two_processes_are_one(tmp_path, two):
-    model, history = run(tmp_path, 4)
-    ranks = rank_table(model.peft_config["default"]).to_numpy().tolist()
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    model, history = run(tmp_path_factory.mktemp("one"), 4)
+    return history.values, rank_table(model.peft_config["default"]).to_numpy().tolist()
+
+
+def test_two_processes_are_one(one, two):
+    """Also where they start from different adapters: all take the first's."""
+    history, ranks = one
     for process in two:
-        np.testing.assert_allclose(process["history"], history.values, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(process["history"], history, atol=1e-4, rtol=0)
         assert process["ranks"] == ranks
+
+
+@pytest.mark.parametrize("other", [Replayed, CapturedStep])
+def test_each_takes_the_captured_step_where_it_can(tmp_path, one, other):
+    """The last batch of an epoch has no rows for the second process, whose step is eager then; and whose captures fail
+    in the second run, as torch has none without CUDA."""
+    history, ranks = one
+    first, second = start(tmp_path, None, False, (Replayed, other))
+    for process in (first, second):
+        np.testing.assert_allclose(process["history"], history, atol=1e-4, rtol=0)
+        assert process["ranks"] == ranks
+    assert first["steps"] == {"captured": 28, "eager": 0}
+    assert second["steps"]["captured"] == {Replayed: 18, CapturedStep: 2}[other]
 
 
 def test_one_of_them_writes(two):
@@ -110,15 +145,21 @@ def test_one_of_them_writes(two):
 
 
 def test_a_killed_worker_ends_the_run_with_the_reason(tmp_path, two):
-    (survivor,) = start(tmp_path, kill=True)
+    (survivor,) = start(tmp_path, KilledAtBatch12)
     assert "Another process of this run has ended" in survivor["error"]
     assert "resume=True" in survivor["error"]
-    resumed = start(tmp_path, resume=True)
+    resumed = start(tmp_path, None, True)
     assert [process["history"] for process in resumed] == [process["history"] for process in two]
 
 
+def test_gradients_that_nobody_adds_up_are_refused(tmp_path):
+    for process in start(tmp_path, torchkeras.kerasmodel.StepRunner):
+        assert "this is torchkeras.kerasmodel.StepRunner" in process["error"]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_state_of_two_processes_is_not_for_one(tmp_path):
-    start(tmp_path, kill=True)
+    start(tmp_path, KilledAtBatch12)
     with pytest.raises(ChatmagicError, match="of 2 processes, this run has 1"):
         run(tmp_path / "run", 4, resume=True)
 

@@ -7,6 +7,7 @@ lengths, and so is the list of positions that have labels. `benchmarks/train_ste
 
 import torch
 from torch.autograd.graph import increment_version
+from torch.distributed import all_reduce
 from torch.nn.functional import cross_entropy, kl_div, pad
 
 from .adalora import rank_allocator
@@ -23,14 +24,15 @@ def why_not(model, optimizer, accelerator) -> str | None:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooked = [name for name, module in model.named_modules() for hook in hooks if getattr(module, hook)]
     other = type(optimizer).__name__ if type(optimizer) is not torch.optim.AdamW else None
+    narrow = {param.dtype for _, param in trainable(model)} - {torch.float32}
     reasons = {
         "there is no CUDA device": accelerator.device.type != "cuda",
         "the model is not on one device": len({param.device for param in model.parameters()}) > 1,
-        "several processes exchange gradients": accelerator.num_processes > 1,
         "gradients are accumulated over batches": accelerator.gradient_accumulation_steps > 1,
         "fp16 scales the loss by what it finds in the gradients": accelerator.scaler,
         "activations are recomputed to save memory": checkpointing,
         "8-bit layers look for outliers in their input": "Linear8bitLt" in kinds,
+        f"trainable parameters are {', '.join(map(str, narrow))}, not torch.float32": narrow,
         f"the optimizer is {other}, not torch.optim.AdamW": other,
         f"{', '.join(hooked[:1])} has hooks": hooked,
     }
@@ -38,10 +40,12 @@ def why_not(model, optimizer, accelerator) -> str | None:
 
 
 class CapturedStep:
-    """Forward, backward, penalty, clipping, AdamW and AdaLoRA's importance of StepRunner's step, for one process.
+    """Forward, backward, penalty, clipping, AdamW and AdaLoRA's importance of StepRunner's step.
 
-    The first batch of a shape runs eagerly, as the warm-up that capturing wants; the second is captured. All graphs
-    share one pool of memory. The optimizer is a fused AdamW; its learning rates become tensors.
+    What a batch gives, `backward`, is captured once a shape; what is then done with it, `update`, once. Between the
+    two the processes of a run add up what they have, outside of any graph and as StepRunner does it: so each process
+    takes each step as it can, captured or not. All graphs share one pool of memory. The optimizer is a fused AdamW;
+    its learning rates become tensors.
     off: why nothing is captured, after a capture failed, else None.
     """
 
@@ -52,14 +56,19 @@ class CapturedStep:
         self.allocator = rank_allocator(model)
         self.graphs, self.pool = {}, None
         device = accelerator.device
+        sizes = [param.numel() for param in self.params]
+        self.sums = torch.zeros(sum(sizes) + 3, device=device)  # gradients; loss, label tokens, tokens
+        *grads, self.counts = self.sums.split([*sizes, 3])
+        self.grads = [grad.view_as(param) for grad, param in zip(grads, self.params)]
         for group in optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], device=device)
         for state in optimizer.state.values():
             state["step"] = state["step"].to(device)
 
     def __call__(self, batch: dict) -> list[float] | None:
-        """Loss (summed), label tokens, tokens, penalty, gradient norm and learning rate of a step on a batch; None if
-        it is none for this step to make: without labels, or with inputs beyond those that StepRunner knows."""
+        """Loss (summed), label tokens, tokens, penalty, gradient norm and learning rate of a step of all processes on
+        their batches; None if it is none for this step to make: if this process's batch is without labels, or has
+        inputs beyond those that StepRunner knows."""
         if self.off:
             return None
         labelled = (batch["labels"][:, 1:] != -100).nonzero()
@@ -67,25 +76,32 @@ class CapturedStep:
             return None
         inputs = padded(batch, *labelled.unbind(1))
         shape = (*inputs["input_ids"].shape, *inputs["positions"].shape, "replayed" in inputs)
-        if shape not in self.graphs:
-            self.graphs[shape] = None
-            return self.step(inputs).tolist()
-        if self.graphs[shape] is None:
-            try:
-                self.graphs[shape] = self.capture(inputs)
-            except RuntimeError as error:  # out of memory is one too
-                self.off = str(error).splitlines()[0]
-                print(f"Training goes on without CUDA graphs: {self.off}", flush=True)
-                self.optimizer.zero_grad()
-                return None
-        graph, recorded, numbers, _ = self.graphs[shape]
-        for name, tensor in inputs.items():
-            recorded[name].copy_(tensor)
-        graph.replay()
+        self.run(shape, self.backward, inputs)
+        if self.accelerator.num_processes > 1:
+            all_reduce(self.sums)
+        numbers = self.run("update", self.update, {})
         increment_version(self.params)  # as in-place steps do, for whoever keeps what the adapter has computed
         return numbers.tolist()
 
-    def capture(self, inputs: dict) -> tuple:
+    def run(self, key, function, inputs: dict) -> torch.Tensor | None:
+        """What a function returns: called at first, as the warm-up that capturing wants, then captured, then replayed."""
+        if key not in self.graphs or self.off:
+            self.graphs.setdefault(key, None)
+            return function(inputs)
+        if self.graphs[key] is None:
+            try:
+                self.graphs[key] = self.capture(function, inputs)
+            except RuntimeError as error:  # out of memory is one too
+                self.off = str(error).splitlines()[0]
+                print(f"Training goes on without CUDA graphs: {self.off}", flush=True)
+                return function(inputs)
+        graph, recorded, result, _ = self.graphs[key]
+        for name, tensor in inputs.items():
+            recorded[name].copy_(tensor)
+        graph.replay()
+        return result
+
+    def capture(self, function, inputs: dict) -> tuple:
         """(graph, its inputs, its result, what else it writes to: the importance, which the allocator lets go of)"""
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
@@ -93,29 +109,36 @@ class CapturedStep:
         for group in self.optimizer.param_groups:
             group["capturable"] = True  # only now: AdamW warns of steps without capture
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                numbers = self.step(inputs)
+            # thread_local: NCCL's own thread asks for events meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                result = function(inputs)
         finally:
             for group in self.optimizer.param_groups:
                 group["capturable"] = False
         self.pool = graph.pool()
         importance = self.allocator and (self.allocator.exp_avg_ipt, self.allocator.exp_avg_unc)
-        return graph, inputs, numbers, importance
+        return graph, inputs, result, importance
 
-    def step(self, inputs: dict) -> torch.Tensor:
-        """float32 (6,), as __call__ returns it. Reads nothing back."""
+    def backward(self, inputs: dict) -> None:
+        """Fill `sums` with those of this process. Reads nothing back, as update."""
         with gathered(self.model, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32):
-            loss, taught = self.loss(inputs), inputs["weights"].sum()
-        loss.backward()
-        torch._foreach_mul_([param.grad for param in self.params], 1 / taught)
-        penalty = self.allocator.penalty(add_gradients=True) if self.allocator else loss.new_zeros(())
+            loss = self.loss(inputs)
+        torch._foreach_copy_(self.grads, torch.autograd.grad(loss, self.params))
+        counts = loss.detach(), inputs["weights"].sum(), inputs["attention_mask"].sum()
+        self.counts.copy_(torch.stack([count.float() for count in counts]))
+
+    def update(self, _) -> torch.Tensor:
+        """Step by the `sums` of all processes; float32 (6,), as __call__ returns it."""
+        for param, grad in zip(self.params, self.grads):
+            param.grad = grad
+        torch._foreach_mul_(self.grads, 1 / self.counts[1])
+        penalty = self.allocator.penalty(add_gradients=True) if self.allocator else torch.zeros_like(self.counts[0])
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm)
         self.optimizer.step()
         if self.allocator and self.allocator.scoring:
             self.allocator.update_ipt(self.model)
         self.optimizer.zero_grad()
-        tokens, lr = inputs["attention_mask"].sum(), self.optimizer.param_groups[0]["lr"]
-        return torch.stack([number.detach().float() for number in (loss, taught, tokens, penalty, norm, lr)])
+        return torch.stack([*self.counts, penalty, norm, self.optimizer.param_groups[0]["lr"].float()])
 
     def loss(self, inputs: dict) -> torch.Tensor:
         """StepRunner's loss, float32 ()."""

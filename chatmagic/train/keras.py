@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import get_sampler
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradScalerKwargs, gather_object
+from accelerate.utils import GradScalerKwargs, broadcast, gather_object
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn.parallel import DistributedDataParallel
 from torchkeras import kerasmodel
 from torchkeras.kerascallbacks import VisProgress
 
@@ -53,10 +52,10 @@ class KerasModel(kerasmodel.KerasModel):
         super().__init__(net, loss_fn, optimizer=optimizer, lr_scheduler=lr_scheduler)
 
     def save_ckpt(self, ckpt_path=None, accelerator=None):
-        save_adapter((accelerator or self.accelerator).unwrap_model(self.net), ckpt_path or self.ckpt_path)
+        save_adapter(self.net, ckpt_path or self.ckpt_path)
 
     def load_ckpt(self, ckpt_path=None):
-        load_adapter(getattr(self.net, "module", self.net), ckpt_path or self.ckpt_path)
+        load_adapter(self.net, ckpt_path or self.ckpt_path)
 
     def fit(
         self,
@@ -116,7 +115,7 @@ class KerasModel(kerasmodel.KerasModel):
             (self._load_state if resume else self._save_state)()
             self.captured = self._capture()
             self._call_back("on_fit_start")
-            with noted_interrupt() as self.interrupt, fast_layers(self.model):
+            with noted_interrupt() as self.interrupt, fast_layers(self.net):
                 while self.epoch <= epochs and not self._out_of_patience():
                     self._run_epoch()
             if self.best is None:
@@ -134,7 +133,7 @@ class KerasModel(kerasmodel.KerasModel):
             ) from error
         finally:
             self.captured = self.runner = None  # the graphs hold memory
-            self.net = self.accelerator.unwrap_model(self.net).eval()
+            self.net.eval()
             self.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return pd.DataFrame(self.history)
 
@@ -159,6 +158,11 @@ class KerasModel(kerasmodel.KerasModel):
             )
         elif not any(group.get("initial_lr", group["lr"]) for group in groups):
             problem = "The learning rate is 0. Try lr=1e-3."
+        elif self.accelerator.num_processes > 1 and not issubclass(self.StepRunner, StepRunner):
+            problem = (
+                "Several processes want chatmagic's StepRunner, or one derived from it, which adds up their gradients: "
+                f"this is {self.StepRunner.__module__}.{self.StepRunner.__name__}."
+            )
         elif packed_for_inference(self.net):
             problem = (
                 "This 4-bit model has answered on the CPU already, for which bitsandbytes repacked its weights into a "
@@ -182,13 +186,12 @@ class KerasModel(kerasmodel.KerasModel):
         raise ChatmagicError(problem)
 
     def _place(self):
-        """Device, DDP, loss scaling. The net is not given to accelerate, which would wrap its forward for good and
-        refuse a 4-bit model on the CPU."""
+        """Device, the same adapter in all processes, loss scaling. The net is not given to accelerate, which would wrap
+        its forward for good and refuse a 4-bit model on the CPU."""
         device = self.accelerator.device
         if next(self.net.parameters()).device != device:
             self.net.to(device)
-        if self.accelerator.num_processes > 1:
-            self.net = DistributedDataParallel(self.net, [device] if device.type == "cuda" else None)
+        broadcast([param.detach() for _, param in trainable(self.net)])
         if type(self.optimizer) is torch.optim.AdamW:
             for group in self.optimizer.param_groups:
                 group |= {"fused": True, "foreach": False}
@@ -197,11 +200,11 @@ class KerasModel(kerasmodel.KerasModel):
     def _capture(self) -> CapturedStep | None:
         """The step as CUDA graphs, or None, with the reason told."""
         optimizer, ours = self.optimizer.optimizer, issubclass(self.StepRunner, StepRunner)
-        reason = why_not(self.model, optimizer, self.accelerator) if ours else "StepRunner is not chatmagic's"
+        reason = why_not(self.net, optimizer, self.accelerator) if ours else "StepRunner is not chatmagic's"
         if reason:
             self.accelerator.print(f"The training step is not captured as a CUDA graph: {reason}.")
             return None
-        return CapturedStep(self.model, optimizer, self.accelerator, self.StepRunner.max_grad_norm)
+        return CapturedStep(self.net, optimizer, self.accelerator, self.StepRunner.max_grad_norm)
 
     def _run_epoch(self):
         set_rng(self.epoch_rng, self.samplers)
@@ -283,7 +286,7 @@ class KerasModel(kerasmodel.KerasModel):
             "sums": getattr(self.runner, "sums", None) if self.batch else None,
             "history": self.history,
             "best": self.best,
-            "params": {name: param.detach() for name, param in trainable(self.model)},
+            "params": {name: param.detach() for name, param in trainable(self.net)},
             "allocator": self.allocator and self.allocator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler and self.lr_scheduler.state_dict(),
@@ -291,12 +294,12 @@ class KerasModel(kerasmodel.KerasModel):
             "epoch_rng": gather_object([self.epoch_rng]),  # one of each process, and so the next
             "rng": gather_object([get_rng(self.samplers)]),
         }
-        self._on_main(save_state, self.model, state, self.ckpt_path)
+        self._on_main(save_state, self.net, state, self.ckpt_path)
 
     @torch.no_grad()
     def _load_state(self):
         state = load_state(self.ckpt_path)
-        processes, params = len(state["rng"]), dict(trainable(self.model))
+        processes, params = len(state["rng"]), dict(trainable(self.net))
         if processes != self.accelerator.num_processes:
             raise ChatmagicError(
                 f"The state in {self.ckpt_path} is of {processes} processes, this run has "
@@ -319,11 +322,6 @@ class KerasModel(kerasmodel.KerasModel):
             state[name][self.accelerator.process_index] for name in ("epoch_rng", "rng")
         )
         self.train_loader.iteration = self.epoch - 1  # a dataset or sampler may have a set_epoch
-
-    @property
-    def model(self):
-        """The PEFT model, out of DDP."""
-        return self.accelerator.unwrap_model(self.net)
 
     def _on_main(self, write, *args, **kwargs):
         if self.accelerator.is_main_process:

@@ -52,7 +52,7 @@ class RankPictures:
     def on_fit_end(self, model):
         if model.allocator:
             for name, draw in {"ranks": plot_ranks, "importance": plot_importance}.items():
-                draw(model.model).savefig(model.ckpt_path / f"{name}.png", dpi=150)
+                draw(model.net).savefig(model.ckpt_path / f"{name}.png", dpi=150)
 
 
 def plot_ranks(model):

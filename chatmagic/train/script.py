@@ -41,6 +41,7 @@ def run(course: Course, resume: bool = False, save_every: int | None = None):
             make_data(course)
         state.print(f"{course.profile.name}, processes: {state.num_processes}. If broken off: the same with --resume.")
         history = train(course, resume=resume, save_every=save_every)
+        state.destroy_process_group()  # NCCL warns of one that is left
     except RuntimeError as error:
         if not lost_peer(error, state.num_processes):
             raise

@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch.distributed import all_reduce
 from torch.nn.functional import cross_entropy
 
 from ..errors import ChatmagicError
@@ -38,9 +39,8 @@ class StepRunner:
         self.net, self.accelerator, self.stage = net.train(stage == "train"), accelerator, stage
         never_packed(net)
         self.optimizer, self.lr_scheduler, self.metrics_dict = optimizer, lr_scheduler, metrics_dict
-        self.model = accelerator.unwrap_model(net)
-        self.allocator = rank_allocator(self.model)
-        self.params = [param for _, param in trainable(self.model)]
+        self.allocator = rank_allocator(net)
+        self.params = [param for _, param in trainable(net)]
         self.pending = torch.zeros(3, device=accelerator.device)  # loss, label tokens, tokens: of this step so far
         self.sums = [0.0, 0.0]  # loss and label tokens: of the epoch so far
         self.tokens = 0.0
@@ -49,6 +49,7 @@ class StepRunner:
         self.captured = None  # a CapturedStep, from fit
 
     def __call__(self, batch):
+        batch = self._without_repeated(batch)
         if self._may_be_captured() and (numbers := self.captured(batch)):
             loss, taught, tokens, penalty, norm, lr = numbers
             self.log |= {"train_penalty": penalty} if self.allocator else {}
@@ -65,13 +66,13 @@ class StepRunner:
         return bool(self.captured and self.optimizer.state and not settling)
 
     def _eager(self, batch):
-        labels = batch["labels"][: self._rows_not_repeated(), 1:]
+        labels = batch["labels"][:, 1:]
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
         rows, columns = (labels != -100).nonzero(as_tuple=True)
         replayed = batch.get("replayed", torch.zeros_like(batch["labels"], dtype=bool))[rows, columns + 1]
         order = replayed.argsort(stable=True)  # those last: a gradient is split faster than it is indexed
         rows, columns, learnt = rows[order], columns[order], len(rows) - int(replayed.sum())
-        logits, replays = self._logits(self.net, inputs, rows, columns).split([learnt, len(rows) - learnt])
+        logits, replays = self._logits(inputs, rows, columns).split([learnt, len(rows) - learnt])
         loss = cross_entropy(logits, labels[rows, columns][:learnt], reduction="sum")
         if len(replays):
             base, entropy = self._base(inputs, rows[learnt:], columns[learnt:])
@@ -81,8 +82,7 @@ class StepRunner:
         if self.stage == "train":
             self.accelerator.backward(loss)
         if self.stage == "val" or self.accelerator.sync_gradients:
-            loss, taught, tokens = self.accelerator.reduce(self.pending, "sum").tolist()
-            self.pending = torch.zeros_like(self.pending)
+            loss, taught, tokens = self._summed()
             if self.stage == "train":
                 self._update(taught)
             elif self.allocator:
@@ -100,51 +100,67 @@ class StepRunner:
         """
         some, rows = rows.unique(return_inverse=True)
         inputs = {name: tensor[some, : columns.max() + 1] for name, tensor in inputs.items()}
-        with self.model.disable_adapter():
-            logits = self._logits(self.model, inputs, rows, columns)
+        with self.net.disable_adapter():
+            logits = self._logits(inputs, rows, columns)
         probabilities = logits.softmax(-1)
         return probabilities, (logits.logsumexp(-1) - (probabilities * logits).sum(-1)).sum()
 
-    def _logits(self, net, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def _logits(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """The logits at n positions of the batch, float32 (n, vocabulary)."""
         with ExitStack() as stack:
-            if may_be_flattened(self.model, inputs):
+            if may_be_flattened(self.net, inputs):
                 inputs, places = stack.enter_context(flattened(inputs))
                 rows, columns = torch.zeros_like(rows), places[rows, columns]
             stack.enter_context(self.accelerator.autocast())
-            stack.enter_context(head_sees_only(self.model, rows, columns))
-            return net(**inputs, use_cache=False).logits[0].float()
+            stack.enter_context(head_sees_only(self.net, rows, columns))
+            return self.net(**inputs, use_cache=False).logits[0].float()
 
-    def _rows_not_repeated(self) -> int | None:
-        """accelerate fills the last global batch of an epoch with rows from its start: what to cut those off at."""
+    def _without_repeated(self, batch: dict) -> dict:
+        """accelerate fills the last global batch of an epoch with rows from its start: without labels on those."""
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return None
+            return batch
         rows = state.active_dataloader.total_batch_size // self.accelerator.num_processes
-        return max(0, state.remainder - self.accelerator.process_index * rows)
+        labels = batch["labels"].clone()
+        labels[max(0, state.remainder - self.accelerator.process_index * rows) :] = -100
+        return batch | {"labels": labels}
+
+    def _summed(self) -> list[float]:
+        """Loss, label tokens and tokens of this step, of all processes; in training their gradients are summed too.
+
+        In one all-reduce, as in CapturedStep, after the backward pass: what DDP would save by starting earlier is
+        little, for an adapter's gradients are 120 MB on a 7B model, and its hooks would be in the way of CUDA graphs.
+        """
+        pending, self.pending = self.pending, torch.zeros_like(self.pending)
+        params = self.params if self.stage == "train" else []
+        if any(param.grad is None for param in params):
+            names = [name for name, param in trainable(self.net) if param.grad is None]
+            raise ChatmagicError(
+                f"{len(names)} trainable parameters get no gradient, the first is {names[0]}. With gradient "
+                "checkpointing call model.enable_input_require_grads() first; freeze what the loss does not reach."
+            )
+        if self.accelerator.num_processes > 1:
+            sums = torch.cat([*(param.grad.flatten() for param in params), pending])
+            all_reduce(sums)
+            *grads, pending = sums.split([*(param.numel() for param in params), len(pending)])
+            for param, grad in zip(params, grads):
+                param.grad = grad.view_as(param).to(param.dtype)
+        return pending.tolist()
 
     def _update(self, taught: float):
         """The optimizer step, with gradients of the mean over the `taught` label tokens of the global batch.
 
-        DDP has averaged the gradients of the processes' sums, and accelerate has divided them by the steps that
-        are accumulated: both are undone. The penalty joins after fp16's loss scale is off.
+        accelerate has divided them by the steps that are accumulated, which is undone. The penalty joins after fp16's
+        loss scale is off.
         """
         if not taught:
             raise ChatmagicError(
                 "All labels of this batch are -100, so nothing is trained. show_labels(...) pictures a sample; "
                 "are the replies cut off by a length limit?"
             )
-        grads = [param.grad for param in self.params]
-        if any(grad is None for grad in grads):
-            names = [name for name, param in trainable(self.model) if param.grad is None]
-            raise ChatmagicError(
-                f"{len(names)} trainable parameters get no gradient, the first is {names[0]}. With gradient "
-                "checkpointing call model.enable_input_require_grads() first; freeze what the loss does not reach."
-            )
         self.accelerator.unscale_gradients()
-        torch._foreach_mul_(
-            grads, self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps / taught
-        )
+        grads = [param.grad for param in self.params]
+        torch._foreach_mul_(grads, self.accelerator.gradient_accumulation_steps / taught)
         if not self.optimizer.state and not any(torch._foreach_norm(grads)):
             raise ChatmagicError(
                 "All gradients of the first step are zero, so nothing would be trained. Is the adapter enabled, and "
@@ -158,7 +174,7 @@ class StepRunner:
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 overflowed: the gradients say nothing
             if self.allocator and self.allocator.scoring:
                 # After the step and before zero_grad (importance reads the gradients): the one right place.
-                self.allocator.update_ipt(self.model)
+                self.allocator.update_ipt(self.net)
             self._allocate()
         self.optimizer.zero_grad()
 
