@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -212,7 +213,7 @@ def main() -> None:
         result = measure(args, Path(folder))
     names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     result |= {"arguments": {name: getattr(args, name) for name in ("gpus", "size", "batch", "length", "steps", "cpu")}}
-    result |= {"python": platform.python_version(), **{name: version(name) for name in names}}
+    result |= {"date": str(date.today()), "python": platform.python_version(), **{name: version(name) for name in names}}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
 

@@ -52,8 +52,8 @@ class CapturedStep:
     def __init__(self, model, optimizer, accelerator, max_grad_norm: float):
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.max_grad_norm, self.off = max_grad_norm, None
-        self.params = [param for _, param in trainable(model)]
         self.allocator = rank_allocator(model)
+        self.params = [param for _, param in trainable(model)]
         self.graphs, self.pool = {}, None
         device = accelerator.device
         sizes = [param.numel() for param in self.params]

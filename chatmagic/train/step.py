@@ -128,8 +128,9 @@ class StepRunner:
     def _summed(self) -> list[float]:
         """Loss, label tokens and tokens of this step, of all processes; in training their gradients are summed too.
 
-        In one all-reduce, as in CapturedStep, after the backward pass: what DDP would save by starting earlier is
-        little, for an adapter's gradients are 120 MB on a 7B model, and its hooks would be in the way of CUDA graphs.
+        In one all-reduce, as in CapturedStep, after the backward pass. DDP starts during it, which would save little
+        (the gradients of a 7B model's adapter are 120 MB; `benchmarks/train_ddp.py` has all that a second GPU costs),
+        and holds on to autograd's nodes, which CUDA graphs want made anew.
         """
         pending, self.pending = self.pending, torch.zeros_like(self.pending)
         params = self.params if self.stage == "train" else []
