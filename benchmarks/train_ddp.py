@@ -94,7 +94,7 @@ class Noted(StepRunner):
         result = super().__call__(batch)  # reads the loss back: the GPU has finished
         Noted.losses.append((self.sums[0] - loss) / (self.sums[1] - taught))
         Noted.ends.append(time.perf_counter())
-        Noted.graphs = len([graph for graph in self.captured.graphs.values() if graph]) if self.captured else 0
+        Noted.graphs = sum(map(bool, self.captured.graphs.values())) if self.captured else 0
         return result
 
 

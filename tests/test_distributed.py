@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchkeras
-from tiny_runs import Replayed, adalora, fit, loader, processes, rows
+from tiny_runs import Replayed, adalora, fit, loader, processes, uneven_rows
 
 from chatmagic import ChatmagicError
 from chatmagic.cli import main
@@ -23,14 +23,6 @@ from chatmagic.train.adalora import rank_table
 from chatmagic.train.captured import CapturedStep
 
 COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
-
-
-def uneven_rows(n, seed=0):
-    """Samples that differ in how many of their tokens are trained; n is no multiple of the global batch."""
-    samples = rows(n, seed)
-    for index, sample in enumerate(samples):
-        sample["labels"][: 2 + index] = -100
-    return samples
 
 
 def run(path, batch_size, seed=0, **settings):

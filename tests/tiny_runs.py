@@ -43,11 +43,11 @@ def rows(n, seed=0, length=12):
     return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels)]
 
 
-def uneven_rows(n):
+def uneven_rows(n, seed=0):
     """Samples that differ in how many of their tokens are trained."""
-    samples = rows(n)
+    samples = rows(n, seed)
     for index, sample in enumerate(samples):
-        sample["labels"][: 4 + index] = -100
+        sample["labels"][: 4 + index % 8] = -100
     return samples
 
 
