@@ -32,6 +32,12 @@ class Stored(NamedTuple):
             )
 
 
+def first_not_finite(tensors: dict[str, "Tensor"]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity; None if there is no such."""
+    floating = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
+    return next((name for name, tensor in floating if not tensor.isfinite().all()), None)
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file; {} where there is no such file."""
     if not path.is_file():

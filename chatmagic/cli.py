@@ -1,12 +1,14 @@
 """`chatmagic doctor | download | tutorial | train | evaluate | merge`: the course without a browser."""
 
 import argparse
-import shutil
+import json
+import os
 import sys
 import tempfile
 import time
 import warnings
 from dataclasses import fields, replace
+from hashlib import sha256
 from pathlib import Path
 from unicodedata import east_asian_width
 
@@ -36,7 +38,8 @@ def download(args) -> None:
 
 
 def tutorial(args) -> None:
-    """Execute the notebooks in order, each in a fresh kernel, from the one that failed last time."""
+    """Execute the notebooks in order, each in a fresh kernel, from the first that failed or was changed; when
+    none is left, all of them again."""
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -45,20 +48,23 @@ def tutorial(args) -> None:
     notebooks = sorted(args.notebooks.glob("0*.ipynb"))
     if not notebooks:
         raise ChatmagicError(f"There are no notebooks in {args.notebooks}. Run this from the repository's folder.")
-    executed = args.executed
-    executed.mkdir(parents=True, exist_ok=True)
-    if all((executed / path.name).exists() for path in notebooks):  # the last run went through: a new one
-        shutil.rmtree(executed)
-        executed.mkdir()
+    first = _first_to_run(notebooks, args.executed)
+    args.executed.mkdir(parents=True, exist_ok=True)
+    for path in notebooks[first:]:  # before the first runs: if broken off, no stale copy of a later one counts as done
+        for copy in _copies(path, args.executed):
+            copy.unlink(missing_ok=True)
+    # Nobody sits there to answer whether a broken-off training is to go on: it goes on.
+    environment = {"CHATMAGIC_RESUME": "1"} | os.environ
     began = time.monotonic()
-    for number, path in enumerate(notebooks, 1):
-        label = f"[{number}/{len(notebooks)}] {path.stem:20}"
-        if (executed / path.name).exists():
+    for number, path in enumerate(notebooks):
+        label = f"[{number + 1}/{len(notebooks)}] {path.stem:20}"
+        if number < first:
             print(label, "done before", flush=True)
             continue
         print(label, end=" ", flush=True)
-        start, failed = time.monotonic(), executed / f"{path.stem}.failed.ipynb"
+        start, (copy, failed) = time.monotonic(), _copies(path, args.executed)
         notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.pop("chatmagic", None)  # the seal, where an executed copy was put back as the notebook
         try:
             with tempfile.TemporaryDirectory() as sockets:  # over TCP anybody on a shared machine reaches the kernel
                 config = Config(AsyncKernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
@@ -71,25 +77,88 @@ def tutorial(args) -> None:
                     coalesce_streams=True,
                     record_timing=False,
                 )
-                client.execute()
+                client.execute(env=environment)
         except CellExecutionError as error:
-            nbformat.write(notebook, failed)
+            _write(_sealed(notebook), failed)
             raise ChatmagicError(
                 f"{path.name} failed: {error.ename}: {error.evalue}\nThe executed part is {failed}. Mend the cause, "
                 "then run the same command: it goes on from this notebook."
             ) from None
-        failed.unlink(missing_ok=True)
-        nbformat.write(notebook, executed / path.name)
-        print(f"{time.monotonic() - start:6.0f} s", flush=True)
         if args.in_place:
-            shutil.copy(executed / path.name, path)
-    print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {executed}\n")
+            _write(notebook, path.resolve())  # a link stays one
+        _write(_sealed(notebook), copy)  # last: it says that the notebook is done
+        print(f"{time.monotonic() - start:6.0f} s", flush=True)
+    print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {args.executed}\n")
     _print_before_after()
 
 
-def _print_before_after() -> None:
-    import json
+def _copies(path: Path, executed: Path) -> tuple[Path, Path]:
+    """Where the executed notebook goes, and where its executed part does if it fails."""
+    return executed / path.name, executed / f"{path.stem}.failed.ipynb"
 
+
+def _first_to_run(notebooks: list[Path], executed: Path) -> int:
+    """The index of the first notebook without an executed copy of just its cells. Raises ChatmagicError if a file that
+    is not this command's own stands where it would write."""
+    import nbformat
+
+    foreign = [
+        copy.name
+        for path in notebooks
+        for copy in _copies(path, executed)
+        if os.path.lexists(copy) and (copy.is_symlink() or copy.samefile(path) or not _read_sealed(copy))
+    ]
+    if foreign:
+        raise ChatmagicError(
+            f"{executed} holds what this command did not write, or what was changed since: {', '.join(foreign)}. "
+            "Nothing was executed, and all of it is left alone. Choose another folder: chatmagic tutorial --executed "
+            "OTHER, or move these files away."
+        )
+
+    def done(path: Path) -> bool:
+        copy = _read_sealed(executed / path.name)
+        return copy is not None and _cells(copy) == _cells(nbformat.read(path, as_version=4))
+
+    return next((index for index, path in enumerate(notebooks) if not done(path)), 0)  # all done: a new run
+
+
+def _cells(notebook: dict) -> list[tuple[str, str]]:
+    """What makes a notebook run again when it changes."""
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+
+
+def _sealed(notebook):
+    """The notebook, marked as written by this command: with a digest that no longer holds once anybody changes it."""
+    import nbformat
+
+    notebook.metadata["chatmagic"] = {"sha256": _digest(json.loads(nbformat.writes(notebook)))}
+    return notebook
+
+
+def _read_sealed(path: Path) -> dict | None:
+    """The notebook's JSON, if this command wrote it and nobody changed it since."""
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        return notebook if notebook["metadata"]["chatmagic"]["sha256"] == _digest(notebook) else None
+    except (OSError, ValueError, LookupError, TypeError):  # no file, no JSON, no notebook, no seal
+        return None
+
+
+def _digest(notebook: dict) -> str:
+    metadata = {key: value for key, value in notebook["metadata"].items() if key != "chatmagic"}
+    return sha256(json.dumps(notebook | {"metadata": metadata}, sort_keys=True).encode()).hexdigest()
+
+
+def _write(notebook, path: Path) -> None:
+    """Whole or not at all, and by way of no name that could be somebody's."""
+    import nbformat
+
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as part:
+        nbformat.write(notebook, Path(part) / path.name)
+        os.replace(Path(part) / path.name, path)
+
+
+def _print_before_after() -> None:
     course = resume("before", "merged")
     before, after = (
         json.loads((course.folder / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json")
@@ -171,12 +240,14 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("model", help="a profile's name or a hub id")
     added.add_argument("--revision")
     added.add_argument("--source", default="auto", choices=("auto", "modelscope", "huggingface"))
-    added = command("tutorial", tutorial, "execute the notebooks in order, from the one that failed last time")
+    added = command("tutorial", tutorial, "execute the notebooks in order, from the first that failed or was changed")
     added.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     added.add_argument("--executed", type=Path, default=Path("work/executed"))
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
     training, evaluation = command("train", train, TRAIN), command("evaluate", evaluate, EVALUATE)
-    training.add_argument("--resume", action="store_true", help="go on from the newest state of a broken-off run")
+    training.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, help="go on from the newest state of a broken-off run, or not"
+    )
     training.add_argument("--save-every", type=int, metavar="STEPS", help="how often to save a state, beside every epoch")
     for added in (training, evaluation):
         added.add_argument("profile", nargs="?", help="of profiles.toml; default: that of the course started last")

@@ -31,8 +31,9 @@ class NoGraph(Exception):
 def without_cudnn_attention():
     """Leave attention to torch's own kernels.
 
-    cuDNN's, which torch 2.11 prefers on Hopper, make a new plan for every length of the keys, in some 60 ms, and
-    a conversation has a new length every token.
+    cuDNN's, which torch 2.11 prefers on Hopper, return NaN gradients under an explicit mask at lengths of 64 modulo 128
+    where a head's logits are very low, as real models' are (pytorch/pytorch#196678, huggingface/trl#7181). And they make
+    a new plan for every length of the keys, in some 60 ms: a conversation has a new length every token.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import ChatmagicError
 from .profiles import Profile, check_machine, get_profile, profiles
 
+AUTODL = Path("/root/autodl-tmp")
 SOURCES = ("auto", "modelscope", "huggingface")
 
 
@@ -23,9 +24,8 @@ def home() -> Path:
     """Where models and results go: CHATMAGIC_HOME if set, else AutoDL's data disk, else the user's cache folder."""
     if named := os.environ.get("CHATMAGIC_HOME"):
         return Path(named).expanduser().resolve()
-    autodl = Path("/root/autodl-tmp")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chatmagic"
-    return autodl if autodl.is_dir() else cache
+    return AUTODL if os.access(AUTODL, os.W_OK | os.X_OK) else cache  # Path.is_dir raises where /root is closed
 
 
 def snapshot_download(model: str, cache_dir=None, revision: str | None = None, source: str = "auto") -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from .course import Course
+from .decode import without_cudnn_attention
 from .errors import ChatmagicError
 from .labels import encode_prompt
 from .load import load_model
@@ -20,6 +21,7 @@ POSITIONS = ("alone", "after identity", "after general")
 
 
 @torch.inference_mode()
+@without_cudnn_attention()
 def ask(
     model, tokenizer, conversations: Sequence[list[dict]], max_new_tokens: int = 48, batch_size: int = 32
 ) -> list[str]:

@@ -38,7 +38,7 @@ def short(path: Path | str) -> str:
 
 def nearest_existing(folder: Path) -> Path:
     """The folder, or the first of its parents that exists: what a question about its disk must ask."""
-    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
 
 
 def report(folder: Path) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .checkpoint import open_weights, read_json, weight_files
+from .checkpoint import first_not_finite, open_weights, read_json, weight_files
 from .errors import ChatmagicError
 
 PROVENANCE = "chatmagic.json"  # beside an adapter: {"base": base_fingerprint(folder it was trained on)}
@@ -220,6 +220,11 @@ def _read_updates(adapter: Path) -> dict[str, Update]:
                 f"PeftModel.from_pretrained(model, {str(adapter)!r}).merge_and_unload()."
             )
         layers.setdefault(match[1], {})[match[2]] = tensor.float()
+    if spoilt := first_not_finite({f"{name}.lora_{factor}": t for name, f in layers.items() for factor, t in f.items()}):
+        raise MergeError(
+            f"{adapter} holds numbers that are not finite, first in {spoilt}: its training broke down. Train it again, "
+            "with a lower learning rate."
+        )
     make = _adalora_update if config["peft_type"] == "ADALORA" else _lora_update
     return {f"{module}.weight": make(config, module, **factors) for module, factors in layers.items()}
 
@@ -334,6 +339,8 @@ def _write_shard(target: Path, parts: dict[str, Part], updates: dict[str, Update
                     if product is not None:
                         block = block.clone()
                         update.add_to(block, product)
+                        if not block.isfinite().all():
+                            raise MergeError(f"The merged {name} is not finite in {part.dtype}. Use a base in bfloat16.")
                     file.write(block.contiguous().flatten().view(torch.uint8).numpy())
 
     names = list(entries)

@@ -18,7 +18,7 @@ def forty_steps(batches, captured=None):
     """The log of each step, and the model."""
     model, logs = adalora(), []
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=40)
     runner = StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer), scheduler)
     if captured:

@@ -5,21 +5,28 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_runs import Drawn, adalora, fit, loader, processes, tiny_llama
+from tiny_runs import Drawn, adalora, fit, loader, processes, rows, tiny_llama
 
 from chatmagic import ChatmagicError
-from chatmagic.train import StepRunner, adalora_config
-from chatmagic.train.checkpoints import load_adapter, load_state
+from chatmagic.train import KerasModel, StepRunner, adalora_config
+from chatmagic.train.checkpoints import load_adapter, newest_state
 from chatmagic.train.keras import TrainingInterrupted
 from chatmagic.train.runtime import trainable
 
 LOSSES = ["train_loss", "train_penalty", "val_loss", "val_penalty", "lr", "grad_norm", "rank_budget"]
+
+
+SETTINGS = {
+    "scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=40),
+    "gradient_accumulation_steps": 2,
+}
 
 
 def run(path, workers=0, **settings):
@@ -27,14 +34,8 @@ def run(path, workers=0, **settings):
     torch.manual_seed(1)
     random.seed(1)
     model = adalora(dropout=0.1)
-    history = fit(
-        model,
-        path,
-        train=loader(Drawn(16), shuffle=True, num_workers=workers),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=40),
-        gradient_accumulation_steps=2,
-        **settings,
-    )
+    train = loader(Drawn(16), shuffle=True, num_workers=workers)
+    history = fit(model, path, train=train, **SETTINGS, **settings)
     return history[LOSSES], dict(trainable(model))
 
 
@@ -63,7 +64,7 @@ def runner_that(acts, batch):
             if self.stage == "train":
                 Runner.seen += 1
                 if Runner.seen == batch:
-                    self.optimizer.optimizer.register_step_post_hook(lambda *_: acts())
+                    hook = self.optimizer.optimizer.register_step_post_hook(lambda *_: (hook.remove(), acts())[1])
             return super().__call__(inputs)
 
     return Runner
@@ -98,7 +99,7 @@ def run_until_killed_before(path, call, number):
     "call, number, left",
     [
         ("os.fsync", 10, [".writing", "last-000003"]),  # in the middle of a state
-        ("shutil.rmtree", 6, ["last-000000", "last-000003"]),  # the older state is still there
+        ("shutil.rmtree", 4, ["last-000000", "last-000003"]),  # the older state is still there
         ("os.unlink", 2, ["last-000000", "last-000003"]),  # half of it is
         ("os.replace", 18, [".writing", "adapter_model.safetensors", "last-000030"]),  # half of a better adapter
     ],
@@ -116,7 +117,7 @@ def test_the_newest_state_is_of_the_newest_run(tmp_path):
     (process,) = processes(run_until_killed_before, (tmp_path, "shutil.rmtree", 3))
     process.join(120)
     assert sorted(folder.name for folder in tmp_path.glob("last-*")) == ["last-000000", "last-000040"]
-    assert load_state(tmp_path)["step"] == 0
+    assert newest_state(tmp_path)["step"] == 0
 
 
 def test_workers_draw_the_same_samples_and_go_on(tmp_path):
@@ -165,6 +166,72 @@ def test_a_new_run_replaces_the_states_of_the_old(tmp_path):
     with pytest.raises(TrainingInterrupted):
         fit(adalora(), tmp_path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 3))
     assert [folder.name for folder in tmp_path.glob("last-*")] == ["last-000003"]
+
+
+@pytest.mark.parametrize("batch", [5, 37, 70])
+@pytest.mark.parametrize("answer", ["resume", "anew", "anew with an optimizer made again", "unwatched"])
+def test_the_cell_of_fit_run_again_after_stop_asks(tmp_path, unbroken, monkeypatch, batch, answer):
+    """With the model, the optimizer and the scheduler as the first call left them; either way leads to the same end."""
+    torch.manual_seed(1)
+    random.seed(1)
+    model = adalora(dropout=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler, train = SETTINGS["scheduler"](optimizer), loader(Drawn(16), shuffle=True)
+
+    def cell(runner=StepRunner, **resume):
+        keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=scheduler)
+        keras_model.StepRunner = runner
+        settings = {"plot": False, "cpu": True, "mixed_precision": "no", "patience": 10, "gradient_accumulation_steps": 2}
+        return keras_model.fit(train, loader(rows(4, seed=1)), epochs=10, ckpt_path=tmp_path, **settings, **resume)
+
+    with pytest.raises(TrainingInterrupted):
+        cell(runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), batch))
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    weights = [param.clone() for param in model.parameters()]
+    with pytest.raises(ChatmagicError, match=rf"stopped after step {-(-batch // 2)} of 40.*resume=True.*resume=False"):
+        cell()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == left
+    assert all(map(torch.equal, weights, model.parameters()))
+    if answer.endswith("again"):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = SETTINGS["scheduler"](optimizer)
+    if answer == "unwatched":
+        monkeypatch.setenv("CHATMAGIC_RESUME", "1")
+    history = cell(**({} if answer == "unwatched" else {"resume": answer == "resume"}))
+    assert history[LOSSES].equals(unbroken[0])
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == unbroken[2]
+    monkeypatch.delenv("CHATMAGIC_RESUME", raising=False)
+    with pytest.raises(ChatmagicError, match="trained already.*resume=False"):
+        cell()
+
+
+def test_a_broken_off_run_of_another_kernel_is_asked_for_too(tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 37))
+    with pytest.raises(ChatmagicError, match="stopped after step 19 of 40"):
+        run(tmp_path)
+    assert newest_state(tmp_path)["step"] == 19
+    with pytest.raises(ChatmagicError, match="of a run of 40 steps, and this one has 80"):
+        fit(adalora(), tmp_path, epochs=20, resume=True)
+    run(tmp_path, resume=False)
+    assert newest_state(tmp_path)["finished"]
+
+
+def test_a_readers_own_folders_are_left(tmp_path):
+    """A copy of a state that somebody kept, and a folder with something of theirs, under any name."""
+    fit(adalora(), tmp_path)
+    kept = [tmp_path / name for name in ("last-week", "last-000007-good", "last-000013", "last-1")]
+    for folder in kept:
+        shutil.copytree(tmp_path / "last-000040", folder)
+    (tmp_path / "last-000013" / "notes.txt").write_text("keep")
+    assert newest_state(tmp_path)["step"] == 40
+    fit(adalora(), tmp_path)
+    assert all(len([*folder.iterdir()]) >= 4 for folder in kept)
+    (tmp_path / "last-000013").rename(tmp_path / "last-000012")  # where a state is to go
+    with pytest.raises(ChatmagicError, match="last-000012 holds notes.txt.*move it"):
+        fit(adalora(), tmp_path)
+    assert (tmp_path / "last-000012" / "notes.txt").read_text() == "keep"
+    assert newest_state(tmp_path)["step"] == 8
 
 
 def test_the_adapter_is_peft_s_and_pruned(tmp_path):

@@ -1,4 +1,5 @@
-"""`chatmagic tutorial` on small notebooks: order, progress, failure, going on. The rest of the command line."""
+"""`chatmagic tutorial` on small notebooks: order, progress, failure, going on, and whose files it touches. The rest of
+the command line."""
 
 import json
 import os
@@ -14,40 +15,138 @@ from chatmagic.persona import Persona
 from chatmagic.profiles import get_profile
 
 
+NOTE = "open('ran', 'a').write('{}')"
+
+
+def notebook(code):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs the tutorial on notebooks given as {name: code}; returns (exit code, what it printed)."""
+    """Runs the tutorial, with more arguments if given, on notebooks given as {name: code}; returns (exit code, what it
+    printed)."""
     monkeypatch.setattr(cli, "_print_before_after", lambda: print("TABLE"))
 
-    def tutorial(**codes):
+    def tutorial(*more, **codes):
         folder = tmp_path / "notebooks"
         folder.mkdir(exist_ok=True)
         for name, code in codes.items():
-            notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-            nbformat.write(notebook, folder / f"{name.strip('_')}.ipynb")
-        status = cli.main(["tutorial", "--notebooks", str(folder), "--executed", str(tmp_path / "work")])
+            nbformat.write(notebook(code), folder / f"{name.strip('_')}.ipynb")
+        status = cli.main(["tutorial", "--notebooks", str(folder), "--executed", str(tmp_path / "work"), *more])
         printed = capsys.readouterr()
         return status, printed.out + printed.err
 
     return tutorial
 
 
-def test_the_tutorial_goes_on_from_the_notebook_that_failed(run, tmp_path):
-    note = "open('ran', 'a').write('{}')"
-    status, said = run(_00=note.format(0), _01="raise ValueError('broken here')", _02=note.format(2))
+def test_the_tutorial_goes_on_from_the_notebook_that_failed(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("CHATMAGIC_RESUME", raising=False)
+    (tmp_path / "work").mkdir()
+    for name in ("thesis.md", "mine.ipynb", "00.ipynb.part"):
+        (tmp_path / "work" / name).write_text("two years of work")
+    last = NOTE.format(2) + "; import os; print(os.environ['CHATMAGIC_RESUME'])"
+    status, said = run(_00=NOTE.format(0), _01="raise ValueError('broken here')", _02=last)
     assert status == 1 and "01.ipynb failed: ValueError: broken here" in said and "[1/3] 00" in said
     assert "TABLE" not in said
     failed = json.loads((tmp_path / "work/01.failed.ipynb").read_text())
     assert failed["cells"][0]["outputs"][0]["ename"] == "ValueError"
 
-    status, said = run(_01=note.format(1))
-    assert status == 0 and "done before" in said and "TABLE" in said
+    status, said = run(_01=NOTE.format(1))
+    assert status == 0 and said.count("done before") == 1 and "TABLE" in said
     assert (tmp_path / "notebooks/ran").read_text() == "012"
-    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["00.ipynb", "01.ipynb", "02.ipynb"]
+    left = contents(tmp_path / "work")
+    assert sorted(left) == ["00.ipynb", "00.ipynb.part", "01.ipynb", "02.ipynb", "mine.ipynb", "thesis.md"]
+    assert json.loads(left["02.ipynb"])["cells"][0]["outputs"][0]["text"] == ["1\n"]
 
     status, said = run()
     assert status == 0 and "done before" not in said
     assert (tmp_path / "notebooks/ran").read_text() == "012012"
+    again = contents(tmp_path / "work")
+    assert again.keys() == left.keys()
+    assert {again[name] for name in ("thesis.md", "mine.ipynb", "00.ipynb.part")} == {b"two years of work"}
+
+
+def test_a_changed_notebook_and_those_after_it_run_again(run, tmp_path):
+    """With outputs in the notebooks, which are no change; nor does the seal of the copies get into them."""
+    notebooks, ran = tmp_path / "notebooks", tmp_path / "notebooks/ran"
+    assert run("--in-place", _00=NOTE.format(0), _01=NOTE.format(1), _02=NOTE.format(2))[0] == 0
+    for name in ("00.ipynb", "01.ipynb", "02.ipynb"):
+        source, copy = (nbformat.read(folder / name, as_version=4) for folder in (notebooks, tmp_path / "work"))
+        assert source.cells == copy.cells and source.cells[0].outputs
+        assert "chatmagic" not in source.metadata and "chatmagic" in copy.metadata
+
+    assert run("--in-place", _01="raise ValueError")[0] == 1  # nothing after it is done any more, nor is itself
+    assert sorted(contents(tmp_path / "work")) == ["00.ipynb", "01.failed.ipynb"]
+    status, said = run("--in-place", _01=NOTE.format(1))
+    assert status == 0 and said.count("done before") == 1 and ran.read_text() == "012" + "12"
+
+    first = nbformat.read(tmp_path / "work/00.ipynb", as_version=4)  # put back as the notebook, seal and all
+    first.cells.insert(0, nbformat.v4.new_markdown_cell("Only a word."))
+    nbformat.write(first, notebooks / "00.ipynb")
+    status, said = run("--in-place")
+    assert status == 0 and "done before" not in said and ran.read_text() == "012" + "12" + "012"
+    assert "chatmagic" not in nbformat.read(notebooks / "00.ipynb", as_version=4).metadata
+
+
+@pytest.mark.parametrize("executed", ["notebooks", "work/../notebooks", "link"])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_the_notebooks_themselves_are_never_taken_for_executed_copies(run, tmp_path, executed, sealed):
+    """Not even if they are: put back into their folder by the reader."""
+    notebooks = tmp_path / "notebooks"
+    for folder in (notebooks, tmp_path / "work"):
+        folder.mkdir()
+    (tmp_path / "link").symlink_to(notebooks)
+    for name in ("00.ipynb", "01.ipynb"):
+        nbformat.write(cli._sealed(notebook("1")) if sealed else notebook("1"), notebooks / name)
+    before = contents(notebooks)
+    status, said = run("--executed", str(tmp_path / executed))
+    assert status == 1 and "00.ipynb, 01.ipynb" in said and "--executed OTHER" in said
+    assert contents(notebooks) == before
+
+
+@pytest.mark.parametrize("name", ["00.ipynb", "01.failed.ipynb"])
+def test_an_executed_copy_that_the_reader_changed_is_left_alone(run, tmp_path, name):
+    run(_00=NOTE.format(0), _01="raise ValueError")
+    copy = nbformat.read(tmp_path / "work" / name, as_version=4)
+    copy.cells[0].outputs = []
+    nbformat.write(copy, tmp_path / "work" / name)
+    before = contents(tmp_path / "work")
+    status, said = run(_00="changed", _01=NOTE.format(1))
+    assert status == 1 and f"changed since: {name}." in said and "--executed OTHER" in said
+    assert contents(tmp_path / "work") == before and (tmp_path / "notebooks/ran").read_text() == "0"
+
+
+def test_a_link_in_the_place_of_a_copy_is_left_alone(run, tmp_path):
+    """To nowhere, or to a copy that was moved elsewhere."""
+    (tmp_path / "work").mkdir()
+    nbformat.write(cli._sealed(notebook("1")), tmp_path / "moved.ipynb")
+    (tmp_path / "work/00.ipynb").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "work/00.failed.ipynb").symlink_to(tmp_path / "moved.ipynb")
+    status, said = run(_00=NOTE.format(0))
+    assert status == 1 and "00.ipynb, 00.failed.ipynb" in said and not (tmp_path / "notebooks/ran").exists()
+    assert all(path.is_symlink() for path in (tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("more", [[], ["--in-place"]])
+def test_a_write_that_is_broken_off_leaves_nothing_half(run, tmp_path, monkeypatch, more):
+    def broken_off(notebook, path):
+        path.write_text('{"cells": [')
+        raise KeyboardInterrupt
+
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook("1"), tmp_path / "notebooks/00.ipynb")
+    before = contents(tmp_path / "notebooks")
+    with monkeypatch.context() as patch:
+        patch.setattr(nbformat, "write", broken_off)
+        assert run(*more)[0] == 130
+    assert contents(tmp_path / "notebooks") == before and contents(tmp_path / "work") == {}
+    status, said = run(*more)
+    assert status == 0 and "done before" not in said
 
 
 def test_each_notebook_has_a_fresh_kernel_that_ends_with_it(run, tmp_path):

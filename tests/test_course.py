@@ -1,6 +1,7 @@
 """Profiles, downloads and the thread through the notebooks: what bad input meets, and what it must not lose."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -43,6 +44,29 @@ def test_auto_is_the_embedded_model_without_a_gpu_and_what_fits_with_one(monkeyp
     assert chosen == ["smollm2-135m", "qwen2.5-0.5b-instruct", "baichuan2-7b-chat"]
     monkeypatch.setenv("CHATMAGIC_PROFILE", "chatglm2-6b")
     assert get_profile("auto").name == "chatglm2-6b"
+
+
+def test_home_where_roots_folder_is_closed(tmp_path, monkeypatch):
+    """As for a user without root: Path.is_dir and Path.exists raise PermissionError below a closed folder."""
+    closed = tmp_path / "root"
+    (closed / "autodl-tmp").mkdir(parents=True)
+    monkeypatch.delenv("CHATMAGIC_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "AUTODL", closed / "autodl-tmp")
+    assert download.home() == closed / "autodl-tmp"
+    tmp_path.chmod(0o755)
+    closed.chmod(0o000)
+    if (child := os.fork()) == 0:  # root is kept out by nothing
+        try:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            machine.nearest_existing(closed / "autodl-tmp" / "model")
+            os._exit(download.home() != tmp_path / "cache" / "chatmagic")
+        except BaseException:
+            os._exit(2)
+    status = os.waitpid(child, 0)[1]
+    closed.chmod(0o755)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_what_does_not_fit_is_refused_before_a_byte_is_fetched(monkeypatch, home):

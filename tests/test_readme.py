@@ -13,7 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
+
+from chatmagic import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.en.md")
@@ -61,7 +64,7 @@ def test_make_tutorial(clone):
     executed = clone / "work" / "executed"
     executed.mkdir(parents=True)
     for notebook in sorted((clone / "notebooks").glob("0*.ipynb"))[:-1]:
-        shutil.copy(notebook, executed)
+        cli._write(cli._sealed(nbformat.read(notebook, as_version=4)), executed / notebook.name)
     printed = run("make tutorial", clone)
     assert "[7/7] 06-inference" in printed and "question" in printed and "我叫梦中情炉" in printed
     assert len(list(executed.glob("*.ipynb"))) == 7

@@ -152,6 +152,46 @@ def test_what_changed_is_asked_of_the_newest(trained, tmp_path, capsys, monkeypa
     assert len(adapter["after"]["replies"]) > 80
 
 
+def of_ones_own(home, *names) -> Path:
+    """The course's folder, with data that the reader put there under these names."""
+    folder = course.start(NAME).folder
+    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "ja"}]} for n in range(24)]
+    for name in names:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("names", [("train.jsonl",), ("val.jsonl",), ("train.jsonl", "val.jsonl")])
+def test_data_of_ones_own_is_never_overwritten(home, monkeypatch, names):
+    """What is missing is made, or a tenth of one's own is kept out of training."""
+    monkeypatch.setenv("CHATMAGIC_HOME", str(home))
+    folder = of_ones_own(home, *names)
+    before = {name: (folder / name).read_bytes() for name in names}
+    script.make_data(course.resume())
+    assert {name: (folder / name).read_bytes() for name in names} == before
+    train, val = ((folder / name).read_text().splitlines() for name in ("train.jsonl", "val.jsonl"))
+    if names == ("train.jsonl",):
+        assert len(val) == 2 and set(val) < set(train)
+        assert "replies.json" not in {path.name for path in folder.iterdir()}, "nothing is made for it"
+
+
+def test_what_is_held_out_of_ones_own_data_is_not_trained(home, monkeypatch):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(home))
+    of_ones_own(home, "train.jsonl")
+    lengths = []
+    monkeypatch.setattr(script, "RandomSampler", lambda data, num_samples: lengths.append(len(data)) or range(16))
+    assert train(home) == 0
+    assert lengths == [22]
+
+
+def test_one_conversation_is_too_few_to_hold_one_out(home, monkeypatch, capsys):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(home))
+    data = of_ones_own(home, "train.jsonl") / "train.jsonl"
+    data.write_text(data.read_text().splitlines()[0])
+    assert train(home) == 1
+    assert "has 1 conversations: two are the least" in capsys.readouterr().err and not data.with_name("val.jsonl").exists()
+
+
 def test_before_any_training_the_way_to_it_is_told(home, capsys, monkeypatch):
     monkeypatch.setenv("CHATMAGIC_HOME", str(home))
     assert cli.main(["evaluate", NAME]) == 1

@@ -69,12 +69,12 @@ def loader(data, batch_size=2, **kwargs):
 
 
 def fit(model, path, epochs=10, lr=1e-2, train=None, val=None, scheduler=None, runner=None, **settings):
-    """A quiet run in fp32; 40 steps unless told otherwise."""
+    """A quiet run in fp32; 40 steps unless told otherwise. `val=False` is none."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=scheduler and scheduler(optimizer))
     keras_model.StepRunner = runner or keras_model.StepRunner
     settings = {"plot": False, "cpu": True, "mixed_precision": "no", "patience": epochs} | settings
-    train, val = train or loader(rows(8)), val or loader(rows(4, seed=1))
+    train, val = train or loader(rows(8)), loader(rows(4, seed=1)) if val is None else val or None
     return keras_model.fit(train, val, epochs=epochs, ckpt_path=path, **settings)
 
 

@@ -176,7 +176,7 @@ class RankAllocator(PeftRankAllocator):
             setattr(
                 self, name, [average.to(param.device) for average, param in zip(state[name], self.params)]
             )
-        self.peft_config.rank_pattern = state["rank_pattern"]
+        self.peft_config.rank_pattern, self.masks = state["rank_pattern"], None
 
     def reset_ipt(self):
         self.exp_avg_ipt, self.exp_avg_unc = [], []

@@ -134,7 +134,10 @@ class CapturedStep:
         torch._foreach_mul_(self.grads, 1 / self.counts[1])
         penalty = self.allocator.penalty(add_gradients=True) if self.allocator else torch.zeros_like(self.counts[0])
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm)
+        # A fused AdamW takes no step where this is 1, as for a GradScaler: StepRunner refuses such a step too late.
+        self.optimizer.found_inf = 1 - (norm + self.counts[0]).isfinite().float()
         self.optimizer.step()
+        del self.optimizer.found_inf
         if self.allocator and self.allocator.scoring:
             self.allocator.update_ipt(self.model)
         self.optimizer.zero_grad()

@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,14 @@ from pathlib import Path
 import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save
+from torch.utils._pytree import tree_leaves
 
+from ..checkpoint import first_not_finite
 from ..errors import ChatmagicError
 from ..merge import PROVENANCE, base_fingerprint
 
 WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
+FILES = {WEIGHTS, CONFIG, PROVENANCE, STATE}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -79,29 +83,41 @@ def state_folder(ckpt_path: str | Path, step: int) -> Path:
 def save_state(model, state: dict, ckpt_path: str | Path) -> None:
     """Write `state` (tensors and plain values) and the adapter to CKPT_PATH/last-STEP, then drop older ones."""
     ckpt_path, folder = Path(ckpt_path), state_folder(ckpt_path, state["step"])
+    leaves = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    check_finite({f"Tensor {number} of the state": leaf for number, leaf in enumerate(leaves)}, folder)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with staged(ckpt_path, adapter_files(model) | {STATE: buffer.getbuffer()}) as staging:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            if others := {file.name for file in folder.iterdir()} - FILES:
+                raise ChatmagicError(
+                    f"{folder} holds {min(others)}, which no run wrote, and the state of this step goes there: move it "
+                    "away. The state before is kept: fit(..., resume=True) goes on from it."
+                )
+            shutil.rmtree(folder)
         os.replace(staging, folder)
-    for old in ckpt_path.glob("last-*"):
+    for old in states(ckpt_path):
         if old != folder:
             shutil.rmtree(old)
 
 
-def load_state(ckpt_path: str | Path) -> dict:
-    """The newest state under `ckpt_path`. Raises ChatmagicError if there is none."""
-    states = list(Path(ckpt_path).glob(f"last-*/{STATE}"))
-    if not states:
-        raise ChatmagicError(
-            f"Nothing to resume in {ckpt_path}: no last-*/{STATE}. Start with fit(resume=False)."
-        )
-    newest = max(states, key=lambda path: path.stat().st_mtime_ns)  # a new run's 0 comes after the old one's 120
-    return torch.load(newest, map_location="cpu", weights_only=True)
+def states(ckpt_path: Path) -> list[Path]:
+    """The folders that `save_state` made, also what a kill left of one; not a reader's own, whatever its name."""
+    numbered = (path for path in ckpt_path.glob("last-*") if re.fullmatch(r"last-\d{6,}", path.name))
+    return [path for path in numbered if {file.name for file in path.iterdir()} <= FILES]
+
+
+def newest_state(ckpt_path: str | Path, read: bool = True) -> dict | None:
+    """The newest state under `ckpt_path`, None if there is none. Without `read` its tensors stay on the disk."""
+    files = [folder / STATE for folder in states(Path(ckpt_path)) if (folder / STATE).is_file()]
+    if not files:
+        return None
+    newest = max(files, key=lambda path: path.stat().st_mtime_ns)  # a new run's 0 comes after the old one's 120
+    return torch.load(newest, map_location="cpu", weights_only=True, mmap=not read)
 
 
 def adapter_files(model) -> dict[str, bytes]:
-    """The files of a PEFT adapter folder, by name."""
+    """The files of a PEFT adapter folder, by name. Raises ChatmagicError for factors that are no numbers any more."""
     name = model.active_adapter
     config = model.peft_config[name]
     live_pattern = getattr(config, "rank_pattern", None)
@@ -115,6 +131,7 @@ def adapter_files(model) -> dict[str, bytes]:
     }
     config.rank_pattern = live_pattern  # get_peft_model_state_dict has renamed its layers
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    check_finite(tensors, "in the adapter")
     base = Path(config.base_model_name_or_path or "")
     return {
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
@@ -123,6 +140,14 @@ def adapter_files(model) -> dict[str, bytes]:
         ).encode(),
         CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
     }
+
+
+def check_finite(tensors: dict[str, torch.Tensor], where) -> None:
+    if name := first_not_finite(tensors):
+        raise ChatmagicError(
+            f"{name} is not finite any more, so it is not saved ({where}); what was saved before is as it was. Lower the "
+            "learning rate, and go on from there: fit(..., resume=True)."
+        )
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """KerasModel: torchkeras' runners and callbacks under a `fit` that suits an adapter whose ranks shrink."""
 
+import io
 import math
+import os
 import warnings
 from copy import deepcopy
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pandas as pd
 import torch
@@ -15,10 +18,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torchkeras import kerasmodel
 from torchkeras.kerascallbacks import VisProgress
 
+from ..decode import without_cudnn_attention
 from ..errors import ChatmagicError
 from .adalora import rank_allocator
 from .captured import CapturedStep, why_not
-from .checkpoints import load_adapter, load_state, save_adapter, save_state, state_folder
+from .checkpoints import STATE, load_adapter, newest_state, save_adapter, save_state, state_folder
 from .fast import fast_layers
 from .plots import EpochLines, pictures
 from .runtime import (
@@ -33,6 +37,10 @@ from .runtime import (
     trainable,
 )
 from .step import StepRunner
+
+
+# What a model was before its first step: a model that was stopped on its way can start anew.
+BEGINNINGS: WeakKeyDictionary[torch.nn.Module, bytes] = WeakKeyDictionary()
 
 
 class TrainingInterrupted(ChatmagicError):
@@ -68,7 +76,7 @@ class KerasModel(kerasmodel.KerasModel):
         mode: str = "min",
         callbacks: list | None = None,
         plot: bool = True,
-        resume: bool = False,
+        resume: bool | None = None,
         save_every: int | None = None,
         mixed_precision: str = "auto",
         cpu: bool = False,
@@ -80,8 +88,11 @@ class KerasModel(kerasmodel.KerasModel):
         loader of its own batch size; every epoch's rows are dealt out among them.
         ckpt_path: gets the adapter of the best epoch (which the net has too at the end) and the pictures. With
         AdaLoRA no epoch counts, for the best or for patience, before the ranks are final.
-        resume: go on from the newest state in ckpt_path, to the same losses as an unbroken run. A state is saved
-        at the start, at the end of an epoch, on Ctrl-C, and every `save_every` optimizer steps if that is given.
+        resume: True goes on from the newest state in ckpt_path, to the same losses as an unbroken run. A state is
+        saved at the start, at the end of an epoch, on Ctrl-C, and every `save_every` optimizer steps if that is given.
+        False starts anew, also with a model that has made steps already. None is for a model and a ckpt_path where
+        there is nothing to choose; where there is, the environment's CHATMAGIC_RESUME (1 or 0) says it for runs that
+        nobody watches, and else ChatmagicError asks.
         plot: show the curve and a progress bar while it runs, and save pictures; else print a line an epoch.
         mixed_precision: "auto" is bf16 where the hardware has it, fp16 on older GPUs, else "no".
 
@@ -107,15 +118,19 @@ class KerasModel(kerasmodel.KerasModel):
         self.train_loader, self.val_loader = self.accelerator.prepare(train_data, val_data)
         self.steps_per_epoch = math.ceil(len(self.train_loader) / gradient_accumulation_steps)
         self._check()
+        resume = self._resumes(resume)
         self.epoch, self.batch, self.sums, self.history, self.best = 1, 0, None, {}, None
         self.epoch_rng = self.rng = get_rng(self.samplers)
         self.callbacks = [*([*pictures(), VisProgress()] if plot else [EpochLines()]), *(callbacks or [])]
         try:
             self._place()
-            (self._load_state if resume else self._save_state)()
+            if resume:
+                self._load_state(newest_state(self.ckpt_path))
+            else:
+                self._start()
             self.captured = self._capture()
             self._call_back("on_fit_start")
-            with noted_interrupt() as self.interrupt, fast_layers(self.net):
+            with noted_interrupt() as self.interrupt, fast_layers(self.net), without_cudnn_attention():
                 while self.epoch <= epochs and not self._out_of_patience():
                     self._run_epoch()
             if self.best is None:
@@ -184,6 +199,44 @@ class KerasModel(kerasmodel.KerasModel):
         else:
             return
         raise ChatmagicError(problem)
+
+    def _resumes(self, resume: bool | None) -> bool:
+        """Whether to go on from a state; ChatmagicError where that must be said, and is not."""
+        state = newest_state(self.ckpt_path, read=False)
+        if resume and state is None:
+            raise ChatmagicError(f"Nothing to resume in {self.ckpt_path}: no last-*/{STATE}. Start with resume=False.")
+        broken_off = state is not None and state["step"] and not state["finished"]
+        if resume is None and (broken_off or self._has_steps()):
+            found = f"A run in {self.ckpt_path} was stopped after step {state['step']} of {state['of']}" if broken_off else (
+                "This model has been trained already, and its schedule is spent"
+            )
+            resume = {"1": True, "0": False}.get(os.environ.get("CHATMAGIC_RESUME"))
+            if resume is None:
+                raise ChatmagicError(
+                    f"{found}. Say which it is to be: fit(..., resume=True) goes on with that run, "
+                    "fit(..., resume=False) starts anew from step 1, in place of what is there. As a command: "
+                    "chatmagic train --resume, or --no-resume."
+                )
+        return bool(resume) and state is not None
+
+    def _has_steps(self) -> bool:
+        """Whether the optimizer has made steps, or the adapter is on its way through its ranks."""
+        return bool(self.optimizer.state) or bool(self.allocator and self.allocator.step)
+
+    def _start(self):
+        """From the beginning: the model's own, if it has made steps since."""
+        if not self._has_steps():
+            buffer = io.BytesIO()
+            torch.save(self._state(), buffer)
+            BEGINNINGS[self.net] = buffer.getvalue()
+        elif self.net in BEGINNINGS:
+            state = torch.load(io.BytesIO(BEGINNINGS[self.net]), map_location="cpu", weights_only=True)
+            if not self.optimizer.state:  # made again since, perhaps with another rate
+                state |= {"optimizer": None, "lr_scheduler": None}
+            self._load_state(state)
+        else:
+            raise ChatmagicError("This model was trained elsewhere. To start anew, make it, and its optimizer, again.")
+        self._save_state()
 
     def _place(self):
         """Device, the same adapter in all processes, loss scaling. The net is not given to accelerate, which would wrap
@@ -260,8 +313,8 @@ class KerasModel(kerasmodel.KerasModel):
         if stop:
             raise TrainingInterrupted(
                 f"Interrupted after step {self.step} of {self.epochs * self.steps_per_epoch}. The state is in "
-                f"{state_folder(self.ckpt_path, self.step)}: to go on, make the model again and call "
-                "fit(..., resume=True), or: chatmagic train --resume."
+                f"{state_folder(self.ckpt_path, self.step)}: to go on, here or in a new kernel that has made the model "
+                "again, call fit(..., resume=True), or: chatmagic train --resume."
             )
 
     @property
@@ -279,8 +332,13 @@ class KerasModel(kerasmodel.KerasModel):
         return self.best is not None and self.epoch - 1 - self.best["epoch"] >= self.patience
 
     def _save_state(self):
-        state = {
+        self._on_main(save_state, self.net, self._state(), self.ckpt_path)
+
+    def _state(self) -> dict:
+        return {
             "step": self.step,
+            "of": self.epochs * self.steps_per_epoch,
+            "finished": self.epoch > self.epochs or self._out_of_patience(),
             "epoch": self.epoch,
             "batch": self.batch,
             "sums": getattr(self.runner, "sums", None) if self.batch else None,
@@ -294,16 +352,20 @@ class KerasModel(kerasmodel.KerasModel):
             "epoch_rng": gather_object([self.epoch_rng]),  # one of each process, and so the next
             "rng": gather_object([get_rng(self.samplers)]),
         }
-        self._on_main(save_state, self.net, state, self.ckpt_path)
 
     @torch.no_grad()
-    def _load_state(self):
-        state = load_state(self.ckpt_path)
+    def _load_state(self, state: dict):
         processes, params = len(state["rng"]), dict(trainable(self.net))
         if processes != self.accelerator.num_processes:
             raise ChatmagicError(
                 f"The state in {self.ckpt_path} is of {processes} processes, this run has "
                 f"{self.accelerator.num_processes}. Resume with as many: accelerate launch --num_processes {processes}."
+            )
+        if state["of"] != self.epochs * self.steps_per_epoch:
+            raise ChatmagicError(
+                f"The state in {self.ckpt_path} is of a run of {state['of']} steps, and this one has "
+                f"{self.epochs * self.steps_per_epoch}: the schedule would be another. Give fit the data, the batch size "
+                "and the epochs of then, or start anew with fit(..., resume=False)."
             )
         if params.keys() != state["params"].keys():
             raise ChatmagicError(

@@ -1,9 +1,11 @@
 """The notebooks' run as a script, in one process or many: what `chatmagic train` does."""
 
 import math
+import random
 import signal
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
@@ -25,7 +27,7 @@ from .plots import pictures
 from .runtime import lost_peer
 
 
-def run(course: Course, resume: bool = False, save_every: int | None = None):
+def run(course: Course, resume: bool | None = None, save_every: int | None = None):
     """Go through 00-setup to 04-train-adalora, as one process or as one of those that a launcher started; returns
     fit's history. SIGTERM is taken as Ctrl-C is."""
     signal.signal(signal.SIGTERM, interrupted)
@@ -66,15 +68,26 @@ def make_data(course: Course) -> None:
     """What 01-download and 03-dataset leave: the base model, conversations to train on and to validate with."""
     if not (course.model / "config.json").is_file():
         snapshot_download(course.profile.name)
-    if course.train.is_file() and course.val.is_file():
+    if course.train.is_file():  # perhaps the reader's own: never written over
+        if not course.val.is_file():
+            write_jsonl(hold_out([*read_jsonl(course.train, progress=False)], course.train), course.val)
         return
     replies = own_replies(*load(course))  # of a model of its own: bitsandbytes repacks one that answers on the CPU
     course.save_json("replies.json", replies)
     count, general = course.profile.conversations, course.profile.general
     train = make_conversations(course.persona, replies, count, seed=0, general=general)
-    val = make_conversations(course.persona, replies, 12, seed=1, general=general, without=train)
+    if not course.val.is_file():
+        write_jsonl(make_conversations(course.persona, replies, 12, seed=1, general=general, without=train), course.val)
     write_jsonl(train, course.train)
-    write_jsonl(val, course.val)
+
+
+def hold_out(conversations: list[list[dict]], path: Path) -> list[list[dict]]:
+    """A tenth of the conversations that were read from `path`, the same each time, to validate with."""
+    if len(conversations) < 2:
+        raise ChatmagicError(f"{path} has {len(conversations)} conversations: two are the least, one to validate with.")
+    held = random.Random(0).sample(conversations, max(1, len(conversations) // 10))
+    print(f"{len(held)} of the {len(conversations)} conversations of {path.name} are kept for validation: val.jsonl.")
+    return held
 
 
 def train(course: Course, **settings):
@@ -83,10 +96,9 @@ def train(course: Course, **settings):
     torch.manual_seed(0)
     model, tokenizer = load(course)
 
-    train_data, val_data = (
-        [encode_example(messages, tokenizer) for messages in read_jsonl(path, progress=False)]
-        for path in (course.train, course.val)
-    )
+    held_out = [*read_jsonl(course.val, progress=False)]
+    learnt = (messages for messages in read_jsonl(course.train, progress=False) if messages not in held_out)
+    train_data, val_data = ([encode_example(each, tokenizer) for each in part] for part in (learnt, held_out))
     collator = DataCollator(tokenizer)
     drawn = RandomSampler(train_data, num_samples=profile.samples)
     train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)

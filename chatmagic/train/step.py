@@ -15,6 +15,9 @@ from .fast import flattened, may_be_flattened
 from .runtime import never_packed, trainable
 
 
+CALMER = "Lower the learning rate, or train with mixed_precision='no'."
+
+
 class StepRunner:
     """torchkeras' step, for a causal language model with an adapter.
 
@@ -52,6 +55,7 @@ class StepRunner:
         batch = self._without_repeated(batch)
         if self._may_be_captured() and (numbers := self.captured(batch)):
             loss, taught, tokens, penalty, norm, lr = numbers
+            refuse_not_finite(loss, norm)
             self.log |= {"train_penalty": penalty} if self.allocator else {}
             self.log |= {"lr": lr, "grad_norm": norm}
             self._allocate()
@@ -84,7 +88,7 @@ class StepRunner:
         if self.stage == "val" or self.accelerator.sync_gradients:
             loss, taught, tokens = self._summed()
             if self.stage == "train":
-                self._update(taught)
+                self._update(loss, taught)
             elif self.allocator:
                 self.log["val_penalty"] = self.allocator.penalty(add_gradients=False).item()
             self._add_to_log(loss, taught, tokens)
@@ -148,7 +152,7 @@ class StepRunner:
                 param.grad = grad.view_as(param).to(param.dtype)
         return pending.tolist()
 
-    def _update(self, taught: float):
+    def _update(self, loss: float, taught: float):
         """The optimizer step, with gradients of the mean over the `taught` label tokens of the global batch.
 
         accelerate has divided them by the steps that are accumulated, which is undone. The penalty joins after fp16's
@@ -170,6 +174,8 @@ class StepRunner:
         if self.allocator:
             self.log["train_penalty"] = self.allocator.penalty(add_gradients=True).item()
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
+        if not self.accelerator.scaler:  # which skips a step that overflows in fp16, and scales less
+            refuse_not_finite(loss, norm)
         self.log |= {"lr": float(self.optimizer.param_groups[0]["lr"]), "grad_norm": norm}
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 overflowed: the gradients say nothing
@@ -188,9 +194,7 @@ class StepRunner:
 
     def _add_to_log(self, loss: float, taught: float, tokens: float):
         if not (math.isfinite(loss) or self.accelerator.scaler):
-            raise ChatmagicError(
-                f"The {self.stage} loss is {loss}. Lower the learning rate, or train with mixed_precision='no'."
-            )
+            raise ChatmagicError(f"The {self.stage} loss is {loss}. {CALMER}")
         self.sums = [self.sums[0] + loss, self.sums[1] + taught]
         self.log[f"{self.stage}_loss"] = self.sums[0] / self.sums[1] if self.sums[1] else math.nan
         if self.stage == "train":
@@ -209,6 +213,15 @@ def head_sees_only(model, rows: torch.Tensor, columns: torch.Tensor):
         yield
     finally:
         handle.remove()
+
+
+def refuse_not_finite(loss: float, norm: float) -> None:
+    """Raise ChatmagicError where a step must not be taken: it would make the whole adapter what its gradients are."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise ChatmagicError(
+            f"The train loss is {loss:.4g} and the norm of the gradients {norm:.4g}, so this step was not taken, and "
+            f"what was saved before is as it was. {CALMER} To go on from there: fit(..., resume=True)."
+        )
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,0 +1,121 @@
+"""A gradient that is no number any more is not stepped by; and nothing that is not finite is saved, merged or exported."""
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_runs import Replayed, adalora, fit, lora, tiny_llama
+
+from chatmagic import ChatmagicError, adalora_to_lora, merge_adapter
+from chatmagic.train import StepRunner, keras
+from chatmagic.train.checkpoints import newest_state, save_adapter, save_state
+from chatmagic.train.runtime import trainable
+
+BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+
+
+def spoiling(batch, bad):
+    """A StepRunner in whose `batch`-th training batch the gradient of one number is `bad`."""
+
+    class Runner(StepRunner):
+        seen = 0
+
+        def __call__(self, inputs):
+            if self.stage == "train":
+                Runner.seen += 1
+                if Runner.seen == batch:
+                    Runner.before = [param.detach().clone() for param in self.params]
+                    param = self.params[3]
+                    hook = param.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), bad))
+                    try:
+                        return super().__call__(inputs)
+                    finally:
+                        hook.remove()
+            return super().__call__(inputs)
+
+    return Runner
+
+
+@BAD
+@pytest.mark.parametrize(
+    "make, settings",
+    [
+        (adalora, {}),
+        (lora, {}),
+        (adalora, {"gradient_accumulation_steps": 2}),
+        (lora, {"monitor": "train_loss", "val": False}),
+        (adalora, {"captured": True}),
+        (lora, {"captured": True}),
+    ],
+)
+def test_the_step_is_not_taken_and_what_was_saved_stays(tmp_path, monkeypatch, make, settings, bad):
+    settings = dict(settings)
+    if settings.pop("captured", False):
+        monkeypatch.setattr(keras, "why_not", lambda *_: None)
+        monkeypatch.setattr(keras, "CapturedStep", Replayed)
+    accumulated = settings.get("gradient_accumulation_steps", 1)
+    epochs = 10 * accumulated
+    runner, model = spoiling(38 * accumulated, bad), make()
+    with pytest.raises(ChatmagicError, match="norm of the gradients (nan|inf).*this step was not taken.*resume=True"):
+        fit(model, tmp_path, epochs=epochs, runner=runner, **settings)
+    assert all(map(torch.equal, runner.before, (param for _, param in trainable(model))))
+    state = newest_state(tmp_path)
+    assert state["step"] == 36 and all(param.isfinite().all() for param in state["params"].values())
+    assert all(factor.isfinite().all() for factor in load_file(tmp_path / "adapter_model.safetensors").values())
+
+
+@BAD
+def test_neither_adapter_nor_state_is_saved(tmp_path, bad):
+    model = lora()
+    fit(model, tmp_path, epochs=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    next(param for _, param in trainable(model)).data[0, 0] = bad
+    with pytest.raises(ChatmagicError, match="lora_A.*not finite any more, so it is not saved"):
+        save_adapter(model, tmp_path)
+    with pytest.raises(ChatmagicError, match="not finite any more"):
+        save_state(model, {"step": 9}, tmp_path)
+    good = lora()
+    with pytest.raises(ChatmagicError, match="of the state is not finite"):
+        save_state(good, {"step": 9, "optimizer": {"state": {0: {"exp_avg": torch.tensor([1.0, bad])}}}}, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base folder and an AdaLoRA adapter for it."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny_llama().save_pretrained(folder / "base")
+    model = adalora(base=type(tiny_llama()).from_pretrained(folder / "base"))
+    fit(model, folder / "adapter")
+    return folder
+
+
+@BAD
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B", "lora_E"])
+def test_neither_merged_nor_exported(tmp_path, trained, factor, bad):
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    factors = load_file(file)
+    name = next(name for name, tensor in factors.items() if factor in name and tensor.numel())
+    factors[name].view(-1)[0] = bad
+    save_file(factors, file, metadata={"format": "pt"})
+    for make in (lambda: merge_adapter(trained / "base", tmp_path / "adapter", tmp_path / "out"),
+                 lambda: adalora_to_lora(tmp_path / "adapter", tmp_path / "out")):  # fmt: skip
+        with pytest.raises(ChatmagicError, match=f"not finite, first in .*{factor}"):
+            make()
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_merge_that_overflows_the_bases_dtype_is_refused(tmp_path):
+    base = tiny_llama().half()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"]))
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.constant_(param, 200.0)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ChatmagicError, match="q_proj.weight is not finite in torch.float16"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
