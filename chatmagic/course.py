@@ -3,13 +3,15 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .download import home
+from .dataset import as_jsonl, write_jsonl
+from .download import snapshot_download
 from .errors import ChatmagicError
+from .machine import home
 from .persona import Persona, questions
-from .profiles import Profile, get_profile
+from .profiles import AUTO, Profile, choose_profile, get_profile
 
 # What a notebook may need of earlier ones: name -> (file or folder, the notebook that leaves it there)
 LEFT = {
@@ -32,6 +34,7 @@ class Course:
 
     profile: Profile
     persona: Persona
+    auto: bool = False  # the profile was chosen for this machine, not by the reader
 
     @property
     def model(self) -> Path:
@@ -57,21 +60,60 @@ class Course:
         part.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
         part.replace(path)
 
+    def save_data(self, **made: list[list[dict]]) -> None:
+        """Write conversations to train.jsonl, val.jsonl. Raises CourseError where a file of that name is not what this
+        wrote before: somebody's own data, which is never written over."""
+        written = self.folder / "made.json"
+        ours = json.loads(written.read_text()) if written.is_file() else []
+        paths = {self.folder / f"{name}.jsonl": conversations for name, conversations in made.items()}
+        for path in paths:
+            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() not in ours:
+                raise CourseError(
+                    f"{path} is your own, or was changed since it was made: it is left as it is. Train on it with "
+                    "04-train-adalora.ipynb; to have data made again, move it away."
+                )
+        digests = [hashlib.sha256(as_jsonl(conversations).encode()).hexdigest() for conversations in paths.values()]
+        self.save_json("made.json", sorted({*ours, *digests}))  # first: a kill in between leaves no file that nobody made
+        for path, conversations in paths.items():
+            write_jsonl(conversations, path)
+
+    def remember(self) -> "Course":
+        """Let the notebooks that follow find this course."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = home() / "course" / "course.json"
+        part = path.with_name("course.json.part")
+        chosen = {"profile": self.profile.name, "auto": self.auto, "persona": asdict(self.persona)}
+        part.write_text(json.dumps(chosen, ensure_ascii=False, indent=1), encoding="utf-8")
+        part.replace(path)
+        return self
+
     def shown(self) -> list[str]:
         """The questions of the table at the end: the nine that are trained, and six general ones."""
         return [question for _, question in self.persona.asked("trained")] + questions()["general"]["shown"]
 
 
 def start(profile: str = "auto", **persona) -> Course:
-    """Choose the model and who it becomes, and remember both for the notebooks that follow."""
-    course = Course(get_profile(profile), Persona(**persona))
-    course.folder.mkdir(parents=True, exist_ok=True)
-    chosen = {"profile": course.profile.name, "persona": asdict(course.persona)}
-    path = home() / "course" / "course.json"
-    part = path.with_name("course.json.part")
-    part.write_text(json.dumps(chosen, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(part, path)
-    return course
+    """Choose the model and who it becomes, and remember both for the notebooks that follow. "auto" says why, where it
+    does not take what it would take on a larger machine."""
+    auto = profile == "auto" and "CHATMAGIC_PROFILE" not in os.environ
+    chosen, reason = choose_profile() if auto else (get_profile(profile), "")
+    if reason:
+        print(reason)
+    return Course(chosen, Persona(**persona), auto).remember()
+
+
+def fetch(course: Course) -> Course:
+    """The course with its base model downloaded. Where "auto" chose one that no source gives, or that the disk does not
+    hold, it is the course of the next smaller model, with the reason printed; what the reader chose raises instead."""
+    for name in [course.profile.name, *AUTO[AUTO.index(course.profile.name) + 1 :]] if course.auto else [course.profile.name]:
+        course = replace(course, profile=get_profile(name))
+        try:
+            snapshot_download(name)
+            return course.remember()
+        except ChatmagicError as error:
+            if not course.auto or name == AUTO[-1]:
+                raise
+            print(f"{error}\nSo the course goes on with a smaller model.")
 
 
 def resume(*needs: str) -> Course:
@@ -81,7 +123,7 @@ def resume(*needs: str) -> Course:
     if not chosen.is_file():
         raise CourseError(f"No course is started: there is no {chosen}. Run 00-setup.ipynb first, from its first cell.")
     saved = json.loads(chosen.read_text(encoding="utf-8"))
-    course = Course(get_profile(saved["profile"]), Persona(**saved["persona"]))
+    course = Course(get_profile(saved["profile"]), Persona(**saved["persona"]), saved.get("auto", False))
     for name in needs:
         file, notebook = LEFT[name]
         path = (course.model if name == "model" else course.folder) / file

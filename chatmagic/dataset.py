@@ -45,10 +45,13 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
 def write_jsonl(conversations: Sequence[list[dict]], path: str | Path) -> None:
     """One conversation a line, as `read_jsonl` reads it. The file is whole, or as it was before."""
     path = Path(path).expanduser()
-    lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(lines), encoding="utf-8")
+    part.write_text(as_jsonl(conversations), encoding="utf-8")
     part.replace(path)
+
+
+def as_jsonl(conversations: Sequence[list[dict]]) -> str:
+    return "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations)
 
 
 # What ShareGPT files call the roles, next to their proper names.

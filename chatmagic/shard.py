@@ -1,0 +1,53 @@
+"""A safetensors file, written block by block: no tensor needs to be in memory whole."""
+
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+WORKERS, BLOCK = 4, 2**19  # threads that copy, and bytes they copy at a time: few enough to stay in the cache
+
+
+class Part(NamedTuple):
+    """A tensor that is not read yet: `rows()[i:j]` are some of its rows."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows: Callable
+
+
+def write_shard(target: Path, parts: dict[str, Part], wrote: Callable[[int], object] = lambda size: None) -> None:
+    """Write the tensors to a safetensors file; `wrote` hears the bytes of each block."""
+    entries, end = {}, 0
+    for name, part in sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize):
+        start, end = end, end + math.prod(part.shape) * part.dtype.itemsize
+        entries[name] = {"dtype": DTYPES[part.dtype], "shape": [*part.shape], "data_offsets": [start, end]}
+    header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
+    header += b" " * (-len(header) % 8)
+    target.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    def write(names: list[str]) -> None:
+        with open(target, "r+b") as file:
+            for name in names:
+                part = parts[name]
+                start, end = entries[name]["data_offsets"]
+                file.seek(8 + len(header) + start)
+                count = part.shape[0] if part.shape else 1
+                step = max(BLOCK * count // max(end - start, 1), 1)
+                rows = part.rows()
+                for i in range(0, count, step):
+                    block = rows[i : i + step] if part.shape else rows[...]
+                    file.write(block.contiguous().flatten().view(torch.uint8).numpy())
+                    wrote(block.nbytes)
+
+    names = list(entries)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(write, (names[i::WORKERS] for i in range(WORKERS))))

