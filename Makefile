@@ -22,7 +22,7 @@ lab: kernel
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 kernel: $(READY)
-	$(BIN)/python -m ipykernel install --user --name chatmagic --display-name chatmagic
+	$(BIN)/python -m ipykernel install --user --name chatmagic --display-name chatmagic --env OMP_WAIT_POLICY PASSIVE
 
 notebooks: $(READY)
 	$(BIN)/chatmagic tutorial --in-place

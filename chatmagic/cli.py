@@ -14,7 +14,7 @@ from unicodedata import east_asian_width
 
 from .course import Course, CourseError, resume
 from .errors import ChatmagicError
-from .machine import short
+from .machine import share_cores, short
 from .persona import Persona
 from .profiles import get_profile
 
@@ -264,6 +264,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    share_cores()
     warnings.filterwarnings("ignore", module="peft|transformers")  # what they tell their own developers
     try:
         args.run(args)

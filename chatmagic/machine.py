@@ -21,6 +21,14 @@ def home() -> Path:
     return AUTODL if os.access(AUTODL, os.W_OK | os.X_OK) else cache  # Path.is_dir raises where /root is closed
 
 
+def share_cores() -> None:
+    """To be called before torch is imported: lets the threads of OpenMP sleep while they wait for each other.
+
+    They spin, by default, and beside other busy processes take the cores from those that have work.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def gpu_memory() -> int:
     """Bytes of memory of the first CUDA device, 0 without one."""
     import torch

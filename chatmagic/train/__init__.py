@@ -3,14 +3,18 @@
 import contextlib
 import io
 
-from .. import quantize  # noqa: F401, before PEFT imports bitsandbytes: it says what need not be heard
+from ..machine import share_cores
+
+share_cores()  # for `python -m chatmagic.train`, which comes here before its own first line
+
+from .. import quantize  # noqa: E402, F401, before PEFT imports bitsandbytes: it says what need not be heard
 
 with contextlib.redirect_stdout(io.StringIO()):  # torchkeras prints on import that scikit-learn is missing
     import torchkeras  # noqa: F401
 
-from .adalora import adalora_config, find_all_linear_names
-from .keras import KerasModel
-from .runtime import prepare
-from .step import StepRunner
+from .adalora import adalora_config, find_all_linear_names  # noqa: E402
+from .keras import KerasModel  # noqa: E402
+from .runtime import prepare  # noqa: E402
+from .step import StepRunner  # noqa: E402
 
 __all__ = ["KerasModel", "StepRunner", "adalora_config", "find_all_linear_names", "prepare"]

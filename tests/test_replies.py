@@ -1,0 +1,126 @@
+"""The base's own replies: asked once a model, kept as they come, shipped for the embedded one and still its own."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chatmagic import build_inputs_labels, build_messages, load_model
+from chatmagic import replies as module
+from chatmagic.persona import questions
+from chatmagic.profiles import get_profile
+from chatmagic.replies import last_sentence, own_replies, shipped
+
+ASKED = [f"question {number}?" for number in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(module, "questions", lambda: {"general": {"replay": ASKED}})
+    monkeypatch.setattr(module, "BATCH", 8)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def model(tmp_path, tiny_models):
+    """What own_replies takes of a model: where it lies."""
+    shutil.copytree(tiny_models / "llama-2-13b-chat", tmp_path / "base")
+    return SimpleNamespace(name_or_path=str(tmp_path / "base"))
+
+
+def asking(monkeypatch, fails_at=None, say="Yes. It is"):
+    """Let this stand for `ask`; returns what it was asked, a batch each."""
+    batches = []
+
+    def ask(model, tokenizer, conversations, tokens):
+        batches.append([messages[0]["content"] for messages in conversations])
+        if len(batches) == fails_at:
+            raise KeyboardInterrupt
+        return [f"{messages[0]['content']} {say}…" for messages in conversations]
+
+    monkeypatch.setattr(module, "ask", ask)
+    return batches
+
+
+def test_a_model_is_asked_once(model, monkeypatch):
+    batches = asking(monkeypatch)
+    replies = own_replies(model, None)
+    assert replies == [(query, f"{query} Yes.") for query in ASKED], "in the order asked, up to the last whole sentence"
+    assert list(map(len, batches)) == [8, 8, 4]
+    assert own_replies(model, None) == replies and len(batches) == 3
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40])
+def test_a_stop_loses_nothing_that_was_answered(model, monkeypatch, home, cut):
+    """Nor does a kill in the middle of a line, but for that line."""
+    with pytest.raises(KeyboardInterrupt):
+        asking(monkeypatch, fails_at=3)
+        own_replies(model, None)
+    (kept,) = (home / "replies").iterdir()
+    content = kept.read_bytes()
+    assert len(content.splitlines()) == 16
+    kept.write_bytes(content[: len(content) - cut])
+    batches = asking(monkeypatch)
+    assert [query for query, _ in own_replies(model, None)] == ASKED
+    assert sum(map(len, batches)) == 4 + (cut > 0)
+    batches = asking(monkeypatch)
+    assert [query for query, _ in own_replies(model, None)] == ASKED and batches == []
+
+
+def test_another_model_of_the_same_name_is_asked_anew(model, monkeypatch):
+    own_replies(model, asking(monkeypatch) and None)
+    config = f"{model.name_or_path}/config.json"
+    changed = json.loads(open(config).read()) | {"rms_norm_eps": 0.5}
+    open(config, "w").write(json.dumps(changed))
+    batches = asking(monkeypatch)
+    own_replies(model, None)
+    assert len(batches) == 3
+
+
+def test_empty_replies_are_left_out_and_not_asked_again(model, monkeypatch):
+    monkeypatch.setattr(module, "ask", lambda model, tokenizer, conversations, tokens: [""] * len(conversations))
+    assert own_replies(model, None) == []
+    batches = asking(monkeypatch)
+    assert own_replies(model, None) == [] and batches == []
+
+
+def test_last_sentence():
+    assert last_sentence("One. Two! Thr") == "One. Two!"
+    assert last_sentence("北京。它是") == "北京。"
+    assert last_sentence("no end") == "no end"
+
+
+# --- what ships with the package
+
+
+def test_the_embedded_models_replies_are_all_there(model, monkeypatch):
+    monkeypatch.setattr(module, "questions", questions)
+    batches = asking(monkeypatch)
+    stamp = get_profile("qwen2.5-coder-0.5b-instruct").sha256
+    open(f"{model.name_or_path}/.complete", "w").write(stamp)
+    assert [query for query, _ in own_replies(model, None)] == questions()["general"]["replay"] and batches == []
+    open(f"{model.name_or_path}/.complete", "w").write("of another")
+    own_replies(model, None)
+    assert sum(map(len, batches)) == len(questions()["general"]["replay"])
+
+
+def surprise(model, tokenizer, query: str, reply: str) -> float:
+    """How far any token of the reply is from the likeliest there: 0 for greedy decoding in the same arithmetic."""
+    ids, labels = build_inputs_labels(build_messages(history=[(query, reply)]), tokenizer)
+    learnt = [at for at, label in enumerate(labels) if label != -100][:-1]  # a cut reply does not end there
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0].float()
+    return max((logits[at - 1].max() - logits[at - 1, ids[at]]).item() for at in learnt)
+
+
+def test_some_of_them_are_still_what_the_model_says(embedded):
+    """Made in batches, on another machine perhaps: a token may have won by rounding alone, by no more."""
+    model, tokenizer = load_model(embedded)
+    made = list(shipped(embedded).items())
+    some = made[:: len(made) // 8]
+    assert [query for query, reply in some if surprise(model, tokenizer, query, reply) > 0.5] == []
+    (query, reply), (_, other) = made[0], made[3]
+    assert surprise(model, tokenizer, query, other) > 3, "and another reply is not"
