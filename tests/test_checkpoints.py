@@ -217,6 +217,17 @@ def test_a_broken_off_run_of_another_kernel_is_asked_for_too(tmp_path):
     assert newest_state(tmp_path)["finished"]
 
 
+def test_a_state_of_an_earlier_version_is_no_obstacle(tmp_path):
+    """It does not say whether its run went through, nor of how many steps that was."""
+    fit(adalora(), tmp_path)
+    (file,) = tmp_path.glob("last-*/state.pt")
+    state = torch.load(file, weights_only=True)
+    torch.save({name: value for name, value in state.items() if name not in ("of", "finished")}, file)
+    assert len(fit(adalora(), tmp_path, resume=True)) == 10
+    torch.save({name: value for name, value in state.items() if name not in ("of", "finished")}, file)
+    assert len(fit(adalora(), tmp_path)) == 10
+
+
 def test_a_readers_own_folders_are_left(tmp_path):
     """A copy of a state that somebody kept, and a folder with something of theirs, under any name."""
     fit(adalora(), tmp_path)

@@ -205,11 +205,11 @@ class KerasModel(kerasmodel.KerasModel):
         state = newest_state(self.ckpt_path, read=False)
         if resume and state is None:
             raise ChatmagicError(f"Nothing to resume in {self.ckpt_path}: no last-*/{STATE}. Start with resume=False.")
-        broken_off = state is not None and state["step"] and not state["finished"]
+        broken_off = state is not None and state["step"] and not state.get("finished", True)  # earlier versions do not say
         if resume is None and (broken_off or self._has_steps()):
-            found = f"A run in {self.ckpt_path} was stopped after step {state['step']} of {state['of']}" if broken_off else (
-                "This model has been trained already, and its schedule is spent"
-            )
+            found = "This model has been trained already, and its schedule is spent"
+            if broken_off:
+                found = f"A run in {self.ckpt_path} was stopped after step {state['step']} of {state['of']}"
             resume = {"1": True, "0": False}.get(os.environ.get("CHATMAGIC_RESUME"))
             if resume is None:
                 raise ChatmagicError(
@@ -361,11 +361,12 @@ class KerasModel(kerasmodel.KerasModel):
                 f"The state in {self.ckpt_path} is of {processes} processes, this run has "
                 f"{self.accelerator.num_processes}. Resume with as many: accelerate launch --num_processes {processes}."
             )
-        if state["of"] != self.epochs * self.steps_per_epoch:
+        steps = self.epochs * self.steps_per_epoch
+        if state.get("of", steps) != steps:
             raise ChatmagicError(
-                f"The state in {self.ckpt_path} is of a run of {state['of']} steps, and this one has "
-                f"{self.epochs * self.steps_per_epoch}: the schedule would be another. Give fit the data, the batch size "
-                "and the epochs of then, or start anew with fit(..., resume=False)."
+                f"The state in {self.ckpt_path} is of a run of {state['of']} steps, and this one has {steps}: the schedule "
+                "would be another. Give fit the data, the batch size and the epochs of then, or start anew with "
+                "fit(..., resume=False)."
             )
         if params.keys() != state["params"].keys():
             raise ChatmagicError(

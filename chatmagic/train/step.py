@@ -174,8 +174,8 @@ class StepRunner:
         if self.allocator:
             self.log["train_penalty"] = self.allocator.penalty(add_gradients=True).item()
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
-        if not self.accelerator.scaler:  # which skips a step that overflows in fp16, and scales less
-            refuse_not_finite(loss, norm)
+        # A scaler skips the step if gradients overflow in fp16, and scales less; it cannot mend the loss itself.
+        refuse_not_finite(loss, 0.0 if self.accelerator.scaler else norm)
         self.log |= {"lr": float(self.optimizer.param_groups[0]["lr"]), "grad_norm": norm}
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 overflowed: the gradients say nothing
@@ -193,7 +193,7 @@ class StepRunner:
             self.lr_scheduler.step()
 
     def _add_to_log(self, loss: float, taught: float, tokens: float):
-        if not (math.isfinite(loss) or self.accelerator.scaler):
+        if not math.isfinite(loss):
             raise ChatmagicError(f"The {self.stage} loss is {loss}. {CALMER}")
         self.sums = [self.sums[0] + loss, self.sums[1] + taught]
         self.log[f"{self.stage}_loss"] = self.sums[0] / self.sums[1] if self.sums[1] else math.nan
