@@ -42,7 +42,7 @@ def tutorial(args) -> None:
     none is left, all of them again."""
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
     from traitlets.config import Config
 
     notebooks = sorted(args.notebooks.glob("0*.ipynb"))
@@ -83,6 +83,11 @@ def tutorial(args) -> None:
             raise ChatmagicError(
                 f"{path.name} failed: {error.ename}: {error.evalue}\nThe executed part is {failed}. Mend the cause, "
                 "then run the same command: it goes on from this notebook."
+            ) from None
+        except (AssertionError, DeadKernelError):  # the first where nbclient, on Ctrl-C, ends the kernel under itself
+            raise ChatmagicError(
+                f"The kernel of {path.name} ended before its notebook: by Ctrl-C, or killed for want of memory. The same "
+                "command goes on from this notebook."
             ) from None
         if args.in_place:
             _write(notebook, path.resolve())  # a link stays one

@@ -3,8 +3,10 @@ the command line."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
@@ -153,6 +155,31 @@ def test_each_notebook_has_a_fresh_kernel_that_ends_with_it(run, tmp_path):
     status, said = run(_00="import os; x = 1; open('pid', 'w').write(str(os.getpid()))", _01="x")
     assert status == 1 and "NameError" in said
     assert not os.path.exists(f"/proc/{(tmp_path / 'notebooks/pid').read_text()}")
+
+
+def test_a_kernel_that_was_killed_is_told_and_the_same_command_goes_on(run):
+    status, said = run(_00="1", _01="import os; os.kill(os.getpid(), 9)")
+    assert status == 1 and "The kernel of 01.ipynb ended before its notebook" in said and "Traceback" not in said
+    status, said = run(_01="1")
+    assert status == 0 and "00" in said and "done before" in said
+
+
+def test_ctrl_c_is_told_and_the_same_command_goes_on(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    code = "open('ran', 'w').close(); import time; time.sleep(60)"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbformat.write(notebook, tmp_path / "notebooks" / "00.ipynb")
+    command = [sys.executable, "-m", "chatmagic.cli", "tutorial", "--executed", str(tmp_path / "executed")]
+    path = os.pathsep.join(sys.path)
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+    while not (tmp_path / "notebooks" / "ran").exists():
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=30)[1]
+    assert running.returncode == 1 and "by Ctrl-C" in said.splitlines()[-1] + said.splitlines()[-2]
+    assert "cli.py" not in said, "no traceback of ours; the kernel may say that it was ended"
+    assert [*(tmp_path / "executed").iterdir()] == []
 
 
 def test_the_tutorial_says_where_to_run_it(run):
