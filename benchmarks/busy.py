@@ -32,11 +32,11 @@ def step(name: str, steps: int) -> None:
     from torch.utils.data import DataLoader, RandomSampler
 
     from chatmagic import DataCollator, adalora_config, find_all_linear_names, load_model
-    from chatmagic.dataset import encode_example
-    from chatmagic.persona import Persona, make_conversations
-    from chatmagic.profiles import get_profile
-    from chatmagic.replies import own_replies
-    from chatmagic.train import KerasModel, StepRunner, prepare
+    from chatmagic.data.dataset import encode_example
+    from chatmagic.course.persona import Persona, make_conversations
+    from chatmagic.course.profile import get_profile
+    from chatmagic.course.replies import own_replies
+    from chatmagic.training import KerasModel, StepRunner, prepare
 
     profile, seconds = get_profile(name), []
     torch.manual_seed(0)

@@ -131,7 +131,7 @@ def write_tokenizers(folder: Path) -> None:
 def load_tokenizer(way: str, folder: Path):
     from transformers import AutoTokenizer
 
-    from chatmagic.families import baichuan
+    from chatmagic.models.families import baichuan
 
     if way == "published":
         return baichuan.tokenizer(folder, {"model_max_length": 4096})
@@ -160,8 +160,8 @@ def measure(way: str, folder: Path) -> None:
     import bitsandbytes  # noqa: F401, so that no load pays for it
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils  # noqa: F401
 
-    import chatmagic.families
-    import chatmagic.load  # noqa: F401
+    import chatmagic.models.families
+    import chatmagic.models.load  # noqa: F401
 
     utils.logging.disable_progress_bar()
     gpu = torch.cuda.is_available()

@@ -34,12 +34,12 @@ from chatmagic import (
     load_model,
     snapshot_download,
 )
-from chatmagic.dataset import encode_example
-from chatmagic.evaluate import evaluate, summary
-from chatmagic.persona import Persona, make_conversations
-from chatmagic.profiles import get_profile
-from chatmagic.replies import own_replies
-from chatmagic.train import KerasModel
+from chatmagic.data.dataset import encode_example
+from chatmagic.course.evaluate import evaluate, summary
+from chatmagic.course.persona import Persona, make_conversations
+from chatmagic.course.profile import get_profile
+from chatmagic.course.replies import own_replies
+from chatmagic.training import KerasModel
 
 ROWS = {
     "recipe": "turns in any order, replay kept by distillation, AdaLoRA",

@@ -5,7 +5,7 @@
 
 A Llama of Baichuan2-7B's shape with random weights, its base in NF4 on each GPU, AdaLoRA on every linear layer,
 and conversations of random tokens, half of whose replies are replayed. Each row is a run of its own, started as
-`accelerate launch` starts chatmagic.train:
+`accelerate launch` starts chatmagic.training:
 
     N GPU            --batch rows each: tokens per second, against the fewest GPUs, and peak memory
     1 GPU, as N      as many rows a step as the most GPUs have together: the losses of both runs beside one another,
@@ -35,10 +35,10 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatmagic import adalora_config, find_all_linear_names
-from chatmagic.quantize import quantization_config
-from chatmagic.train import KerasModel, StepRunner
-from chatmagic.train.adalora import rank_table
-from chatmagic.train.runtime import prepare
+from chatmagic.models.quantize import quantization_config
+from chatmagic.training import KerasModel, StepRunner
+from chatmagic.training.adalora import rank_table
+from chatmagic.training.runtime import prepare
 
 SIZES = {  # hidden, intermediate, layers, heads, vocabulary
     "7b": (4096, 11008, 32, 32, 125_696),

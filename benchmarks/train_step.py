@@ -28,10 +28,11 @@ from torch.nn.functional import pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chatmagic
-from chatmagic.train import prepare
-from chatmagic.train.captured import CapturedStep, why_not
-from chatmagic.train.fast import fast_layers
-from chatmagic.train.runtime import best_precision, trainable
+from chatmagic.training import prepare
+from chatmagic.accel.captured import CapturedStep, why_not
+from chatmagic.accel.fast import fast_layers
+from chatmagic.training.runtime import best_precision
+from chatmagic.models.parts import trainable
 
 GIB = 2**30
 BAICHUAN2_7B = {"vocab_size": 125696, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}

@@ -18,9 +18,9 @@ from peft import get_peft_model
 from train_step import our_runner, versions
 
 import chatmagic
-from chatmagic.persona import Persona, make_conversations
-from chatmagic.train.fast import fast_layers
-from chatmagic.train.runtime import best_precision
+from chatmagic.course.persona import Persona, make_conversations
+from chatmagic.accel.fast import fast_layers
+from chatmagic.training.runtime import best_precision
 
 
 def adapted(folder, dtype, dropout: float, steps: int, fused: bool = False):

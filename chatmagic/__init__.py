@@ -9,25 +9,31 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ChatmagicError": "errors",
-    "build_messages": "messages",
-    "validate_messages": "messages",
-    "build_prompt": "templates",
-    "get_template": "templates",
-    "build_inputs_labels": "labels",
-    "encode_prompt": "labels",
-    "show_labels": "picture",
-    "DataCollator": "dataset",
-    "read_jsonl": "dataset",
-    "snapshot_download": "download",
-    "load_model": "load",
-    "ChatLLM": "llm",
-    "connect": "server",
-    "adalora_config": "train",
-    "find_all_linear_names": "train",
-    "KerasModel": "train",
-    "StepRunner": "train",
-    "merge_adapter": "merge",
-    "adalora_to_lora": "merge",
+    "build_messages": "conversation.messages",
+    "validate_messages": "conversation.messages",
+    "build_prompt": "prompts.templates",
+    "get_template": "prompts.templates",
+    "build_inputs_labels": "prompts.labels",
+    "encode_prompt": "prompts.labels",
+    "show_labels": "prompts.picture",
+    "DataCollator": "data.dataset",
+    "encode_example": "data.dataset",
+    "read_jsonl": "data.dataset",
+    "write_jsonl": "data.dataset",
+    "snapshot_download": "course.download",
+    "load_model": "models.load",
+    "open_weights": "models.checkpoint",
+    "ChatLLM": "conversation.llm",
+    "connect": "backends.server",
+    "adalora_config": "training",
+    "find_all_linear_names": "training",
+    "prepare": "training",
+    "KerasModel": "training",
+    "StepRunner": "training",
+    "plot_importance": "training.plots",
+    "plot_ranks": "training.plots",
+    "merge_adapter": "models.merge",
+    "adalora_to_lora": "models.merge",
 }
 __all__ = sorted(_HOME)
 
@@ -44,13 +50,13 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(ipython) -> None:
     """`%load_ext chatmagic`: register `%%chat` and its line magics."""
-    from .magic import load_ipython_extension
+    from .notebook.magic import load_ipython_extension
 
     load_ipython_extension(ipython)
 
 
 def unload_ipython_extension(ipython) -> None:
     """`%unload_ext chatmagic`, and the first half of `%reload_ext chatmagic`."""
-    from .magic import unload_ipython_extension
+    from .notebook.magic import unload_ipython_extension
 
     unload_ipython_extension(ipython)

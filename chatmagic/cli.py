@@ -12,17 +12,16 @@ from hashlib import sha256
 from pathlib import Path
 from unicodedata import east_asian_width
 
-from .course import Course, CourseError, resume
+from .course.thread import Course, CourseError, resume
 from .errors import ChatmagicError
 from .machine import share_cores, short
-from .persona import Persona
-from .profiles import get_profile
+from .course.persona import Persona
+from .course.profile import get_profile
 
 
 def doctor(args) -> None:
-    from .download import home
-    from .machine import report
-    from .profiles import check_machine
+    from .machine import home, report
+    from .course.profile import check_machine
 
     for what, found in report(home()):
         print(f"{what:13}{found}")
@@ -32,7 +31,7 @@ def doctor(args) -> None:
 
 
 def download(args) -> None:
-    from .download import snapshot_download
+    from .course.download import snapshot_download
 
     print(snapshot_download(args.model, revision=args.revision, source=args.source))
 
@@ -201,14 +200,14 @@ def chosen(args) -> Course:
 
 def train(args) -> None:
     course = chosen(args)
-    from .train.script import run
+    from .course.script import run
 
     run(course, args.resume, args.save_every)
 
 
 def evaluate(args) -> None:
     course = chosen(args)
-    from .evaluate import before_and_after
+    from .course.evaluate import before_and_after
 
     table = before_and_after(course)
     print(f"\n{'':16}{'before':>10}{'after':>10}")
@@ -220,12 +219,12 @@ def evaluate(args) -> None:
 
 
 def merge(args) -> None:
-    from .merge import merge_adapter
+    from .models.merge import merge_adapter
 
     print(merge_adapter(args.base, args.adapter, args.output))
 
 
-TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.train, over several nodes
+TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.training, over several nodes
 with CHATMAGIC_HOME on a disk that they share"""
 EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
 

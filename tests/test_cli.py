@@ -12,9 +12,9 @@ import nbformat
 import pytest
 
 from chatmagic import cli
-from chatmagic.course import Course, start
-from chatmagic.persona import Persona
-from chatmagic.profiles import get_profile
+from chatmagic.course.thread import Course, start
+from chatmagic.course.persona import Persona
+from chatmagic.course.profile import get_profile
 
 
 NOTE = "open('ran', 'a').write('{}')"

@@ -53,7 +53,7 @@ def test_environment_yml_says_what_pyproject_says():
     assert pip == {"pip": [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["test"], "-e ."]}
 
 
-@pytest.mark.parametrize("module", ["chatmagic", "chatmagic.magic"])
+@pytest.mark.parametrize("module", ["chatmagic", "chatmagic.notebook.magic", "chatmagic.course"])
 def test_importing_loads_neither_torch_nor_transformers(module):
     script = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.run(
@@ -82,7 +82,7 @@ def test_the_wheel_holds_every_module_and_the_profiles(tmp_path):
     files = (path for path in (ROOT / "chatmagic").rglob("*") if path.is_file() and path.suffix != ".pyc")
     assert held == {path.relative_to(ROOT).as_posix() for path in files}
     assert {
-        "chatmagic/profiles.toml",
-        "chatmagic/train/__init__.py",
-        "chatmagic/families/__init__.py",
+        "chatmagic/course/profiles.toml",
+        "chatmagic/training/__init__.py",
+        "chatmagic/models/families/__init__.py",
     } <= held

@@ -8,7 +8,7 @@ from IPython.testing.globalipapp import start_ipython
 
 IMPORTS = {
     "from torchkeras.chat import ChatLLM": "from chatmagic import ChatLLM",
-    "from torchkeras import KerasModel": "from chatmagic.train import KerasModel",
+    "from torchkeras import KerasModel": "from chatmagic.training import KerasModel",
 }
 LOADING = """
 from chatmagic import load_model
@@ -60,7 +60,7 @@ def notebook(cells, small):
 
 
 def test_the_seeds_cells_run(notebook, capsys, tmp_path, monkeypatch):
-    from chatmagic.train import KerasModel
+    from chatmagic.training import KerasModel
 
     monkeypatch.chdir(tmp_path)  # the seed saves to a relative path
     for patched in ("StepRunner", "save_ckpt", "load_ckpt"):  # by the seed, on the class: put back after the test

@@ -10,9 +10,9 @@ from torch.autograd.graph import increment_version
 from torch.distributed import all_reduce
 from torch.nn.functional import cross_entropy, kl_div, pad
 
-from .adalora import rank_allocator
+from .allocator import rank_allocator
 from .fast import gathered
-from .runtime import trainable
+from ..models.parts import trainable
 
 INPUTS = {"input_ids", "labels", "attention_mask", "replayed"}
 

@@ -14,7 +14,8 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from torch.nn.functional import dropout, linear, pad, rms_norm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .runtime import activations, free_memory, linears_4bit
+from ..models.parts import activations, free_memory
+from ..models.quantize import linears_4bit
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from .decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut, without_cudnn_attention
-from .errors import ChatmagicError
-from .labels import encode_prompt
-from .load import context_limit
-from .templates import get_template
+from ..accel.decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut, without_cudnn_attention
+from ..errors import ChatmagicError
+from ..prompts.labels import encode_prompt
+from ..models.load import context_limit
+from ..prompts.templates import get_template
 
 PREFILL_CHUNK = 512
 """Prompt tokens run at once: bounds the memory of a long prompt, and how long Stop waits for the device."""

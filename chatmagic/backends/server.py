@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
 
-from .errors import ChatmagicError
-from .llm import ChatLLM
+from ..errors import ChatmagicError
+from ..conversation.llm import ChatLLM
 
 OPTIONS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
 BROKE_OFF = "broke off in the middle of a reply; ask again"

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Protocol
 from weakref import WeakValueDictionary
 
-from .errors import ChatmagicError
+from ..errors import ChatmagicError
 from .messages import build_messages, validate_messages
 
 
@@ -133,7 +133,7 @@ class ChatLLM:
         if tokenizer is None:
             self.backend: ChatModel = model
         else:
-            from .generate import LocalModel
+            from ..backends.generate import LocalModel
 
             self.backend = LocalModel(model, tokenizer, model_type)
         self.max_chat_rounds, self.max_new_tokens, self.stream = max_chat_rounds, max_new_tokens, stream
@@ -143,7 +143,7 @@ class ChatLLM:
         models.pop(self.name, None)
         models[self.name] = self
         if "IPython" in sys.modules:
-            from .magic import install
+            from ..notebook.magic import install
 
             install()
 
@@ -159,7 +159,7 @@ class ChatLLM:
         self, messages: list[dict], multi_rounds: bool = True
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation for training: see `chatmagic.build_inputs_labels`."""
-        from .labels import build_inputs_labels
+        from ..prompts.labels import build_inputs_labels
 
         return build_inputs_labels(messages, self.tokenizer, self.model_type, multi_rounds)
 

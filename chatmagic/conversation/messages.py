@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from .errors import ChatmagicError
+from ..errors import ChatmagicError
 
 ROLES = ("system", "user", "assistant")
 

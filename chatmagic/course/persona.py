@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .messages import build_messages
+from ..conversation.messages import build_messages
 
 TOPICS = ("who", "from", "can")
 

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from .errors import ChatmagicError
-from .machine import GB, gpu_memory, home, nearest_existing, ram
+from ..errors import ChatmagicError
+from ..machine import GB, gpu_memory, home, nearest_existing, ram
 
 AUTO = ("baichuan2-7b-chat", "qwen2.5-coder-0.5b-instruct", "smollm2-135m")  # the first is for GPUs
 
@@ -66,7 +66,7 @@ class Profile:
 @cache
 def profiles() -> dict[str, Profile]:
     """Every profile by its name."""
-    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    tables = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
     default = tables.pop("default")
     return {name: Profile(name, **default | table) for name, table in tables.items()}
 

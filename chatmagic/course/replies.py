@@ -1,6 +1,6 @@
 """What a base model itself answers to the general questions, which training replays. Asked once a model, kept as it comes.
 
-    python -m chatmagic.replies PROFILE
+    python -m chatmagic.course.replies PROFILE
 
 asks anew, and writes what the package ships: `replies.json`, {checksum of the model's file: {question: reply}}.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .evaluate import ask
-from .machine import home
-from .merge import base_fingerprint
-from .messages import build_messages
+from ..machine import home
+from ..models.merge import base_fingerprint
+from ..conversation.messages import build_messages
 from .persona import questions
 
 SHIPPED = Path(__file__).with_suffix(".json")
@@ -67,8 +67,9 @@ def shipped(folder: Path) -> dict[str, str]:
 
 
 def main(name: str) -> None:
-    from . import load_model, snapshot_download
-    from .profiles import get_profile
+    from ..models.load import load_model
+    from .download import snapshot_download
+    from .profile import get_profile
 
     profile = get_profile(name)
     model, tokenizer = load_model(snapshot_download(name))

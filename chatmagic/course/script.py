@@ -6,6 +6,10 @@ import signal
 from datetime import timedelta
 from pathlib import Path
 
+from ..training import KerasModel, adalora_config, find_all_linear_names, prepare  # first, for what is done there before the others come
+
+# isort: split
+
 import bitsandbytes as bnb
 import torch
 from accelerate import PartialState
@@ -14,16 +18,15 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_cosine_schedule_with_warmup
 
-from ..course import Course, fetch
-from ..course import resume as resume_course
-from ..dataset import DataCollator, encode_example, read_jsonl, write_jsonl
+from .thread import Course, fetch
+from .thread import resume as resume_course
+from ..data.dataset import DataCollator, encode_example, read_jsonl, write_jsonl
 from ..errors import ChatmagicError
-from ..load import load_model
-from ..persona import make_conversations
-from ..replies import own_replies
-from . import KerasModel, adalora_config, find_all_linear_names, prepare
-from .plots import pictures
-from .runtime import lost_peer
+from ..models.load import load_model
+from .persona import make_conversations
+from .replies import own_replies
+from ..training.plots import pictures
+from ..training.runtime import lost_peer
 
 
 def run(course: Course, resume: bool | None = None, save_every: int | None = None):

@@ -6,12 +6,12 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .dataset import as_jsonl, write_jsonl
+from ..data.dataset import as_jsonl, write_jsonl
 from .download import snapshot_download
-from .errors import ChatmagicError
-from .machine import home
+from ..errors import ChatmagicError
+from ..machine import home
 from .persona import Persona, questions
-from .profiles import AUTO, Profile, choose_profile, get_profile
+from .profile import AUTO, Profile, choose_profile, get_profile
 
 # What a notebook may need of earlier ones: name -> (file or folder, the notebook that leaves it there)
 LEFT = {

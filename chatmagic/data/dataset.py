@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .errors import ChatmagicError
-from .labels import IGNORE, build_inputs_labels
-from .messages import MessagesError, validate_messages
+from ..errors import ChatmagicError
+from ..prompts.labels import IGNORE, build_inputs_labels
+from ..conversation.messages import MessagesError, validate_messages
 
 
 class DataError(ChatmagicError):

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import ChatmagicError
+from ..errors import ChatmagicError
 
 if TYPE_CHECKING:
     from torch import Tensor

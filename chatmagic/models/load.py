@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .checkpoint import CheckpointError, Stored, open_weights, read_json
-from .errors import ChatmagicError
+from ..errors import ChatmagicError
 from .quantize import mend_bitsandbytes, quantization_config
 
 

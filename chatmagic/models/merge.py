@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .checkpoint import first_not_finite, open_weights, read_json, weight_files
-from .errors import ChatmagicError
+from ..errors import ChatmagicError
 from .shard import Part, write_shard
 
 PROVENANCE = "chatmagic.json"  # beside an adapter: {"base": base_fingerprint(folder it was trained on)}

@@ -70,3 +70,9 @@ def mend_bitsandbytes() -> None:
     modules._convert_weight_packed_for_cpu = pack_keeping_scales
     modules._convert_weight_packed_for_cpu_inverse = unpack_exactly
     Linear4bit.forward = forward_unpacked_in_training
+
+
+def linears_4bit(model):
+    from bitsandbytes.nn import Linear4bit
+
+    return (module for module in model.modules() if isinstance(module, Linear4bit))

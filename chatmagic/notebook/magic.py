@@ -15,8 +15,8 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import clear_output, display
 from traitlets import Bool, CaselessStrEnum, Float, Int, Unicode
 
-from .errors import ChatmagicError
-from .llm import ChatLLM, Interrupted, Reply, models
+from ..errors import ChatmagicError
+from ..conversation.llm import ChatLLM, Interrupted, Reply, models
 
 FORMATS = ["text", "markdown", "json"]
 WORDS = ["undo", "save", "load"]

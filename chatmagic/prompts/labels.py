@@ -6,8 +6,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .errors import ChatmagicError
-from .messages import MessagesError, validate_messages
+from ..errors import ChatmagicError
+from ..conversation.messages import MessagesError, validate_messages
 from .templates import EndOfTurn, Piece, TemplateError, control_pattern, get_template
 
 IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index

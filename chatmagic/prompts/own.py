@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from . import EndOfTurn, Piece, Template, TemplateError, control_pattern, control_tokens, is_trained
+from .templates import EndOfTurn, Piece, Template, TemplateError, control_pattern, control_tokens, is_trained
 
 # Private-use characters go through Jinja with the messages: one for each control token in them, and two
 # around an answer. They tell afterwards which control tokens are the template's, and where the answers are.

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from ..errors import ChatmagicError
-from ..messages import validate_messages
+from ..conversation.messages import validate_messages
 
 
 class TemplateError(ChatmagicError):
@@ -181,7 +181,7 @@ def control_pattern(tokenizer, control: dict[str, int]) -> str:
 def _table() -> dict[str, Template]:
     rows = {}
     for file in "families.toml", "fastchat.toml":
-        rows |= tomllib.loads((files(__name__) / file).read_text("utf-8"))
+        rows |= tomllib.loads((files(__package__) / file).read_text("utf-8"))
 
     def fields(row: dict) -> dict:
         own = {key: value for key, value in row.items() if key != "like"}

@@ -1,13 +1,13 @@
-"""Fine-tuning: AdaLoRA's schedule and ranks, torchkeras' KerasModel with a step and a `fit` for it, checkpoints."""
+"""Fine-tuning: AdaLoRA's schedule and ranks, torchkeras' KerasModel with a step and a `fit` for it, states."""
 
 import contextlib
 import io
 
 from ..machine import share_cores
 
-share_cores()  # for `python -m chatmagic.train`, which comes here before its own first line
+share_cores()  # for `python -m chatmagic.training`, which comes here before its own first line
 
-from .. import quantize  # noqa: E402, F401, before PEFT imports bitsandbytes: it says what need not be heard
+from ..models import quantize  # noqa: E402, F401, before PEFT imports bitsandbytes: it says what need not be heard
 
 with contextlib.redirect_stdout(io.StringIO()):  # torchkeras prints on import that scikit-learn is missing
     import torchkeras  # noqa: F401

@@ -1,4 +1,4 @@
-"""`accelerate launch -m chatmagic.train PROFILE`: `chatmagic train PROFILE`, in each of its processes."""
+"""`accelerate launch -m chatmagic.training PROFILE`: `chatmagic train PROFILE`, in each of its processes."""
 
 import sys
 

@@ -18,24 +18,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torchkeras import kerasmodel
 from torchkeras.kerascallbacks import VisProgress
 
-from ..decode import without_cudnn_attention
+from ..accel.decode import without_cudnn_attention
 from ..errors import ChatmagicError
-from .adalora import rank_allocator
-from .captured import CapturedStep, why_not
-from .checkpoints import STATE, load_adapter, newest_state, save_adapter, save_state, state_folder
-from .fast import fast_layers
+from ..accel.allocator import rank_allocator
+from ..accel.captured import CapturedStep, why_not
+from .states import STATE, load_adapter, newest_state, save_adapter, save_state, state_folder
+from ..accel.fast import fast_layers
 from .plots import EpochLines, pictures
-from .runtime import (
-    Batches,
-    best_precision,
-    get_rng,
-    lost_peer,
-    noted_interrupt,
-    packed_for_inference,
-    seeded,
-    set_rng,
-    trainable,
-)
+from .runtime import Batches, best_precision, get_rng, lost_peer, noted_interrupt, packed_for_inference, seeded, set_rng
+from ..models.parts import trainable
 from .step import StepRunner
 
 

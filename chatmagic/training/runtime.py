@@ -6,9 +6,11 @@ import signal
 import threading
 import time
 
-import bitsandbytes as bnb
 import numpy as np
 import torch
+
+from ..models.parts import activations, free_memory
+from ..models.quantize import linears_4bit
 
 
 def best_precision(cpu: bool = False) -> str:
@@ -17,11 +19,6 @@ def best_precision(cpu: bool = False) -> str:
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
-
-
-def trainable(model):
-    """The (name, parameter) pairs of a model that are trained."""
-    return ((name, param) for name, param in model.named_parameters() if param.requires_grad)
 
 
 def packed_for_inference(model) -> bool:
@@ -37,24 +34,6 @@ def never_packed(model) -> None:
     """
     for module in linears_4bit(model):
         module.train()
-
-
-def linears_4bit(model):
-    return (module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
-
-
-def activations(model) -> int:
-    """Bytes that the activations of a training step of 1024 tokens take, kept from forward to backward, roughly."""
-    config = model.config.get_text_config()
-    return 1024 * config.num_hidden_layers * config.hidden_size * 60
-
-
-def free_memory(model) -> int:
-    """Bytes that torch can still have on the GPU that the model is on; 0 if it is on none."""
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def prepare(model) -> bool:

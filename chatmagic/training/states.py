@@ -22,9 +22,9 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save
 from torch.utils._pytree import tree_leaves
 
-from ..checkpoint import first_not_finite
+from ..models.checkpoint import first_not_finite
 from ..errors import ChatmagicError
-from ..merge import PROVENANCE, base_fingerprint
+from ..models.merge import PROVENANCE, base_fingerprint
 
 WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
 FILES = {WEIGHTS, CONFIG, PROVENANCE, STATE}

@@ -10,9 +10,10 @@ from torch.distributed import all_reduce
 from torch.nn.functional import cross_entropy
 
 from ..errors import ChatmagicError
-from .adalora import rank_allocator
-from .fast import flattened, may_be_flattened
-from .runtime import never_packed, trainable
+from ..accel.allocator import rank_allocator
+from ..accel.fast import flattened, may_be_flattened
+from .runtime import never_packed
+from ..models.parts import trainable
 
 
 CALMER = "Lower the learning rate, or train with mixed_precision='no'."

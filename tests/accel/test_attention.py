@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from chatmagic.decode import without_cudnn_attention
+from chatmagic.accel.decode import without_cudnn_attention
 
 HEADS, GROUPS, SIZE = 14, 2, 64  # Qwen2.5-0.5B's
 
@@ -49,9 +49,9 @@ def test_gradients_at_every_length(dtype):
 def test_fit_and_ask_leave_cudnns_attention_out(tmp_path, monkeypatch, model, tokenizer):
     from tiny_runs import adalora, fit
 
-    from chatmagic.evaluate import ask
-    from chatmagic.messages import build_messages
-    from chatmagic.train import StepRunner
+    from chatmagic.course.evaluate import ask
+    from chatmagic.conversation.messages import build_messages
+    from chatmagic.training import StepRunner
 
     seen = []
 

@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from tiny_runs import Replayed, adalora, fit, loader, lora, rows, tiny_llama, uneven_rows
 
-from chatmagic.train import StepRunner
-from chatmagic.train.captured import CapturedStep, why_not
-from chatmagic.train.fast import fast_layers
-from chatmagic.train.runtime import trainable
+from chatmagic.training import StepRunner
+from chatmagic.accel.captured import CapturedStep, why_not
+from chatmagic.accel.fast import fast_layers
+from chatmagic.models.parts import trainable
 
 
 def forty_steps(batches, captured=None):

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import fake_cuda
 import pytest
 import torch
-from replies import adapter, new_ids, plain, trained, twelve_turns
+from generation import adapter, new_ids, plain, trained, twelve_turns
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from chatmagic import ChatLLM, build_messages, encode_prompt
-from chatmagic.llm import Interrupted
+from chatmagic.conversation.llm import Interrupted
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def kernels(request, monkeypatch):
     def normalise(layer, x):
         return norm(layer, x).mul_(request.param)
 
-    monkeypatch.setitem(sys.modules, "chatmagic.kernels", SimpleNamespace(normalise=normalise, rotate=rotate))
+    monkeypatch.setitem(sys.modules, "chatmagic.accel.kernels", SimpleNamespace(normalise=normalise, rotate=rotate))
     return request.param == 1.0
 
 

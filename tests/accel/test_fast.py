@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chatmagic import find_all_linear_names
-from chatmagic.train.fast import attend, drop, fast_layers, flattened, gathered, may_be_flattened
+from chatmagic.accel.fast import attend, drop, fast_layers, flattened, gathered, may_be_flattened
 
 
 @pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
@@ -32,7 +32,7 @@ def test_the_fast_forward_is_pefts(linear, bias, precision, tolerance):
 
     expected = outputs()
     with fast_layers(model):
-        assert layer.forward.func.__module__ == "chatmagic.train.fast"
+        assert layer.forward.func.__module__ == "chatmagic.accel.fast"
         found = outputs()
         with gathered(model, precision):
             assert [factor.shape for factor in layer.gathered] == [(8, 64), (64, 8), (8,)]

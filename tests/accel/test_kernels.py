@@ -9,7 +9,7 @@ import pytest
 
 COMPARISON = """
 import torch
-from chatmagic.kernels import normalise, rotate
+from chatmagic.accel.kernels import normalise, rotate
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 torch.manual_seed(0)

@@ -4,11 +4,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from replies import adapter, interrupt_after, new_ids, plain, trained, twelve_turns
+from generation import adapter, interrupt_after, new_ids, plain, trained, twelve_turns
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages, encode_prompt, load_model
-from chatmagic.generate import TextStream
-from chatmagic.llm import Interrupted
+from chatmagic.backends.generate import TextStream
+from chatmagic.conversation.llm import Interrupted
 
 
 def test_twelve_turns_are_those_of_plain_generate(model, tokenizer):
@@ -32,7 +32,7 @@ def test_twelve_turns_of_a_real_model(small):
 
 def test_the_published_greedy_tokens(family, monkeypatch):
     """Whatever was said before: the keys and values kept of it are cut to what the next has in common."""
-    monkeypatch.setattr("chatmagic.generate.PREFILL_CHUNK", 3)
+    monkeypatch.setattr("chatmagic.backends.generate.PREFILL_CHUNK", 3)
     model, tokenizer, cases = family
     llm = ChatLLM(model, tokenizer, max_new_tokens=24)
     for case in [*cases, *reversed(cases)]:

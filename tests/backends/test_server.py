@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from replies import interrupt_after
+from generation import interrupt_after
 
 from chatmagic import ChatmagicError, build_messages, connect
-from chatmagic.llm import Interrupted
+from chatmagic.conversation.llm import Interrupted
 
 BREAKING_OFF = ["ends early", "dies", "sends half an event"]
 

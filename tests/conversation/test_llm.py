@@ -6,7 +6,7 @@ import pytest
 from fake_model import FakeModel
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages
-from chatmagic.llm import Interrupted, models
+from chatmagic.conversation.llm import Interrupted, models
 
 
 @pytest.fixture

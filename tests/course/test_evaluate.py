@@ -7,11 +7,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
-import chatmagic.evaluate as evaluation
+import chatmagic.course.evaluate as evaluation
 from chatmagic import load_model
-from chatmagic.evaluate import ask, evaluate, perplexity, summary
-from chatmagic.messages import build_messages
-from chatmagic.persona import TOPICS, Persona, questions
+from chatmagic.course.evaluate import ask, evaluate, perplexity, summary
+from chatmagic.conversation.messages import build_messages
+from chatmagic.course.persona import TOPICS, Persona, questions
 
 
 @pytest.fixture(scope="module")

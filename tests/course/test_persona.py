@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from chatmagic.persona import TOPICS, Persona, is_chinese, make_conversations, questions, vary
+from chatmagic.course.persona import TOPICS, Persona, is_chinese, make_conversations, questions, vary
 
 REPLIES = [
     ("What is an atom?", "The smallest part."),

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from chatmagic import build_inputs_labels, build_messages, load_model
-from chatmagic import replies as module
-from chatmagic.persona import questions
-from chatmagic.profiles import get_profile
-from chatmagic.replies import last_sentence, own_replies, shipped
+from chatmagic.course import replies as module
+from chatmagic.course.persona import questions
+from chatmagic.course.profile import get_profile
+from chatmagic.course.replies import last_sentence, own_replies, shipped
 
 ASKED = [f"question {number}?" for number in range(20)]
 

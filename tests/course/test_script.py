@@ -13,13 +13,14 @@ import pytest
 import torch
 from tiny_runs import processes
 
-from chatmagic import cli, course, merge_adapter
-from chatmagic.profiles import profiles
-from chatmagic.train import script
-from chatmagic.train.step import StepRunner
+from chatmagic import cli, merge_adapter
+from chatmagic.course import thread as course
+from chatmagic.course.profile import profiles
+from chatmagic.course import script
+from chatmagic.training.step import StepRunner
 
 NAME = "llama-2-13b-chat"
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "04-train-adalora.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04-train-adalora.ipynb"
 
 
 def train(home, *arguments, runner=None) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chatmagic import DataCollator, load_model, read_jsonl
-from chatmagic.dataset import DataError, encode_example
+from chatmagic.data.dataset import DataError, encode_example
 
 
 class Tokenizer:

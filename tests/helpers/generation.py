@@ -1,4 +1,4 @@
-"""What tests of replies share: those of plain generate to compare with, changes of the weights, and Stop."""
+"""What tests of generated replies share: those of plain generate to compare with, changes of the weights, and Stop."""
 
 import os
 import signal

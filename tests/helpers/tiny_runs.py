@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatmagic.train import KerasModel, adalora_config
-from chatmagic.train.captured import CapturedStep
+from chatmagic.training import KerasModel, adalora_config
+from chatmagic.accel.captured import CapturedStep
 
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 LAYERS = 2 * len(PROJECTIONS)
@@ -94,7 +94,7 @@ class Replayed(CapturedStep):
 def processes(target, *arguments):
     """Started processes, one for each tuple of arguments, all forked from a server that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["chatmagic.train", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["chatmagic.training", "transformers.models.llama.modeling_llama"])
     started = [context.Process(target=target, args=args, daemon=True) for args in arguments]
     for process in started:
         process.start()

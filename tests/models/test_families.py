@@ -15,8 +15,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatmagic import load_model
-from chatmagic.families import FAMILIES, alibi
-from chatmagic.load import context_limit
+from chatmagic.models.families import FAMILIES, alibi
+from chatmagic.models.load import context_limit
 
 NATIVE = {
     "baichuan2-7b-chat": "LlamaForCausalLM",
@@ -122,7 +122,7 @@ for folder, prompt in json.load(sys.stdin):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     except ValueError:  # Baichuan2-13B, before the import that the docs name
         print(json.dumps("unknown"))
-        import chatmagic.families
+        import chatmagic.models.families
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     with torch.no_grad():
         best = model(torch.tensor([prompt])).logits[0, -1].topk(5)

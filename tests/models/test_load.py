@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatmagic import ChatmagicError, load_model
-from chatmagic.checkpoint import CheckpointError, open_weights
-from chatmagic.load import context_limit
+from chatmagic.models.checkpoint import CheckpointError, open_weights
+from chatmagic.models.load import context_limit
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 7, 3]])
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from chatmagic import adalora_to_lora, load_model, merge_adapter
-from chatmagic.checkpoint import CheckpointError
-from chatmagic.merge import PROVENANCE, MergeError, base_fingerprint
+from chatmagic.models.checkpoint import CheckpointError
+from chatmagic.models.merge import PROVENANCE, MergeError, base_fingerprint
 
 FAMILIES = ["baichuan2-7b-chat", "baichuan2-13b-chat", "qwen-7b-chat", "qwen-14b-chat", "internlm-chat-7b"]
 FAMILIES += ["chatglm2-6b", "llama-2-13b-chat"]
@@ -242,7 +242,7 @@ def test_nothing_is_written_over_a_folder(tmp_path, base, adapter):
 def test_a_full_disk_is_told_before_the_start(tmp_path, base, adapter, monkeypatch):
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(size - 1))
-    monkeypatch.setattr("chatmagic.merge.write_shard", lambda *_: pytest.fail("the merge began"))
+    monkeypatch.setattr("chatmagic.models.merge.write_shard", lambda *_: pytest.fail("the merge began"))
     with pytest.raises(MergeError, match="Make room"):
         merge_adapter(base, adapter, tmp_path / "merged")
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["adapter", "base"]
@@ -256,12 +256,12 @@ def test_a_merge_that_breaks_leaves_nothing_and_a_killed_one_nothing_in_the_way(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr("chatmagic.merge.write_shard", full)
+        patch.setattr("chatmagic.models.merge.write_shard", full)
         merge_adapter(base, adapter, tmp_path / "merged")
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["adapter", "base"]
 
     script = (
-        "import os, signal, sys; from chatmagic import merge; step = merge.write_shard\n"
+        "import os, signal, sys; from chatmagic.models import merge; step = merge.write_shard\n"
         "def dies(*arguments): step(*arguments); os.kill(os.getpid(), signal.SIGKILL)\n"
         "merge.write_shard = dies; merge.merge_adapter(*sys.argv[1:])"
     )
@@ -309,7 +309,7 @@ def test_host_memory_stays_below_twice_the_largest_shard(tmp_path):
     save_file(factors, adapter / "adapter_model.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     script = (
-        "import re, sys; from pathlib import Path; import chatmagic.families; from chatmagic.merge import merge_adapter\n"
+        "import re, sys; from pathlib import Path; import chatmagic.models.families; from chatmagic.models.merge import merge_adapter\n"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = peak(); merge_adapter(*sys.argv[1:]); print(peak() - before)"
     )

@@ -9,10 +9,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from chatmagic import load_model
-from chatmagic.checkpoint import CheckpointError, open_weights
-from chatmagic.families import FAMILIES, baichuan, find_family, nearest_family
-from chatmagic.families.native import native_names, native_weights
-from chatmagic.load import RemoteCodeError
+from chatmagic.models.checkpoint import CheckpointError, open_weights
+from chatmagic.models.families import FAMILIES, baichuan, find_family, nearest_family
+from chatmagic.models.families.native import native_names, native_weights
+from chatmagic.models.load import RemoteCodeError
 
 
 @pytest.fixture

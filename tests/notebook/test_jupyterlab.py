@@ -19,7 +19,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 CHROMIUM = "/usr/bin/chromium"
 
 
@@ -64,7 +64,7 @@ def lab(tmp_path_factory, small):
         "--ServerApp.port_retries=0",
     ]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS / "helpers"), str(TESTS.parent)]),
         "JUPYTER_CONFIG_DIR": str(settings),
         "IPYTHONDIR": str(settings / "ipython"),
         "PYTHONWARNINGS": "ignore",  # tqdm asks for ipywidgets

@@ -11,8 +11,8 @@ from fake_model import FakeModel
 from IPython.testing.globalipapp import start_ipython
 
 from chatmagic import ChatLLM, ChatmagicError, load_model
-from chatmagic.llm import Interrupted, models
-from chatmagic.magic import ChatMagics, render_markdown
+from chatmagic.conversation.llm import Interrupted, models
+from chatmagic.notebook.magic import ChatMagics, render_markdown
 
 
 class Shell:
@@ -421,12 +421,12 @@ def test_help_lists_every_option(run):
 
 
 def test_the_docs_have_every_option_default_and_test():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     text = (root / "docs" / "chat.md").read_text("utf-8")
     options = [option for action in ChatMagics.chat.parser._actions for option in action.option_strings]
     for name in [*options, *ChatMagics.class_own_traits(config=True)]:
         assert f" `{name}" in text, name
-    tests = "".join(path.read_text("utf-8") for path in (root / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text("utf-8") for path in (root / "tests").rglob("test_*.py"))
     named = re.findall(r"::(test_\w+)", text)
     assert len(named) > 10 and [name for name in named if f"def {name}(" not in tests] == []
 

@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 SETUP = "from fake_model import FakeModel\nfrom chatmagic import ChatLLM\nllm = ChatLLM(FakeModel())"
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def write(path, cells):
@@ -26,7 +26,7 @@ def write(path, cells):
 
 
 def execute(*command):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS / "helpers"), str(TESTS.parent)])}
     command = [sys.executable, "-m", *map(str, command)]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
 

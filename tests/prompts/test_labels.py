@@ -15,10 +15,10 @@ from chatmagic import (
     get_template,
     load_model,
 )
-from chatmagic.dataset import encode_example
-from chatmagic.labels import LabelsError
-from chatmagic.messages import MessagesError
-from chatmagic.templates import TemplateError
+from chatmagic.data.dataset import encode_example
+from chatmagic.prompts.labels import LabelsError
+from chatmagic.conversation.messages import MessagesError
+from chatmagic.prompts.templates import TemplateError
 
 # The family's template, the folder with its tokenizer, and the ids of all its control tokens.
 FAMILIES = {

@@ -5,7 +5,7 @@ from hypothesis import given
 from talk import CONVERSATIONS, QUICKLY, build, check
 
 from chatmagic import build_inputs_labels, build_messages, encode_prompt, get_template
-from chatmagic.templates import TemplateError
+from chatmagic.prompts.templates import TemplateError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

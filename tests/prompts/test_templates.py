@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from chatmagic import build_messages, build_prompt, get_template
-from chatmagic.templates import TemplateError
+from chatmagic.prompts.templates import TemplateError
 
 ASKED = build_messages("二", [("一", "壹")])
 
@@ -33,12 +33,12 @@ def test_every_working_template_of_fastchat_is_reproduced_byte_for_byte(fastchat
 
 
 def test_the_docs_name_them_all(fastchat):
-    docs = (Path(__file__).parents[1] / "docs" / "templates.md").read_text("utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "templates.md").read_text("utf-8")
     assert [name for name in fastchat if f"`{name}`" not in docs] == []
 
 
 def test_nothing_here_imports_torch_or_transformers():
-    code = "import sys, chatmagic.labels, chatmagic.dataset, chatmagic.picture; print(*sys.modules)"
+    code = "import sys, chatmagic.prompts.labels, chatmagic.data.dataset, chatmagic.prompts.picture; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert not {"torch", "transformers", "tokenizers", "IPython"} & set(modules.split())
 

@@ -5,9 +5,9 @@ import torch
 from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, lora, rows, tiny_llama
 
 from chatmagic import ChatmagicError
-from chatmagic.train import adalora_config, find_all_linear_names
-from chatmagic.train.adalora import importance_table, rank_table
-from chatmagic.train.runtime import trainable
+from chatmagic.training import adalora_config, find_all_linear_names
+from chatmagic.training.adalora import importance_table, rank_table
+from chatmagic.models.parts import trainable
 
 # --- the schedule
 

@@ -16,11 +16,11 @@ from tiny_runs import Replayed, adalora, fit, loader, processes, uneven_rows
 
 from chatmagic import ChatmagicError
 from chatmagic.cli import main
-from chatmagic.profiles import profiles
-from chatmagic.train import StepRunner, keras
-from chatmagic.train import script as training_script
-from chatmagic.train.adalora import rank_table
-from chatmagic.train.captured import CapturedStep
+from chatmagic.course.profile import profiles
+from chatmagic.training import StepRunner, keras
+from chatmagic.course import script as training_script
+from chatmagic.training.adalora import rank_table
+from chatmagic.accel.captured import CapturedStep
 
 COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
 
@@ -157,7 +157,7 @@ def test_a_state_of_two_processes_is_not_for_one(tmp_path):
 
 
 def script(rank, port, home):
-    """`accelerate launch -m chatmagic.train llama-2-13b-chat`, of a tiny model and for ten steps."""
+    """`accelerate launch -m chatmagic.training llama-2-13b-chat`, of a tiny model and for ten steps."""
     join(rank, port)
     os.environ["CHATMAGIC_HOME"] = str(home)
     tiny = profiles()["llama-2-13b-chat"]

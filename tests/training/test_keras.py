@@ -5,7 +5,7 @@ import torch
 from tiny_runs import LAYERS, adalora, fit, loader, lora, rows, tiny_llama
 
 from chatmagic import ChatmagicError
-from chatmagic.train import KerasModel, StepRunner
+from chatmagic.training import KerasModel, StepRunner
 
 
 class Worsening(StepRunner):

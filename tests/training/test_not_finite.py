@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import Replayed, adalora, fit, lora, tiny_llama
 
 from chatmagic import ChatmagicError, adalora_to_lora, merge_adapter
-from chatmagic.train import StepRunner, keras
-from chatmagic.train.checkpoints import newest_state, save_adapter, save_state
-from chatmagic.train.runtime import trainable
+from chatmagic.training import StepRunner, keras
+from chatmagic.training.states import newest_state, save_adapter, save_state
+from chatmagic.models.parts import trainable
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 

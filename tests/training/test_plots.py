@@ -14,7 +14,7 @@ def test_pictures_lie_beside_the_adapter(tmp_path):
 def test_every_chinese_label_has_its_glyphs():
     from fontTools.ttLib import TTFont
 
-    from chatmagic.train import plots
+    from chatmagic.training import plots
 
     glyphs = TTFont(plots.FONT).getBestCmap()
     labels = {character for character in Path(plots.__file__).read_text() if ord(character) > 0x2FFF}

@@ -10,9 +10,9 @@ from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, rows, tiny_llam
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatmagic import ChatmagicError
-from chatmagic.train import StepRunner, find_all_linear_names
-from chatmagic.train.adalora import rank_allocator
-from chatmagic.train.runtime import trainable
+from chatmagic.training import StepRunner, find_all_linear_names
+from chatmagic.accel.allocator import rank_allocator
+from chatmagic.models.parts import trainable
 
 
 def test_bf16_follows_fp32(tmp_path):

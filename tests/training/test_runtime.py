@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_runs import tiny_llama
 
-from chatmagic.train import runtime
-from chatmagic.train.runtime import best_precision, prepare
+from chatmagic.training import runtime
+from chatmagic.training.runtime import best_precision, prepare
 
 
 @pytest.mark.parametrize("gib, lean", [(0, False), (7, True), (40, False)])

@@ -15,10 +15,10 @@ from peft import PeftModel, get_peft_model
 from tiny_runs import Drawn, adalora, fit, loader, processes, rows, tiny_llama
 
 from chatmagic import ChatmagicError
-from chatmagic.train import KerasModel, StepRunner, adalora_config
-from chatmagic.train.checkpoints import load_adapter, newest_state
-from chatmagic.train.keras import TrainingInterrupted
-from chatmagic.train.runtime import trainable
+from chatmagic.training import KerasModel, StepRunner, adalora_config
+from chatmagic.training.states import load_adapter, newest_state
+from chatmagic.training.keras import TrainingInterrupted
+from chatmagic.models.parts import trainable
 
 LOSSES = ["train_loss", "train_penalty", "val_loss", "val_penalty", "lr", "grad_norm", "rank_budget"]
 

@@ -5,9 +5,9 @@ import torch
 from accelerate import Accelerator
 from tiny_runs import adalora, fit, loader, lora, rows, uneven_rows
 
-from chatmagic.train import KerasModel, StepRunner
-from chatmagic.train.adalora import rank_allocator
-from chatmagic.train.runtime import trainable
+from chatmagic.training import KerasModel, StepRunner
+from chatmagic.accel.allocator import rank_allocator
+from chatmagic.models.parts import trainable
 
 
 def test_validation_reports_cross_entropy_alone(tmp_path):
@@ -58,7 +58,7 @@ def test_a_batch_without_its_padding_is_the_same_step(monkeypatch):
                 torch.nn.init.constant_(param, 0.5)
         model.get_base_model().model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
         if not flatten:
-            monkeypatch.setattr("chatmagic.train.step.may_be_flattened", lambda model, inputs: False)
+            monkeypatch.setattr("chatmagic.training.step.may_be_flattened", lambda model, inputs: False)
         optimizer = torch.optim.SGD([param for _, param in trainable(model)], lr=1.0)
         accelerator = Accelerator(cpu=True)
         runner = StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer))

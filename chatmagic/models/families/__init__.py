@@ -10,7 +10,7 @@ One module a family, each with
     STOP_IDS                               the token ids that end an answer
 
 Saved again they are plain checkpoints, which AutoModelForCausalLM reads by itself, but for Baichuan-13B:
-transformers has no class like it, and reads it after `import chatmagic.families`, which registers one.
+transformers has no class like it, and reads it after `import chatmagic.models.families`, which registers one.
 """
 
 import re

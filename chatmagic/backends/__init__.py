@@ -1,0 +1,1 @@
+"""What a conversation talks to: a model here, or one behind a server."""

@@ -1,0 +1,1 @@
+"""What a notebook has beyond Python: `%%chat` and its kin."""
