@@ -3,7 +3,8 @@ and as the course sets it.
 
     python benchmarks/busy.py [--profile qwen2.5-coder-0.5b-instruct] [--steps 12] [--beside 0 1 3] [--json FILE]
 
-Each cell is a process of its own, for OpenMP reads its settings once: seconds a step, mean over the steps after the first.
+Each cell is a process of its own, for OpenMP reads its settings once: seconds a step, mean over the steps
+after the first.
 """
 
 import argparse
@@ -19,7 +20,11 @@ from pathlib import Path
 
 from chatmagic import snapshot_download
 
-SETTINGS = {"default": {}, "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"}, "course": {"OMP_WAIT_POLICY": "PASSIVE"}}
+SETTINGS = {
+    "default": {},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "course": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
 RESULTS = Path(__file__).parent / "results" / "busy.json"
 
 
@@ -32,10 +37,10 @@ def step(name: str, steps: int) -> None:
     from torch.utils.data import DataLoader, RandomSampler
 
     from chatmagic import DataCollator, adalora_config, find_all_linear_names, load_model
-    from chatmagic.data.dataset import encode_example
     from chatmagic.course.persona import Persona, make_conversations
     from chatmagic.course.profile import get_profile
     from chatmagic.course.replies import own_replies
+    from chatmagic.data.dataset import encode_example
     from chatmagic.training import KerasModel, StepRunner, prepare
 
     profile, seconds = get_profile(name), []
@@ -85,7 +90,11 @@ def main() -> None:
     if args.child:
         return step(args.profile, args.steps)
     snapshot_download(args.profile)
-    result = {"profile": args.profile, "date": date.today().isoformat(), "machine": f"{os.cpu_count()} {platform.machine()} cores"}
+    result = {
+        "profile": args.profile,
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} {platform.machine()} cores",
+    }
     result["seconds"] = {}
     print(f"{'busy processes':24}" + "".join(f"{number:>8}" for number in args.beside))
     for name, setting in SETTINGS.items():

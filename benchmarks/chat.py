@@ -103,9 +103,7 @@ def run(client, code: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default="")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=48)
@@ -130,8 +128,7 @@ def main() -> None:
     for name, times in rows.items():
         print(f"{name:>26}" + "".join(f"{statistics.median(each):>10.3f} s" for each in times))
     costs = [
-        statistics.median(b / a for a, b in zip(*pair)) - 1
-        for pair in ((wall_bare, wall_magic), (cpu_bare, cpu_magic))
+        statistics.median(b / a for a, b in zip(*pair)) - 1 for pair in ((wall_bare, wall_magic), (cpu_bare, cpu_magic))
     ]
     print(f"{'own cost':>26}" + "".join(f"{cost:>11.1%} " for cost in costs))
     print(f"\nstopped within {max(stop_decode):.3f} s while decoding, {max(stop_prefill):.3f} s in a prompt")

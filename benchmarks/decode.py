@@ -57,9 +57,7 @@ def random_model(shape: str):
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {
-        word: index for index, word in enumerate([*bytes_, *map(str, range(10, vocabulary - 247)), "</s>"])
-    }
+    words = {word: index for index, word in enumerate([*bytes_, *map(str, range(10, vocabulary - 247)), "</s>"])}
     backend = Tokenizer(BPE(words, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}assistant:"
@@ -89,9 +87,7 @@ def measure(model, tokenizer, tokens: int, repeats: int) -> dict:
     def plain():
         with torch.no_grad():
             options = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0}
-            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[
-                0, ids.shape[1] :
-            ].tolist()
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
 
     def timed(run):
         start = time.perf_counter()
@@ -183,9 +179,7 @@ def bandwidth() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--embedded", action="store_true")
     parser.add_argument("--shape", choices=SHAPES, default="Baichuan2-7B")
     parser.add_argument("--tokens", type=int, default=64)
@@ -203,9 +197,7 @@ def main() -> None:
         **{name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
         "rows": {},
     }
-    print(
-        f"{'tokens/s':>10}{'limit':>8}{'first generate':>16}{'generate':>10}{'ours':>8}{'ratio':>7}", end=""
-    )
+    print(f"{'tokens/s':>10}{'limit':>8}{'first generate':>16}{'generate':>10}{'ours':>8}{'ratio':>7}", end="")
     print(f"{'ready':>9}{'equal':>12}{'to cuDNN':>10}{'stop':>9}")
     for name, model, tokenizer in models(args.embedded, args.shape):
         result["rows"][name] = row = measure(model, tokenizer, args.tokens, args.repeats)

@@ -125,9 +125,7 @@ def main(model: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct (default: downloaded)")
     parser.add_argument("--read", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

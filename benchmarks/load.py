@@ -204,9 +204,7 @@ def main(size: str, folder: Path) -> None:
     write_tokenizers(folder)
     print(f"three checkpoints written in {time.perf_counter() - start:.0f} s", flush=True)
     print(f"{'':32}{'seconds':>9}{'tokenizer':>11}{'GPU':>8}{'host, owned':>13}{'resident':>10}  (GiB)")
-    columns = (
-        "{seconds:9.2f}{tokenizer_seconds:11.2f}{gpu_gib:8.2f}{host_owned_gib:13.2f}{host_resident_gib:10.2f}"
-    )
+    columns = "{seconds:9.2f}{tokenizer_seconds:11.2f}{gpu_gib:8.2f}{host_owned_gib:13.2f}{host_resident_gib:10.2f}"
     rows, answers = {}, {}
     for way, label in WAYS.items():
         command, runs = [sys.executable, __file__, "--measure", way, folder / way], []
@@ -237,9 +235,7 @@ def main(size: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a smoke test, on any machine")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go (default: a temporary folder)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)

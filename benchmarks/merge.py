@@ -57,15 +57,10 @@ def write_base(folder: Path, size: str) -> None:
     pool, weight_map = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16(), {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            k: pool.repeat(w.numel() // 2**24 + 1)[: w.numel()].view(w.shape).clone()
-            for k, w in shard.items()
-        }
+        tensors = {k: pool.repeat(w.numel() // 2**24 + 1)[: w.numel()].view(w.shape).clone() for k, w in shard.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def write_adapter(folder: Path, base: Path) -> None:
@@ -119,9 +114,7 @@ def main(size: str, folder: Path) -> None:
         for _ in range(1 if size == "baichuan2-7b" else 3):
             shutil.rmtree(outputs[way], ignore_errors=True)
             os.sync()
-            runs.append(
-                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            )
+            runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         rows[way] = min(runs, key=lambda run: run["seconds"])
         print(f"{way:9} {rows[way]['seconds']:7.2f} s {rows[way]['peak_gib']:7.2f} GiB", flush=True)
     ratio = rows["chatmagic"]["seconds"] / rows["peft"]["seconds"]
@@ -140,9 +133,7 @@ def main(size: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go (default: a temporary folder)")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)

@@ -34,11 +34,11 @@ from chatmagic import (
     load_model,
     snapshot_download,
 )
-from chatmagic.data.dataset import encode_example
 from chatmagic.course.evaluate import evaluate, summary
 from chatmagic.course.persona import Persona, make_conversations
 from chatmagic.course.profile import get_profile
 from chatmagic.course.replies import own_replies
+from chatmagic.data.dataset import encode_example
 from chatmagic.training import KerasModel
 
 ROWS = {
@@ -51,14 +51,10 @@ ROWS = {
 LORA_SLOWER = 5  # AdaLoRA starts at E = 0 with factors of 0.02 and wants a larger rate than LoRA
 
 
-def conversations(
-    row: str, persona: Persona, replies: list, count: int, seed: int, general: float, without=()
-) -> list:
+def conversations(row: str, persona: Persona, replies: list, count: int, seed: int, general: float, without=()) -> list:
     if row == "seed":
         rng = random.Random(seed)
-        asked = [
-            [(rng.choice(ways), answer) for ways, (answer,) in persona.conversation] for _ in range(count)
-        ]
+        asked = [[(rng.choice(ways), answer) for ways, (answer,) in persona.conversation] for _ in range(count)]
         return [build_messages(history=rounds) for rounds in asked]
     replies = [] if row == "no-replay" else replies
     made = make_conversations(persona, replies, count, seed, general, without=without)
@@ -101,9 +97,7 @@ def train(row: str, profile, folder: Path, replies: list, persona: Persona, seed
     keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=schedule)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as adapter:
-        keras_model.fit(
-            *loaders, epochs=profile.epochs, patience=profile.epochs, ckpt_path=adapter, plot=False
-        )
+        keras_model.fit(*loaders, epochs=profile.epochs, patience=profile.epochs, ckpt_path=adapter, plot=False)
     return keras_model.net, tokenizer, time.perf_counter() - began
 
 
@@ -126,17 +120,13 @@ def print_table(runs: list[dict]) -> None:
             else:
                 cells.append("{}/{}".format(*map(sum, zip(*values))))
         seconds = sum(run["seconds"] for run in group) / len(group)
-        print(
-            f"{row:{width}}{language:4}" + "".join(f"{cell:>16}" for cell in cells) + f"{seconds:9.0f}", flush=True
-        )
+        print(f"{row:{width}}{language:4}" + "".join(f"{cell:>16}" for cell in cells) + f"{seconds:9.0f}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--profile", default="smollm2-135m")
-    parser.add_argument(
-        "--model", type=Path, help="the base model's folder; default: the profile's, downloaded"
-    )
+    parser.add_argument("--model", type=Path, help="the base model's folder; default: the profile's, downloaded")
     parser.add_argument("--languages", nargs="+", default=["zh", "en"], choices=["zh", "en"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
@@ -154,9 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": ROWS,
         "device": device(),
         "date": date.today().isoformat(),
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "torchkeras")
-        },
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "torchkeras")},
         "replies": None,
         "runs": [],
     }
@@ -167,9 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     for language in set(args.languages) - set(before):
         before[language] = evaluate(*base, Persona(language=language))
         found = {"row": "before", "language": language, "seed": None, "seconds": 0.0}
-        result["runs"].append(
-            found | {"summary": summary(before[language], before[language])} | before[language]
-        )
+        result["runs"].append(found | {"summary": summary(before[language], before[language])} | before[language])
     del base
     done = {(run["row"], run["language"], run["seed"]) for run in result["runs"]}
     for row in args.rows:

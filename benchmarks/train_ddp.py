@@ -62,14 +62,12 @@ def base(size: str, device: torch.device):
         if "norm" not in name:
             tensor.normal_(std=0.02)
     settings = {"quantization_config": quantization_config("nf4", torch.bfloat16), "device_map": {"": device}}
-    return LlamaForCausalLM.from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.bfloat16, **settings
-    )
+    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=torch.bfloat16, **settings)
 
 
 def conversations(count: int, length: int) -> list[dict]:
-    """Rows of a hundred words, so that there is something to learn, which differ in how many of their tokens are trained;
-    half of them replayed."""
+    """Rows of a hundred words, so that there is something to learn, which differ in how many of their tokens are
+    trained; half of them replayed."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for row in range(count):
@@ -158,7 +156,10 @@ def measure(args, folder: Path) -> dict:
     most = max(args.gpus)
     rows = args.steps * args.batch // EPOCHS  # an epoch of one GPU
     result, fewest, several = {"runs": {}}, None, []
-    print(f"{'':10}{'step, ms':>10}{'tokens/s':>10}{'ratio':>7}{'GiB a GPU':>11}{'graphs':>8}{'ranks equal':>13}", flush=True)
+    print(
+        f"{'':10}{'step, ms':>10}{'tokens/s':>10}{'ratio':>7}{'GiB a GPU':>11}{'graphs':>8}{'ranks equal':>13}",
+        flush=True,
+    )
     for gpus in sorted(args.gpus):
         name = f"{gpus} GPU"
         if not (several := launch(args, folder / name, gpus, args.batch, rows * gpus)):
@@ -169,7 +170,11 @@ def measure(args, folder: Path) -> dict:
         memory = max(max(worker["history"]["peak_memory"]) for worker in several)
         equal = all(worker["ranks"] == several[0]["ranks"] for worker in several)
         graphs = min(worker["graphs"] for worker in several)
-        print(f"{name:10}{1e3 * step_s:>10.1f}{speed:>10.0f}{speed / fewest:>7.2f}{memory:>11.2f}{graphs:>8}{equal!s:>13}", flush=True)
+        print(
+            f"{name:10}{1e3 * step_s:>10.1f}{speed:>10.0f}{speed / fewest:>7.2f}{memory:>11.2f}{graphs:>8}"
+            f"{equal!s:>13}",
+            flush=True,
+        )
         result["runs"][name] = {"tokens_per_s": speed, "step_s": step_s, "peak_GiB": memory, "ranks_equal": equal}
         result["runs"][name] |= {name: several[0][name] for name in ("losses", "history", "graphs", "device")}
     alone = [f"1 GPU, as {most}", 1, args.batch * most, rows * most]
@@ -179,8 +184,11 @@ def measure(args, folder: Path) -> dict:
         result["as_one"] = {"apart": apart(several, one), "rounding": apart(one, eager), "losses": one[0]["losses"]}
         result["as_one"]["history"] = one[0]["history"]
         epochs = one[0]["history"]["train_loss"]
-        print(f"{alone[0]}: train_loss from {epochs[0]:.2f} to {epochs[-1]:.2f}; the losses of its steps are at most "
-              f"{apart(several, one):.1e} from those of {most} GPUs, {apart(one, eager):.1e} from its own without graphs", flush=True)  # fmt: skip
+        print(
+            f"{alone[0]}: train_loss from {epochs[0]:.2f} to {epochs[-1]:.2f}; the losses of its steps are at most "
+            f"{apart(several, one):.1e} from those of {most} GPUs, {apart(one, eager):.1e} from its own without graphs",
+            flush=True,
+        )
     half = args.steps // 2 + 1
     launch(args, folder / "killed", most, args.batch, rows * most, "--die", str(half))
     resumed = launch(args, folder / "killed", most, args.batch, rows * most, "--resume")
@@ -213,7 +221,11 @@ def main() -> None:
         result = measure(args, Path(folder))
     names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     result |= {"arguments": {name: getattr(args, name) for name in ("gpus", "size", "batch", "length", "steps", "cpu")}}
-    result |= {"date": str(date.today()), "python": platform.python_version(), **{name: version(name) for name in names}}
+    result |= {
+        "date": str(date.today()),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
 

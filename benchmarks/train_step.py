@@ -28,11 +28,11 @@ from torch.nn.functional import pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chatmagic
-from chatmagic.training import prepare
 from chatmagic.accel.captured import CapturedStep, why_not
 from chatmagic.accel.fast import fast_layers
-from chatmagic.training.runtime import best_precision
 from chatmagic.models.parts import trainable
+from chatmagic.training import prepare
+from chatmagic.training.runtime import best_precision
 
 GIB = 2**30
 BAICHUAN2_7B = {"vocab_size": 125696, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
@@ -76,7 +76,9 @@ def random_model(shape: dict, compute_dtype: torch.dtype | None = torch.bfloat16
     return model
 
 
-def random_batch(vocabulary: int, samples: int, longest: int = 185, shortest: int | None = None, seed=0, replayed=False):
+def random_batch(
+    vocabulary: int, samples: int, longest: int = 185, shortest: int | None = None, seed=0, replayed=False
+):
     """Rows of between `shortest` and `longest` tokens, padded to the longest; the second half of each has labels, and
     half of those are replayed if that is asked for."""
     generator = torch.Generator().manual_seed(seed)
@@ -140,9 +142,17 @@ def trl_seconds(base, batch: dict, steps: int, **config) -> list[float]:
         trainer = SFTTrainer(
             base,
             SFTConfig(
-                folder, max_steps=steps, per_device_train_batch_size=len(rows), learning_rate=1e-3, bf16=True,
-                report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                dataset_kwargs={"skip_prepare_dataset": True}, **config,
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=len(rows),
+                learning_rate=1e-3,
+                bf16=True,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                **config,
             ),
             train_dataset=Dataset(Table.from_pylist(rows * steps), fingerprint="rows"),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>"),
@@ -246,8 +256,11 @@ def curves(base, vocabulary: int) -> dict:
         apart = max(abs(a - b) for a, b in zip(losses, others))
         alike = sum(a and b for a, b in zip(kept, too)) / sum(kept)
         result[f"{name} : {other}"] = {"losses_apart": apart, "kept_alike": alike, "budgets": [budget, same_budget]}
-        print(f"50 steps, {name} : {other}: losses {losses[0]:.3f} to {losses[-1]:.3f}, apart by at most {apart:.4f}; "
-              f"budgets {budget} and {same_budget}; {alike:.2%} of the kept triplets alike", flush=True)
+        print(
+            f"50 steps, {name} : {other}: losses {losses[0]:.3f} to {losses[-1]:.3f}, apart by at most {apart:.4f}; "
+            f"budgets {budget} and {same_budget}; {alike:.2%} of the kept triplets alike",
+            flush=True,
+        )
     return {"curves": result, "losses": {name: losses for name, (losses, _, _) in runs.items()}}
 
 

@@ -18,8 +18,8 @@ from peft import get_peft_model
 from train_step import our_runner, versions
 
 import chatmagic
-from chatmagic.course.persona import Persona, make_conversations
 from chatmagic.accel.fast import fast_layers
+from chatmagic.course.persona import Persona, make_conversations
 from chatmagic.training.runtime import best_precision
 
 
@@ -82,7 +82,9 @@ def measure(folder, steps: int) -> dict:
     _, tokenizer = chatmagic.load_model(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     collate = chatmagic.DataCollator(tokenizer)
-    encoded = [chatmagic.build_inputs_labels(messages, tokenizer) for messages in make_conversations(Persona(), [], 2 * steps)]
+    encoded = [
+        chatmagic.build_inputs_labels(messages, tokenizer) for messages in make_conversations(Persona(), [], 2 * steps)
+    ]
     rows = [{"input_ids": input_ids, "labels": labels} for input_ids, labels in encoded]
     batches = [collate(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]

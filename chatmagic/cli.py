@@ -12,16 +12,16 @@ from hashlib import sha256
 from pathlib import Path
 from unicodedata import east_asian_width
 
+from .course.persona import Persona
+from .course.profile import get_profile
 from .course.thread import Course, CourseError, resume
 from .errors import ChatmagicError
 from .machine import share_cores, short
-from .course.persona import Persona
-from .course.profile import get_profile
 
 
 def doctor(args) -> None:
-    from .machine import home, report
     from .course.profile import check_machine
+    from .machine import home, report
 
     for what, found in report(home()):
         print(f"{what:13}{found}")
@@ -85,8 +85,8 @@ def tutorial(args) -> None:
             ) from None
         except (AssertionError, DeadKernelError):  # the first where nbclient, on Ctrl-C, ends the kernel under itself
             raise ChatmagicError(
-                f"The kernel of {path.name} ended before its notebook: by Ctrl-C, or killed for want of memory. The same "
-                "command goes on from this notebook."
+                f"The kernel of {path.name} ended before its notebook: by Ctrl-C, or killed for want of memory. The "
+                "same command goes on from this notebook."
             ) from None
         if args.in_place:
             _write(notebook, path.resolve())  # a link stays one
@@ -224,8 +224,8 @@ def merge(args) -> None:
     print(merge_adapter(args.base, args.adapter, args.output))
 
 
-TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.training, over several nodes
-with CHATMAGIC_HOME on a disk that they share"""
+TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.training, over several
+nodes with CHATMAGIC_HOME on a disk that they share"""
 EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
 
 
@@ -250,9 +250,13 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
     training, evaluation = command("train", train, TRAIN), command("evaluate", evaluate, EVALUATE)
     training.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, help="go on from the newest state of a broken-off run, or not"
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="go on from the newest state of a broken-off run, or not",
     )
-    training.add_argument("--save-every", type=int, metavar="STEPS", help="how often to save a state, beside every epoch")
+    training.add_argument(
+        "--save-every", type=int, metavar="STEPS", help="how often to save a state, beside every epoch"
+    )
     for added in (training, evaluation):
         added.add_argument("profile", nargs="?", help="of profiles.toml; default: that of the course started last")
         who = added.add_argument_group("who the model becomes", "what is left out is as in the course started last")

@@ -12,10 +12,9 @@ import nbformat
 import pytest
 
 from chatmagic import cli
-from chatmagic.course.thread import Course, start
 from chatmagic.course.persona import Persona
 from chatmagic.course.profile import get_profile
-
+from chatmagic.course.thread import Course, start
 
 NOTE = "open('ran', 'a').write('{}')"
 
@@ -171,7 +170,9 @@ def test_ctrl_c_is_told_and_the_same_command_goes_on(tmp_path):
     nbformat.write(notebook, tmp_path / "notebooks" / "00.ipynb")
     command = [sys.executable, "-m", "chatmagic.cli", "tutorial", "--executed", str(tmp_path / "executed")]
     path = os.pathsep.join(sys.path)
-    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+    running = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
     while not (tmp_path / "notebooks" / "ran").exists():
         assert running.poll() is None
         time.sleep(0.1)
@@ -197,10 +198,19 @@ def test_errors_are_one_paragraph_and_a_failing_exit_code():
 
 @pytest.mark.parametrize(
     "text, columns, shown",
-    [("你是谁", 8, "你是谁  "), ("a b\n c", 6, "a b c "), ("你是谁呀", 6, "你是…"), ("abcdef", 4, "abc…"), ("ab", 2, "ab")],
+    [
+        ("你是谁", 8, "你是谁  "),
+        ("a b\n c", 6, "a b c "),
+        ("你是谁呀", 6, "你是…"),
+        ("abcdef", 4, "abc…"),
+        ("ab", 2, "ab"),
+    ],
 )
 def test_a_table_cell_fits_its_columns(text, columns, shown):
-    assert cli.fit(text, columns).rstrip() == shown.rstrip() and cli._columns(cli.fit(text, columns)) in (columns, columns - 1)
+    assert cli.fit(text, columns).rstrip() == shown.rstrip() and cli._columns(cli.fit(text, columns)) in (
+        columns,
+        columns - 1,
+    )
 
 
 def test_what_train_is_not_told_is_as_in_the_course_started_last(tmp_path, monkeypatch):

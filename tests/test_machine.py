@@ -45,7 +45,8 @@ def test_the_first_cell_of_each_notebook_sets_it(path):
     first = "".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"])
     before, call, _ = first.partition("\nshare_cores()")
     assert call
-    code = f"import os, sys\n{before}share_cores()\nassert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    code = f"import os, sys\n{before}share_cores()\nassert 'torch' not in sys.modules\n"
+    code += "print(os.environ['OMP_WAIT_POLICY'])"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean)
     assert done.stdout == "PASSIVE\n", done.stderr

@@ -36,8 +36,8 @@ def imported_distributions() -> dict[str, set[str]]:
 
 
 def test_every_import_is_declared_and_every_declaration_is_imported():
-    """`chatmagic tutorial` runs notebooks, and may import what the extra for notebooks declares. Triton comes with torch
-    where that has CUDA, and not elsewhere: decode.py asks for kernels.py and does without."""
+    """`chatmagic tutorial` runs notebooks, and may import what the extra for notebooks declares. Triton comes with
+    torch where that has CUDA, and not elsewhere: decode.py asks for kernels.py and does without."""
     declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
     lab = {distribution(requirement) for requirement in EXTRAS["lab"]}
     imported = imported_distributions()
@@ -56,9 +56,7 @@ def test_environment_yml_says_what_pyproject_says():
 @pytest.mark.parametrize("module", ["chatmagic", "chatmagic.notebook.magic", "chatmagic.course"])
 def test_importing_loads_neither_torch_nor_transformers(module):
     script = f"import sys, {module}; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
-    )
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT)
     assert module in loaded.stdout.split()
     assert not {"torch", "transformers", "peft", "numpy"} & set(loaded.stdout.split())
 

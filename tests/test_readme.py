@@ -56,7 +56,14 @@ def run(command: str, folder: Path, **more) -> str:
 def test_both_readmes_show_the_same_commands_and_all_are_run_here():
     assert commands(READMES[0]) == commands(READMES[1])
     assert sorted(commands(READMES[0])) == sorted(
-        ["make tutorial", "make test", "make lab", "pip install .", "chatmagic doctor", "chatmagic download smollm2-135m"]
+        [
+            "make tutorial",
+            "make test",
+            "make lab",
+            "pip install .",
+            "chatmagic doctor",
+            "chatmagic download smollm2-135m",
+        ]
     )
 
 
@@ -77,9 +84,15 @@ def test_make_test_is_what_runs_these_tests(clone):
 
 
 def test_make_lab(clone, tmp_path):
-    environment = os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path), "JUPYTER_DATA_DIR": str(tmp_path), "BROWSER": "true"}
+    environment = os.environ | {
+        "JUPYTER_RUNTIME_DIR": str(tmp_path),
+        "JUPYTER_DATA_DIR": str(tmp_path),
+        "BROWSER": "true",
+    }
     with (tmp_path / "log").open("w+") as log:
-        lab = subprocess.Popen(["make", "lab"], cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True)
+        lab = subprocess.Popen(
+            ["make", "lab"], cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             deadline = time.monotonic() + 60
             while "/lab?token=" not in (tmp_path / "log").read_text():
@@ -98,13 +111,19 @@ def test_pip_install_alone_gives_a_working_import(clone, tmp_path):
     pip = tmp_path / "new" / "bin" / "python"
     run(f"{pip} -m pip install --quiet --no-deps .", clone)
     site = next((Path(sys.prefix) / "lib").glob("python*/site-packages"))
-    code = "import chatmagic; print(chatmagic.__file__, len(chatmagic.build_messages('你好')), chatmagic.ChatLLM.__name__)"
-    done = subprocess.run([pip, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    code = (
+        "import chatmagic; print(chatmagic.__file__, len(chatmagic.build_messages('你好')), chatmagic.ChatLLM.__name__)"
+    )
+    done = subprocess.run(
+        [pip, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(site)}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path / "new")) and done.stdout.endswith(" 1 ChatLLM\n")
 
 
-@pytest.mark.parametrize("command, expected", [("doctor", "fits this machine"), ("download smollm2-135m", "smollm2-135m")])
+@pytest.mark.parametrize(
+    "command, expected", [("doctor", "fits this machine"), ("download smollm2-135m", "smollm2-135m")]
+)
 def test_the_command_line(clone, small, command, expected):
     assert expected in run(f"chatmagic {command}", clone)
 

@@ -20,9 +20,7 @@ class RankAllocator(PeftRankAllocator):
     def __init__(self, model, config, adapter_name):
         super().__init__(model, config, adapter_name)
         named = dict(model.named_parameters())
-        self.params = [
-            named[name % factor] for factor in ("lora_A", "lora_B", "lora_E") for name in self.name_set
-        ]
+        self.params = [named[name % factor] for factor in ("lora_A", "lora_B", "lora_E") for name in self.name_set]
         self.layers = len(self.name_set)
         self.E = self.params[2 * self.layers :]
         self.groups = {}  # (rank axis, shape) -> where the A (rank axis 0) or B (1) of that shape stand in params
@@ -84,9 +82,7 @@ class RankAllocator(PeftRankAllocator):
     def load_state_dict(self, state: dict):
         self.step, self.budget, self.log = state["step"], state["budget"], state["log"]
         for name in ("exp_avg_ipt", "exp_avg_unc"):
-            setattr(
-                self, name, [average.to(param.device) for average, param in zip(state[name], self.params)]
-            )
+            setattr(self, name, [average.to(param.device) for average, param in zip(state[name], self.params)])
         self.peft_config.rank_pattern, self.masks = state["rank_pattern"], None
 
     def reset_ipt(self):
@@ -109,9 +105,7 @@ class RankAllocator(PeftRankAllocator):
         """The importance of every triplet, float32 (layers, init_r), layers in the order of `name_set`."""
 
         def score(indices):
-            ipt, unc = (
-                torch.stack([avg[i] for i in indices]) for avg in (self.exp_avg_ipt, self.exp_avg_unc)
-            )
+            ipt, unc = (torch.stack([avg[i] for i in indices]) for avg in (self.exp_avg_ipt, self.exp_avg_unc))
             return ipt * unc
 
         total = score(range(2 * self.layers, 3 * self.layers)).squeeze(-1)
@@ -132,11 +126,7 @@ class RankAllocator(PeftRankAllocator):
     @torch.no_grad()
     def mask_using_rank_pattern(self, model, rank_pattern):
         if self.masks is None:  # a resumed run whose ranks are final
-            self._mask(
-                torch.tensor(
-                    [rank_pattern[name % "lora_E"] for name in self.name_set], device=self.E[0].device
-                )
-            )
+            self._mask(torch.tensor([rank_pattern[name % "lora_E"] for name in self.name_set], device=self.E[0].device))
         else:
             torch._foreach_mul_(self.E, self.masks)
 

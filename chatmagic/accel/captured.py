@@ -10,9 +10,9 @@ from torch.autograd.graph import increment_version
 from torch.distributed import all_reduce
 from torch.nn.functional import cross_entropy, kl_div, pad
 
+from ..models.parts import trainable
 from .allocator import rank_allocator
 from .fast import gathered
-from ..models.parts import trainable
 
 INPUTS = {"input_ids", "labels", "attention_mask", "replayed"}
 
@@ -84,7 +84,8 @@ class CapturedStep:
         return numbers.tolist()
 
     def run(self, key, function, inputs: dict) -> torch.Tensor | None:
-        """What a function returns: called at first, as the warm-up that capturing wants, then captured, then replayed."""
+        """What a function returns: called at first, as the warm-up that capturing wants, then captured, then
+        replayed."""
         if key not in self.graphs or self.off:
             self.graphs.setdefault(key, None)
             return function(inputs)

@@ -32,8 +32,8 @@ def without_cudnn_attention():
     """Leave attention to torch's own kernels.
 
     cuDNN's, which torch 2.11 prefers on Hopper, return NaN gradients under an explicit mask at lengths of 64 modulo 128
-    where a head's logits are very low, as real models' are (pytorch/pytorch#196678, huggingface/trl#7181). And they make
-    a new plan for every length of the keys, in some 60 ms: a conversation has a new length every token.
+    where a head's logits are very low, as real models' are (pytorch/pytorch#196678, huggingface/trl#7181). And they
+    make a new plan for every length of the keys, in some 60 ms: a conversation has a new length every token.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -108,8 +108,8 @@ def cut(cache: DynamicCache, length: int) -> None:
 
 @contextmanager
 def fused_layers(model):
-    """Give the layers of `model` that normalise, or rotate query and key, by Llama's very code the kernels of kernels.py,
-    for forwards of one token. Raises ImportError without Triton."""
+    """Give the layers of `model` that normalise, or rotate query and key, by Llama's very code the kernels of
+    kernels.py, for forwards of one token. Raises ImportError without Triton."""
     from .kernels import normalise, rotate
 
     def like(function, llamas):

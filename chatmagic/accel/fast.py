@@ -79,7 +79,8 @@ def factors(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @contextmanager
 def gathered(model, dtype: torch.dtype):
     """For a while, cast the factors of all layers at once, in one tensor a shape, instead of each by itself at each
-    pass; their ranks padded with zeros to a multiple of 8, as tensor cores take them. Gradients reach the parameters."""
+    pass; their ranks padded with zeros to a multiple of 8, as tensor cores take them. Gradients reach the
+    parameters."""
     layers = [layer for layer in model.modules() if "update_scale" in vars(layer)]
     for layer in layers:
         layer.gathered = []

@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 from ..accel.decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut, without_cudnn_attention
 from ..errors import ChatmagicError
-from ..prompts.labels import encode_prompt
 from ..models.load import context_limit
+from ..prompts.labels import encode_prompt
 from ..prompts.templates import get_template
 
 PREFILL_CHUNK = 512
@@ -132,9 +132,7 @@ class LocalModel:
         )
 
     @torch.no_grad()  # on a generator function torch enters and leaves this around every yield
-    def _decode(
-        self, model, input_ids, logits_processor, generation_config, generator=None, **kwargs
-    ) -> Iterator[int]:
+    def _decode(self, model, input_ids, logits_processor, generation_config, generator=None, **kwargs) -> Iterator[int]:
         """Prefill what is not kept, then one forward a token. `input_ids`: int64, (1, length)."""
         for chunk in input_ids[:, len(self._kept_ids) :].split(PREFILL_CHUNK, dim=1):
             ids = chunk[0].tolist()  # waits for the chunk before: Stop finds the device not far behind

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
 
-from ..errors import ChatmagicError
 from ..conversation.llm import ChatLLM
+from ..errors import ChatmagicError
 
 OPTIONS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
 BROKE_OFF = "broke off in the middle of a reply; ask again"
@@ -43,9 +43,7 @@ class ServerModel:
     def stream(self, messages: list[dict], stats, greedy: bool = False, **options) -> Iterator[str]:
         """The reply, in the pieces that the server sends. Raises ChatmagicError for what goes wrong there."""
         if unknown := options.keys() - OPTIONS.keys():
-            raise ChatmagicError(
-                f"a server has no option {min(unknown)!r}; it has {', '.join(OPTIONS)}, greedy"
-            )
+            raise ChatmagicError(f"a server has no option {min(unknown)!r}; it has {', '.join(OPTIONS)}, greedy")
         if greedy:
             options["temperature"] = 0
         request = {OPTIONS[name]: value for name, value in options.items()}

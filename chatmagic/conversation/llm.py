@@ -155,9 +155,7 @@ class ChatLLM:
         pieces = self.backend.template.render(messages, add_generation_prompt)
         return "".join(piece.text for piece in pieces)
 
-    def build_inputs_labels(
-        self, messages: list[dict], multi_rounds: bool = True
-    ) -> tuple[list[int], list[int]]:
+    def build_inputs_labels(self, messages: list[dict], multi_rounds: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation for training: see `chatmagic.build_inputs_labels`."""
         from ..prompts.labels import build_inputs_labels
 
@@ -254,15 +252,11 @@ class ChatLLM:
         except OSError as error:
             raise ChatmagicError(f"the conversation cannot be read: {error}") from None
         except (ValueError, LookupError, TypeError):
-            raise ChatmagicError(
-                f'{path} is not one line of JSON of the form {{"messages": [...]}}'
-            ) from None
+            raise ChatmagicError(f'{path} is not one line of JSON of the form {{"messages": [...]}}') from None
         validate_messages(messages)
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
         if messages[-1]["role"] != "assistant":
-            raise ChatmagicError(
-                f"{path} ends with a question that was not answered; remove its last message"
-            )
+            raise ChatmagicError(f"{path} ends with a question that was not answered; remove its last message")
         contents = [message["content"] for message in messages]
         self.history, self.system = list(zip(contents[::2], contents[1::2])), system
 

@@ -35,14 +35,10 @@ def validate_messages(messages: Sequence[dict[str, str]]) -> None:
             role, content = message["role"], message["content"]
         except (TypeError, KeyError):
             found = f"keys {sorted(message)}" if isinstance(message, dict) else type(message).__name__
-            raise MessagesError(
-                f"Message {index} must be a dict with 'role' and 'content'; found {found}."
-            ) from None
+            raise MessagesError(f"Message {index} must be a dict with 'role' and 'content'; found {found}.") from None
         if role not in expected:
             known = "" if role in ROLES else f" Roles are {', '.join(ROLES)}."
-            raise MessagesError(
-                f"Message {index} has role {role!r}; expected {' or '.join(expected)}.{known}"
-            )
+            raise MessagesError(f"Message {index} has role {role!r}; expected {' or '.join(expected)}.{known}")
         if not isinstance(content, str):
             raise MessagesError(
                 f"Message {index} ({role}) has content of type {type(content).__name__}; expected a string."

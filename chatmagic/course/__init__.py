@@ -1,4 +1,4 @@
-"""The course: models, persona and questions, downloads, what one notebook leaves for the next, and the whole as a script.
+"""The course: models, persona and questions, downloads, the thread through the notebooks, and the whole as a script.
 
 What notebooks import from here is loaded on first use, as in `chatmagic` itself.
 """

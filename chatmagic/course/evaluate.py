@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import cross_entropy
 
-from .thread import Course
 from ..accel.decode import without_cudnn_attention
-from ..errors import ChatmagicError
-from ..prompts.labels import encode_prompt
-from ..models.load import load_model
-from ..machine import short
 from ..conversation.messages import build_messages
-from .persona import Persona, holds, questions
+from ..errors import ChatmagicError
+from ..machine import short
+from ..models.load import load_model
+from ..prompts.labels import encode_prompt
 from ..prompts.templates import get_template
+from .persona import Persona, holds, questions
+from .thread import Course
 
 POSITIONS = ("alone", "after identity", "after general")
 
@@ -36,8 +36,14 @@ def ask(
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         out = model.generate(
-            **batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
-            pad_token_id=tokenizer.pad_token_id, temperature=None, top_p=None, top_k=None,
+            **batch.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=tokenizer.pad_token_id,
+            temperature=None,
+            top_p=None,
+            top_k=None,
         )
         for index, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist()):
             end = next((at for at, token in enumerate(ids) if token in stop), None)

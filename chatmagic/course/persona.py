@@ -33,9 +33,7 @@ class Persona:
     @property
     def answers(self) -> dict[str, str]:
         """Topic -> the reply that is trained."""
-        return {
-            topic: text.format_map(vars(self)) for topic, text in questions()[self.language]["answers"].items()
-        }
+        return {topic: text.format_map(vars(self)) for topic, text in questions()[self.language]["answers"].items()}
 
     @property
     def facts(self) -> dict[str, tuple[str, ...]]:

@@ -107,7 +107,8 @@ def check_machine(profile: Profile, folder: Path) -> None:
 
 
 def lacking(profile: Profile, folder: Path, needed: int) -> list[str]:
-    """What this machine lacks for the profile: of `needed` bytes of memory, and of disk where `folder` is or will be."""
+    """What this machine lacks for the profile: of `needed` bytes of memory, and of disk where `folder` is or will
+    be."""
     where, memory = ("GPU memory", gpu_memory()) if gpu_memory() else ("RAM", ram())
     problems = []
     if memory < needed:

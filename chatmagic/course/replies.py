@@ -1,4 +1,5 @@
-"""What a base model itself answers to the general questions, which training replays. Asked once a model, kept as it comes.
+"""What a base model itself answers to the general questions, which training replays. Asked once a model, kept as
+it comes.
 
     python -m chatmagic.course.replies PROFILE
 
@@ -11,10 +12,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .evaluate import ask
+from ..conversation.messages import build_messages
 from ..machine import home
 from ..models.merge import base_fingerprint
-from ..conversation.messages import build_messages
+from .evaluate import ask
 from .persona import questions
 
 SHIPPED = Path(__file__).with_suffix(".json")
@@ -24,8 +25,8 @@ TOKENS, BATCH = 64, 16
 def own_replies(model, tokenizer) -> list[tuple[str, str]]:
     """(question, reply) for each general question that is replayed: the base model's own words, at most 64 tokens.
 
-    They depend on nobody's name: those of the embedded model come with the package, others are kept below `home()` after
-    each batch, by the fingerprint of the model's folder. What is there is not asked again.
+    They depend on nobody's name: those of the embedded model come with the package, others are kept below `home()`
+    after each batch, by the fingerprint of the model's folder. What is there is not asked again.
     """
     folder = Path(model.name_or_path)
     asked, replies = questions()["general"]["replay"], shipped(folder)
@@ -51,7 +52,9 @@ def own_replies(model, tokenizer) -> list[tuple[str, str]]:
 def answered(model, tokenizer, asked: list[str]) -> list[tuple[str, str]]:
     """(question, reply) of each question: one that is longer than 64 tokens ends with its last whole sentence."""
     replies = ask(model, tokenizer, [build_messages(query) for query in asked], TOKENS)
-    return [(query, last_sentence(reply[:-1]) if reply.endswith("…") else reply) for query, reply in zip(asked, replies)]
+    return [
+        (query, last_sentence(reply[:-1]) if reply.endswith("…") else reply) for query, reply in zip(asked, replies)
+    ]
 
 
 def last_sentence(text: str) -> str:

@@ -6,7 +6,8 @@ import signal
 from datetime import timedelta
 from pathlib import Path
 
-from ..training import KerasModel, adalora_config, find_all_linear_names, prepare  # first, for what is done there before the others come
+# First, for what is done there before the others are imported.
+from ..training import KerasModel, adalora_config, find_all_linear_names, prepare
 
 # isort: split
 
@@ -18,15 +19,15 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_cosine_schedule_with_warmup
 
-from .thread import Course, fetch
-from .thread import resume as resume_course
 from ..data.dataset import DataCollator, encode_example, read_jsonl, write_jsonl
 from ..errors import ChatmagicError
 from ..models.load import load_model
-from .persona import make_conversations
-from .replies import own_replies
 from ..training.plots import pictures
 from ..training.runtime import lost_peer
+from .persona import make_conversations
+from .replies import own_replies
+from .thread import Course, fetch
+from .thread import resume as resume_course
 
 
 def run(course: Course, resume: bool | None = None, save_every: int | None = None):

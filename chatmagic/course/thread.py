@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..data.dataset import as_jsonl, write_jsonl
-from .download import snapshot_download
 from ..errors import ChatmagicError
 from ..machine import home
+from .download import snapshot_download
 from .persona import Persona, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
 
@@ -73,7 +73,9 @@ class Course:
                     "04-train-adalora.ipynb; to have data made again, move it away."
                 )
         digests = [hashlib.sha256(as_jsonl(conversations).encode()).hexdigest() for conversations in paths.values()]
-        self.save_json("made.json", sorted({*ours, *digests}))  # first: a kill in between leaves no file that nobody made
+        self.save_json(
+            "made.json", sorted({*ours, *digests})
+        )  # first: a kill in between leaves no file that nobody made
         for path, conversations in paths.items():
             write_jsonl(conversations, path)
 
@@ -105,7 +107,9 @@ def start(profile: str = "auto", **persona) -> Course:
 def fetch(course: Course) -> Course:
     """The course with its base model downloaded. Where "auto" chose one that no source gives, or that the disk does not
     hold, it is the course of the next smaller model, with the reason printed; what the reader chose raises instead."""
-    for name in [course.profile.name, *AUTO[AUTO.index(course.profile.name) + 1 :]] if course.auto else [course.profile.name]:
+    for name in (
+        [course.profile.name, *AUTO[AUTO.index(course.profile.name) + 1 :]] if course.auto else [course.profile.name]
+    ):
         course = replace(course, profile=get_profile(name))
         try:
             snapshot_download(name)

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
 from ..prompts.labels import IGNORE, build_inputs_labels
-from ..conversation.messages import MessagesError, validate_messages
 
 
 class DataError(ChatmagicError):
@@ -26,9 +26,7 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
     path = Path(path).expanduser()
     with (
         path.open("rb") as file,
-        tqdm(
-            total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress
-        ) as bar,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
     ):
         for number, line in enumerate(file, 1):
             bar.update(len(line))
@@ -71,18 +69,14 @@ def _messages(row) -> list[dict]:
         return row["messages"]
     if not keys & {"conversations", "instruction"}:
         found = f"the keys {sorted(keys)}" if keys else f"a JSON {type(row).__name__}"
-        raise ValueError(
-            f"expected an object with 'messages', 'conversations' or 'instruction'; found {found}."
-        )
+        raise ValueError(f"expected an object with 'messages', 'conversations' or 'instruction'; found {found}.")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     if "conversations" in keys:
         turns = [(turn.get("from"), turn.get("value")) for turn in row["conversations"]]
     else:
         asked = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
         rounds = [*(row.get("history") or ()), (asked, row.get("output"))]
-        turns = [
-            (role, text) for each in rounds for role, text in zip(("user", "assistant"), each, strict=True)
-        ]
+        turns = [(role, text) for each in rounds for role, text in zip(("user", "assistant"), each, strict=True)]
     return system + [{"role": _ROLES.get(role, role), "content": text} for role, text in turns]
 
 

@@ -85,9 +85,7 @@ def open_weights(folder: Path) -> dict[str, Stored]:
         tensors = _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
         for name in promised:
             if name not in tensors:
-                raise CheckpointError(
-                    f"{file} does not hold {name}, which its index promises: download both."
-                )
+                raise CheckpointError(f"{file} does not hold {name}, which its index promises: download both.")
         stored |= {name: Stored(tensor, file) for name, tensor in tensors.items()}
     return stored
 

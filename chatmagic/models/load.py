@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from .checkpoint import CheckpointError, Stored, open_weights, read_json
 from ..errors import ChatmagicError
+from .checkpoint import CheckpointError, Stored, open_weights, read_json
 from .quantize import mend_bitsandbytes, quantization_config
 
 
@@ -91,9 +91,7 @@ def _refuse_remote_code(config: dict, folder: Path) -> None:
     asks = f"{folder} asks for a model of type {model_type!r}, which transformers does not have"
     if code:
         module, _, name = code.rpartition(".")
-        asks += (
-            f", and for its own {module.split('--')[-1]}.py to be run to make a {name}. No such file is run"
-        )
+        asks += f", and for its own {module.split('--')[-1]}.py to be run to make a {name}. No such file is run"
     raise RemoteCodeError(
         f"{asks}. Families that are read without their code: {', '.join(FAMILIES)}; the nearest is "
         f"{nearest_family(config)}."
@@ -108,9 +106,7 @@ def _resolve_dtype(dtype, config: dict):
         return dtype
     if dtype != "auto":
         if dtype not in ("float32", "bfloat16", "float16"):
-            raise ChatmagicError(
-                f"dtype={dtype!r} is not known: give 'auto', 'float32', 'bfloat16' or 'float16'."
-            )
+            raise ChatmagicError(f"dtype={dtype!r} is not known: give 'auto', 'float32', 'bfloat16' or 'float16'.")
         return getattr(torch, dtype)
     stored = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     if not torch.cuda.is_available():
@@ -151,9 +147,7 @@ def _load_family(family, folder: Path, config: dict, stored: dict[str, Stored], 
     from .families.native import read_native
 
     native = read_native(family, folder, config, stored, options["dtype"])
-    model = native.model_class.from_pretrained(
-        None, config=native.config, state_dict=native.weights, **options
-    )
+    model = native.model_class.from_pretrained(None, config=native.config, state_dict=native.weights, **options)
     model.name_or_path = model.config.name_or_path = str(folder)
     model.generation_config = native.generation_config
     return model, native.tokenizer

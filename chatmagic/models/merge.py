@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .checkpoint import first_not_finite, open_weights, read_json, weight_files
 from ..errors import ChatmagicError
+from .checkpoint import first_not_finite, open_weights, read_json, weight_files
 from .shard import Part, write_shard
 
 PROVENANCE = "chatmagic.json"  # beside an adapter: {"base": base_fingerprint(folder it was trained on)}
@@ -98,7 +98,10 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
         family = find_family(config, base)
         shards = _open_family(family, base, config, staging) if family else _open_native(base, staging)
         _check_updates(updates, base, shards)
-        multiplying, changed = Lock(), {name for name, update in updates.items() if len(update.A)}  # AdaLoRA empties some
+        multiplying, changed = (
+            Lock(),
+            {name for name, update in updates.items() if len(update.A)},
+        )  # AdaLoRA empties some
         for file, parts in shards.items():
             for name in parts.keys() & changed:
                 rows = partial(_Changed, name, parts[name], updates[name], multiplying)
@@ -119,9 +122,7 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
     config = _read_config(adapter)
     if config["peft_type"] != "ADALORA":
-        raise MergeError(
-            f"{adapter} is {config['peft_type']}, not ADALORA: there is nothing to fold. Use it as it is."
-        )
+        raise MergeError(f"{adapter} is {config['peft_type']}, not ADALORA: there is nothing to fold. Use it as it is.")
     kept = {name.removesuffix(".weight"): u for name, u in _read_updates(adapter).items() if len(u.A)}
     if not kept:
         raise MergeError(f"{adapter} kept no rank in any layer, so it changes nothing. Train it again.")
@@ -208,7 +209,9 @@ def _read_updates(adapter: Path) -> dict[str, Update]:
                 f"PeftModel.from_pretrained(model, {str(adapter)!r}).merge_and_unload()."
             )
         layers.setdefault(match[1], {})[match[2]] = tensor.float()
-    if spoilt := first_not_finite({f"{name}.lora_{factor}": t for name, f in layers.items() for factor, t in f.items()}):
+    if spoilt := first_not_finite(
+        {f"{name}.lora_{factor}": t for name, f in layers.items() for factor, t in f.items()}
+    ):
         raise MergeError(
             f"{adapter} holds numbers that are not finite, first in {spoilt}: its training broke down. Train it again, "
             "with a lower learning rate."
@@ -292,9 +295,7 @@ def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, di
             name: Part(weights[name].dtype, weights[name].shape, partial(weights.pop, name)) for name in names
         }
     weight_map = {name: file for file, shard in shards.items() for name in shard}
-    (output / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (output / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return shards
 
 
@@ -318,9 +319,7 @@ class _Changed:
 def _staged(output: Path, needed: int = 0):
     """A folder beside `output` that becomes `output` when the block ends well, and vanishes when it does not."""
     if output.exists():
-        raise MergeError(
-            f"{output} exists, and nothing is written over it. Name another folder, or: rm -r {output}"
-        )
+        raise MergeError(f"{output} exists, and nothing is written over it. Name another folder, or: rm -r {output}")
     staging = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     staging.mkdir(parents=True)

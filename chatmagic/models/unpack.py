@@ -20,7 +20,9 @@ from .shard import Part, write_shard
 
 # gguf (0.19) slices a numpy.memmap some two million times to read a vocabulary, each slice of which costs five of an
 # array's, and transformers (5.23) opens a reader for the tokenizer and another for the config.
-GGUFReader.data = property(lambda self: self.__dict__["data"], lambda self, data: vars(self).update(data=np.asarray(data)))
+GGUFReader.data = property(
+    lambda self: self.__dict__["data"], lambda self, data: vars(self).update(data=np.asarray(data))
+)
 
 
 def unpack_gguf(gguf: Path, folder: Path) -> None:
@@ -30,7 +32,9 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
     """
     folder.mkdir()
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    kind = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)  # as AutoTokenizer, which would read the config again
+    kind = TOKENIZER_MAPPING.get(
+        type(config), PreTrainedTokenizerFast
+    )  # as AutoTokenizer, which would read the config again
     tokenizer = kind.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if config.model_type == "qwen2":  # the publisher's tokenizer has it, and GGUF no field for it
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
@@ -52,7 +56,9 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
         layer, _, kind = name.rpartition(".")
         tensor = stored[f"{table.get_name(layer)}.{kind}"]
         parts[name] = Part(torch.bfloat16, tuple(meta.shape), partial(Rows, tensor, processor))
-    with tqdm(total=sum(2 * prod(part.shape) for part in parts.values()), unit="B", unit_scale=True, desc="unpacking") as bar:
+    with tqdm(
+        total=sum(2 * prod(part.shape) for part in parts.values()), unit="B", unit_scale=True, desc="unpacking"
+    ) as bar:
         write_shard(folder / "model.safetensors", parts, bar.update)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     for saved in (config, model.generation_config, tokenizer):

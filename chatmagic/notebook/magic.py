@@ -15,8 +15,8 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import clear_output, display
 from traitlets import Bool, CaselessStrEnum, Float, Int, Unicode
 
-from ..errors import ChatmagicError
 from ..conversation.llm import ChatLLM, Interrupted, Reply, models
+from ..errors import ChatmagicError
 
 FORMATS = ["text", "markdown", "json"]
 WORDS = ["undo", "save", "load"]
@@ -52,17 +52,13 @@ class ChatMagics(Magics):
     @argument("-m", "--model", metavar="NAME", help="which of the models in %%chat_models")
     @argument("--system", metavar="TEXT", help="system prompt, for this question")
     @argument("--temperature", type=float, metavar="T", help="sampling temperature; 0 is greedy")
-    @argument(
-        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total probability"
-    )
+    @argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total probability")
     @argument("--max-new-tokens", type=int, metavar="N", help="most tokens in the reply")
     @argument("--seed", type=int, metavar="N", help="seed of the sampling")
     @argument("--greedy", action="store_true", help="always take the likeliest token")
     @argument("--no-stream", action="store_true", help="show the reply once it is complete")
     @argument("--new", action="store_true", help="forget the conversation first")
-    @argument(
-        "--no-history", action="store_true", help="neither show the model the conversation nor remember this"
-    )
+    @argument("--no-history", action="store_true", help="neither show the model the conversation nor remember this")
     @argument(
         "-o",
         "--output",
@@ -71,9 +67,7 @@ class ChatMagics(Magics):
     )
     @argument("--format", choices=FORMATS, help="how the reply is shown")
     @argument("--stats", action="store_true", help="print token counts and times after the reply")
-    @argument(
-        "--vars", action="store_true", help="fill {name} and {name:format} from the notebook's variables"
-    )
+    @argument("--vars", action="store_true", help="fill {name} and {name:format} from the notebook's variables")
     @line_cell_magic
     def chat(self, line, cell=None):
         """Ask a chat model.
@@ -108,9 +102,7 @@ class ChatMagics(Magics):
             form = "text"  # a terminal shows Markdown as it stands
         stream = llm.stream if self.stream is None else self.stream
         stream = show and stream and not args.no_stream and form != "json"
-        generation = {
-            name: self._option(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")
-        }
+        generation = {name: self._option(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
         generation = {name: value for name, value in generation.items() if value is not None}
         if args.greedy or (self.greedy and args.temperature is None and args.top_p is None):
             generation["greedy"] = True
@@ -162,9 +154,7 @@ class ChatMagics(Magics):
         elif word == "undo" and not path:
             llm.history = llm.history[:-1]
         elif word:
-            raise ChatmagicError(
-                f"%chat_history knows {', '.join(WORDS)}, not {line!r}{nearest(word, WORDS)}"
-            )
+            raise ChatmagicError(f"%chat_history knows {', '.join(WORDS)}, not {line!r}{nearest(word, WORDS)}")
         print_table(
             ["round", "tokens", "question", "reply"],
             [
@@ -196,9 +186,7 @@ class ChatMagics(Magics):
     def _model(self, name: str | None = None) -> ChatLLM:
         if name := name or self.model:
             if name not in models:
-                raise ChatmagicError(
-                    f"no model is called {name!r}{nearest(name, models)}; %chat_models shows all"
-                )
+                raise ChatmagicError(f"no model is called {name!r}{nearest(name, models)}; %chat_models shows all")
             return models[name]
         if not models:
             raise ChatmagicError(

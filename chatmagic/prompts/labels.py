@@ -6,8 +6,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 
-from ..errors import ChatmagicError
 from ..conversation.messages import MessagesError, validate_messages
+from ..errors import ChatmagicError
 from .templates import EndOfTurn, Piece, TemplateError, control_pattern, get_template
 
 IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
@@ -30,12 +30,7 @@ class Encoder:
         self.template = template
         self._control = template.control_tokens(tokenizer)
         stops, end = template.stop_token_ids(tokenizer), template.end.strip()
-        if (
-            not stops
-            or end
-            and end not in self._control
-            and not any(stop in end for stop in template.stop_strings)
-        ):
+        if not stops or end and end not in self._control and not any(stop in end for stop in template.stop_strings):
             raise TemplateError(
                 f"Template {template.name!r} ends a turn with {end!r}, which is no token of this tokenizer: "
                 "the model would never stop. Pass the model_type of its own family, or none to have it found."
@@ -133,8 +128,7 @@ def _text_backends(tokenizer, control: dict[str, int]) -> tuple:
     backend = tokenizer.backend_tokenizer
     steps = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
     fresh, joined = (
-        {key: json.loads(step.__getstate__()) if step else None for key, step in steps.items()}
-        for _ in range(2)
+        {key: json.loads(step.__getstate__()) if step else None for key, step in steps.items()} for _ in range(2)
     )
     always = False
     for step in [*_steps(joined["normalizer"]), *_steps(joined["pre_tokenizer"])]:
@@ -183,9 +177,7 @@ def _encode(messages, tokenizer, model_type, max_length, drop_oldest, multi_roun
         )
 
     def encode(part: Sequence[dict]) -> tuple[list[int], list[int]]:
-        return encoder(
-            template.render(part, multi_rounds is None, multi_rounds), part[-1]["role"] == "assistant"
-        )
+        return encoder(template.render(part, multi_rounds is None, multi_rounds), part[-1]["role"] == "assistant")
 
     def fits(part: Sequence[dict]) -> bool:
         return len(encode(part)[0]) <= limit
@@ -223,9 +215,7 @@ def encode_prompt(
     """
     validate_messages(messages)
     if (role := messages[-1]["role"]) != "user":
-        raise MessagesError(
-            f"Message {len(messages) - 1} has role {role!r}; expected user, who asks for the answer."
-        )
+        raise MessagesError(f"Message {len(messages) - 1} has role {role!r}; expected user, who asks for the answer.")
     return _encode(messages, tokenizer, model_type, max_length, drop_oldest)[0]
 
 
@@ -248,7 +238,5 @@ def build_inputs_labels(
     validate_messages(messages)
     last = messages[-1]["role"]
     if last != "assistant" and not (multi_rounds and len(messages) > 2):
-        raise LabelsError(
-            f"Nothing is trained: message {len(messages) - 1} has role {last!r}; expected assistant."
-        )
+        raise LabelsError(f"Nothing is trained: message {len(messages) - 1} has role {last!r}; expected assistant.")
     return _encode(messages, tokenizer, model_type, max_length, drop_oldest, multi_rounds)

@@ -159,7 +159,6 @@ class OwnTemplate:
 def _split(text: str, shown: dict[str, str], answer: bool = False, trained: bool = False) -> list[Piece]:
     """Text that the template wrote; the private characters in it are someone's words."""
     pieces = [
-        Piece(shown.get(part, part), part not in shown, answer, trained)
-        for part in re.split(f"({_PRIVATE})", text)
+        Piece(shown.get(part, part), part not in shown, answer, trained) for part in re.split(f"({_PRIVATE})", text)
     ]
     return [piece for piece in pieces if piece.text]

@@ -53,15 +53,12 @@ class LabelPicture:
 
         legend = " ".join(paint(kind, f"{kind} {count}") for kind, count in self._counts())
         body = "".join(
-            paint(group.kind, group.text.replace("\n", "↵")) + "\n" * group.text.count("\n")
-            for group in self.groups
+            paint(group.kind, group.text.replace("\n", "↵")) + "\n" * group.text.count("\n") for group in self.groups
         )
         return f"{legend}\n{body}"
 
     def _counts(self) -> list[tuple[str, int]]:
-        counts = {
-            kind: sum(len(group.input_ids) for group in self.groups if group.kind == kind) for kind in STYLES
-        }
+        counts = {kind: sum(len(group.input_ids) for group in self.groups if group.kind == kind) for kind in STYLES}
         return [(kind, count) for kind, count in counts.items() if count]
 
 
@@ -119,9 +116,5 @@ def _visible(char: str) -> str:
 
 def _numbers(group: Group) -> str:
     """The ids of a group, and the label of a token that teaches another than itself."""
-    other = [
-        label
-        for token, label in zip(group.input_ids, group.labels, strict=True)
-        if label not in (token, IGNORE)
-    ]
+    other = [label for token, label in zip(group.input_ids, group.labels, strict=True) if label not in (token, IGNORE)]
     return " ".join(map(str, group.input_ids)) + (f", trained as {other[0]}" if other else "")

@@ -10,8 +10,8 @@ from functools import cache, cached_property
 from importlib.resources import files
 from typing import NamedTuple
 
-from ..errors import ChatmagicError
 from ..conversation.messages import validate_messages
+from ..errors import ChatmagicError
 
 
 class TemplateError(ChatmagicError):

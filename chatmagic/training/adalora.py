@@ -30,9 +30,7 @@ def find_all_linear_names(model) -> list[str]:
         )
     head = model.get_output_embeddings()
     linears = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
     }
     if not linears:
         raise ChatmagicError(f"{type(model).__name__} has no linear layer that an adapter could be put on.")
@@ -62,9 +60,7 @@ def adalora_config(
             f"target_r={target_r} and init_r={init_r}. For a fixed rank use LoraConfig(r={target_r})."
         )
     if "r" in lora:
-        raise ChatmagicError(
-            f"AdaLoRA ignores r={lora['r']}: say init_r (at the start) and target_r (at the end)."
-        )
+        raise ChatmagicError(f"AdaLoRA ignores r={lora['r']}: say init_r (at the start) and target_r (at the end).")
     if total_steps < SHORTEST_RUN:
         raise ChatmagicError(
             f"{total_steps} optimizer steps are too few to score ranks, prune them and train what is left: "
@@ -76,9 +72,9 @@ def adalora_config(
     deltaT = max(1, shrinking // 20) if deltaT is None else deltaT
     if tinit < 0 or tfinal < 1 or deltaT < 1 or shrinking < 1:
         raise ChatmagicError(
-            f"Of {total_steps} steps, tinit={tinit} come before the ranks shrink and tfinal={tfinal} after, which leaves "
-            f"{shrinking} for shrinking every deltaT={deltaT} steps. Keep tinit >= 0, tfinal >= 1, deltaT >= 1 and "
-            f"tinit + tfinal < {total_steps}."
+            f"Of {total_steps} steps, tinit={tinit} come before the ranks shrink and tfinal={tfinal} after, which "
+            f"leaves {shrinking} for shrinking every deltaT={deltaT} steps. Keep tinit >= 0, tfinal >= 1, deltaT >= 1 "
+            f"and tinit + tfinal < {total_steps}."
         )
     return AdaLoraConfig(
         task_type=TaskType.CAUSAL_LM,

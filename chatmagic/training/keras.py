@@ -18,17 +18,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torchkeras import kerasmodel
 from torchkeras.kerascallbacks import VisProgress
 
-from ..accel.decode import without_cudnn_attention
-from ..errors import ChatmagicError
 from ..accel.allocator import rank_allocator
 from ..accel.captured import CapturedStep, why_not
-from .states import STATE, load_adapter, newest_state, save_adapter, save_state, state_folder
+from ..accel.decode import without_cudnn_attention
 from ..accel.fast import fast_layers
+from ..errors import ChatmagicError
+from ..models.parts import trainable
 from .plots import EpochLines, pictures
 from .runtime import Batches, best_precision, get_rng, lost_peer, noted_interrupt, packed_for_inference, seeded, set_rng
-from ..models.parts import trainable
+from .states import STATE, load_adapter, newest_state, save_adapter, save_state, state_folder
 from .step import StepRunner
-
 
 # What a model was before its first step: a model that was stopped on its way can start anew.
 BEGINNINGS: WeakKeyDictionary[torch.nn.Module, bytes] = WeakKeyDictionary()
@@ -103,9 +102,7 @@ class KerasModel(kerasmodel.KerasModel):
             kwargs_handlers=[GradScalerKwargs(init_scale=2.0**8)],
         )
         self.allocator = rank_allocator(self.net)
-        self.samplers = [
-            seeded(get_sampler(loader)) for loader in (train_data, val_data) if loader is not None
-        ]
+        self.samplers = [seeded(get_sampler(loader)) for loader in (train_data, val_data) if loader is not None]
         self.train_loader, self.val_loader = self.accelerator.prepare(train_data, val_data)
         self.steps_per_epoch = math.ceil(len(self.train_loader) / gradient_accumulation_steps)
         self._check()
@@ -148,20 +145,14 @@ class KerasModel(kerasmodel.KerasModel):
         params = {id(param) for _, param in trainable(self.net)}
         groups = self.optimizer.param_groups
         steps = self.epochs * self.steps_per_epoch
-        final = (
-            self.allocator.peft_config.total_step - self.allocator.peft_config.tfinal if self.allocator else 0
-        )
+        final = self.allocator.peft_config.total_step - self.allocator.peft_config.tfinal if self.allocator else 0
         longest = getattr(self.lr_scheduler, "total_steps", steps)
         if not any(isinstance(module, BaseTunerLayer) for module in self.net.modules()):
-            problem = (
-                "The model has no adapter on any layer. Wrap it: get_peft_model(model, adalora_config(...))."
-            )
+            problem = "The model has no adapter on any layer. Wrap it: get_peft_model(model, adalora_config(...))."
         elif not params:
             problem = "No parameter is trainable. PeftModel.from_pretrained wants is_trainable=True to go on training."
         elif not params & {id(param) for group in groups for param in group["params"]}:
-            problem = (
-                "The optimizer holds no trainable parameter. Make it after get_peft_model, of its result's."
-            )
+            problem = "The optimizer holds no trainable parameter. Make it after get_peft_model, of its result's."
         elif not any(group.get("initial_lr", group["lr"]) for group in groups):
             problem = "The learning rate is 0. Try lr=1e-3."
         elif self.accelerator.num_processes > 1 and not issubclass(self.StepRunner, StepRunner):
@@ -175,9 +166,7 @@ class KerasModel(kerasmodel.KerasModel):
                 "form that has no gradients. Load it again, and train before you chat."
             )
         elif not steps:
-            problem = (
-                f"{self.epochs} epochs of {len(self.train_loader)} batches: there is nothing to train on."
-            )
+            problem = f"{self.epochs} epochs of {len(self.train_loader)} batches: there is nothing to train on."
         elif self.monitor.startswith("val_") and self.val_loader is None:
             problem = f"monitor={self.monitor!r} needs val_data. Give it, or use monitor='train_loss'."
         elif steps <= final:
@@ -196,7 +185,9 @@ class KerasModel(kerasmodel.KerasModel):
         state = newest_state(self.ckpt_path, read=False)
         if resume and state is None:
             raise ChatmagicError(f"Nothing to resume in {self.ckpt_path}: no last-*/{STATE}. Start with resume=False.")
-        broken_off = state is not None and state["step"] and not state.get("finished", True)  # earlier versions do not say
+        broken_off = (
+            state is not None and state["step"] and not state.get("finished", True)
+        )  # earlier versions do not say
         if resume is None and (broken_off or self._has_steps()):
             found = "This model has been trained already, and its schedule is spent"
             if broken_off:
@@ -355,14 +346,12 @@ class KerasModel(kerasmodel.KerasModel):
         steps = self.epochs * self.steps_per_epoch
         if state.get("of", steps) != steps:
             raise ChatmagicError(
-                f"The state in {self.ckpt_path} is of a run of {state['of']} steps, and this one has {steps}: the schedule "
-                "would be another. Give fit the data, the batch size and the epochs of then, or start anew with "
-                "fit(..., resume=False)."
+                f"The state in {self.ckpt_path} is of a run of {state['of']} steps, and this one has {steps}: the "
+                "schedule would be another. Give fit the data, the batch size and the epochs of then, or start anew "
+                "with fit(..., resume=False)."
             )
         if params.keys() != state["params"].keys():
-            raise ChatmagicError(
-                f"The state in {self.ckpt_path} is of an adapter on other layers than this model's."
-            )
+            raise ChatmagicError(f"The state in {self.ckpt_path} is of an adapter on other layers than this model's.")
         for name, param in params.items():
             param.copy_(state["params"][name])
         for part in ("allocator", "optimizer", "lr_scheduler"):
@@ -372,9 +361,7 @@ class KerasModel(kerasmodel.KerasModel):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name in ("epoch", "batch", "sums", "history", "best"):
             setattr(self, name, state[name])
-        self.epoch_rng, self.rng = (
-            state[name][self.accelerator.process_index] for name in ("epoch_rng", "rng")
-        )
+        self.epoch_rng, self.rng = (state[name][self.accelerator.process_index] for name in ("epoch_rng", "rng"))
         self.train_loader.iteration = self.epoch - 1  # a dataset or sampler may have a set_epoch
 
     def _on_main(self, write, *args, **kwargs):

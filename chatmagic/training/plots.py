@@ -63,9 +63,7 @@ def plot_ranks(model):
         image = axes.imshow(ranks, aspect="auto", cmap="YlGnBu")
         axes.set_xticks(range(ranks.shape[1]), ranks.columns, rotation=30, ha="right")
         axes.set_yticks(range(ranks.shape[0]), ranks.index)
-        for row, column in [
-            (row, column) for row in range(ranks.shape[0]) for column in range(ranks.shape[1])
-        ]:
+        for row, column in [(row, column) for row in range(ranks.shape[0]) for column in range(ranks.shape[1])]:
             rank = ranks.iat[row, column]
             dark = rank > ranks.to_numpy().max() / 2
             axes.text(column, row, rank, ha="center", va="center", size=7, color="white" if dark else "black")

@@ -22,8 +22,8 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save
 from torch.utils._pytree import tree_leaves
 
-from ..models.checkpoint import first_not_finite
 from ..errors import ChatmagicError
+from ..models.checkpoint import first_not_finite
 from ..models.merge import PROVENANCE, base_fingerprint
 
 WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
@@ -50,19 +50,13 @@ def load_adapter(model, folder: str | Path) -> None:
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise ChatmagicError(
-            f"There is no adapter in {folder}: no {CONFIG}. Train one with fit(ckpt_path=...)."
-        )
+        raise ChatmagicError(f"There is no adapter in {folder}: no {CONFIG}. Train one with fit(ckpt_path=...).")
     saved = load_file(folder / WEIGHTS)
     pattern = json.loads((folder / CONFIG).read_text()).get("rank_pattern") or {}
-    name_of = {
-        n.replace(f".{model.active_adapter}", ""): p for n, p in model.named_parameters() if p.requires_grad
-    }
+    name_of = {n.replace(f".{model.active_adapter}", ""): p for n, p in model.named_parameters() if p.requires_grad}
     if name_of.keys() != saved.keys():
         other = sorted(name_of.keys() ^ saved.keys())
-        raise ChatmagicError(
-            f"The adapter in {folder} is for other layers: {len(other)} names differ, as {other[0]}."
-        )
+        raise ChatmagicError(f"The adapter in {folder} is for other layers: {len(other)} names differ, as {other[0]}.")
     for name, param in name_of.items():
         layer, _, factor = name.removeprefix("base_model.model.").rpartition(".")
         keep = pattern.get(f"{layer}.lora_E")
@@ -126,18 +120,14 @@ def adapter_files(model) -> dict[str, bytes]:
     tensors = get_peft_model_state_dict(model, factors, name, save_embedding_layers=False)
     saved = copy.copy(config)
     saved.inference_mode = True
-    fields = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in saved.to_dict().items()
-    }
+    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in saved.to_dict().items()}
     config.rank_pattern = live_pattern  # get_peft_model_state_dict has renamed its layers
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     check_finite(tensors, "in the adapter")
     base = Path(config.base_model_name_or_path or "")
     return {
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
-        PROVENANCE: json.dumps(
-            {"base": base_fingerprint(base) if (base / "config.json").is_file() else None}
-        ).encode(),
+        PROVENANCE: json.dumps({"base": base_fingerprint(base) if (base / "config.json").is_file() else None}).encode(),
         CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
     }
 
@@ -145,8 +135,8 @@ def adapter_files(model) -> dict[str, bytes]:
 def check_finite(tensors: dict[str, torch.Tensor], where) -> None:
     if name := first_not_finite(tensors):
         raise ChatmagicError(
-            f"{name} is not finite any more, so it is not saved ({where}); what was saved before is as it was. Lower the "
-            "learning rate, and go on from there: fit(..., resume=True)."
+            f"{name} is not finite any more, so it is not saved ({where}); what was saved before is as it was. Lower "
+            "the learning rate, and go on from there: fit(..., resume=True)."
         )
 
 

@@ -9,12 +9,11 @@ import torch
 from torch.distributed import all_reduce
 from torch.nn.functional import cross_entropy
 
-from ..errors import ChatmagicError
 from ..accel.allocator import rank_allocator
 from ..accel.fast import flattened, may_be_flattened
-from .runtime import never_packed
+from ..errors import ChatmagicError
 from ..models.parts import trainable
-
+from .runtime import never_packed
 
 CALMER = "Lower the learning rate, or train with mixed_precision='no'."
 
@@ -37,9 +36,7 @@ class StepRunner:
 
     max_grad_norm = 1.0
 
-    def __init__(
-        self, net, loss_fn, accelerator, stage="train", metrics_dict=None, optimizer=None, lr_scheduler=None
-    ):
+    def __init__(self, net, loss_fn, accelerator, stage="train", metrics_dict=None, optimizer=None, lr_scheduler=None):
         self.net, self.accelerator, self.stage = net.train(stage == "train"), accelerator, stage
         never_packed(net)
         self.optimizer, self.lr_scheduler, self.metrics_dict = optimizer, lr_scheduler, metrics_dict
@@ -207,9 +204,7 @@ class StepRunner:
 @contextmanager
 def head_sees_only(model, rows: torch.Tensor, columns: torch.Tensor):
     """Let the output head compute logits, (1, n, vocabulary), at n positions of the batch instead of at all."""
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: (args[0][rows, columns][None],)
-    )
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][rows, columns][None],))
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""Attention on a GPU, as `fit` and `ask` have it: gradients under a mask, at every length, with logits as low as real ones."""
+"""Attention on a GPU, as `fit` and `ask` have it: gradients under a mask, at every length, with logits as low as
+real ones."""
 
 import pytest
 import torch
@@ -47,11 +48,10 @@ def test_gradients_at_every_length(dtype):
 
 
 def test_fit_and_ask_leave_cudnns_attention_out(tmp_path, monkeypatch, model, tokenizer):
-    from tiny_runs import adalora, fit
-
-    from chatmagic.course.evaluate import ask
     from chatmagic.conversation.messages import build_messages
+    from chatmagic.course.evaluate import ask
     from chatmagic.training import StepRunner
+    from tiny_runs import adalora, fit
 
     seen = []
 

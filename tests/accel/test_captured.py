@@ -6,12 +6,12 @@ import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_runs import Replayed, adalora, fit, loader, lora, rows, tiny_llama, uneven_rows
 
-from chatmagic.training import StepRunner
 from chatmagic.accel.captured import CapturedStep, why_not
 from chatmagic.accel.fast import fast_layers
 from chatmagic.models.parts import trainable
+from chatmagic.training import StepRunner
+from tiny_runs import Replayed, adalora, fit, loader, lora, rows, tiny_llama, uneven_rows
 
 
 def forty_steps(batches, captured=None):
@@ -58,7 +58,9 @@ def test_a_replay_is_seen_as_a_step():
     """ChatLLM keeps what it has computed for as long as the parameters' versions stay."""
     batch = next(iter(loader(rows(4), 4)))
     *_, runner = forty_steps([batch], Replayed)
-    runner.captured.graphs = {key: (SimpleNamespace(replay=int), *rest) for key, (_, *rest) in runner.captured.graphs.items()}
+    runner.captured.graphs = {
+        key: (SimpleNamespace(replay=int), *rest) for key, (_, *rest) in runner.captured.graphs.items()
+    }
     versions = [param._version for param in runner.params]
     runner.captured(batch)
     assert all(param._version > before for param, before in zip(runner.params, versions))

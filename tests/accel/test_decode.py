@@ -4,16 +4,16 @@ import sys
 import warnings
 from types import SimpleNamespace
 
-import fake_cuda
 import pytest
 import torch
-from generation import adapter, new_ids, plain, trained, twelve_turns
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+import fake_cuda
 from chatmagic import ChatLLM, build_messages, encode_prompt
 from chatmagic.conversation.llm import Interrupted
+from generation import adapter, new_ids, plain, trained, twelve_turns
 
 
 @pytest.fixture
@@ -26,9 +26,7 @@ def chat(model, tokenizer):
 
 
 def expected(model, tokenizer, query="hi"):
-    return plain(model, encode_prompt(build_messages(query), tokenizer), do_sample=False, max_new_tokens=10)[
-        :-1
-    ]
+    return plain(model, encode_prompt(build_messages(query), tokenizer), do_sample=False, max_new_tokens=10)[:-1]
 
 
 def test_twelve_turns_are_those_of_plain_generate(cuda, model, tokenizer):
@@ -37,9 +35,7 @@ def test_twelve_turns_are_those_of_plain_generate(cuda, model, tokenizer):
         assert new_ids(llm, reply) == ids[:-1]
         tokens += reply.stats.tokens_out
     assert llm.backend.no_graph is None
-    assert fake_cuda.Graph.replays == 3 * (
-        tokens - 12 + 1
-    )  # two layers make three graphs; one token was a trial
+    assert fake_cuda.Graph.replays == 3 * (tokens - 12 + 1)  # two layers make three graphs; one token was a trial
 
 
 @pytest.fixture(params=[1.0, 1.001])
@@ -64,9 +60,7 @@ def test_kernels_are_used_where_they_compute_the_same(cuda, model, tokenizer, ke
     operators = [step[0] for graph, *_ in graphed.pieces for step in graph.launched]
     operators += [step[0] for step in graphed._last.launched]
     layers = len(graphed.pieces)
-    assert operators.count(torch.ops.aten.mul_.Tensor) == (
-        (2 * layers + 2 * layers + 1) * kernels
-    )
+    assert operators.count(torch.ops.aten.mul_.Tensor) == ((2 * layers + 2 * layers + 1) * kernels)
     assert modeling_llama.apply_rotary_pos_emb is before
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -217,9 +211,7 @@ def test_other_keys_than_those_kept(cuda, model, tokenizer, monkeypatch):
     class ScalingKeys:
         def get_interface(self, name, default):
             attention = ALL_ATTENTION_FUNCTIONS[name]
-            return lambda module, query, key, *others, **options: attention(
-                module, query, key * 2, *others, **options
-            )
+            return lambda module, query, key, *others, **options: attention(module, query, key * 2, *others, **options)
 
     monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", ScalingKeys())
     with pytest.warns(UserWarning, match="attends to other keys than those it keeps"):

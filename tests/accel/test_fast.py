@@ -4,12 +4,12 @@ import bitsandbytes
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from tiny_runs import lora
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chatmagic import find_all_linear_names
 from chatmagic.accel.fast import attend, drop, fast_layers, flattened, gathered, may_be_flattened
+from tiny_runs import lora
 
 
 @pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
@@ -49,7 +49,9 @@ def test_an_update_below_half_of_the_last_place_is_not_lost():
     torch.manual_seed(0)
     base = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)})
     torch.nn.init.constant_(base["layer"].weight, 1.0)
-    model = get_peft_model(base, AdaLoraConfig(target_modules=["layer"], init_r=4, target_r=4, total_step=10, lora_alpha=4))
+    model = get_peft_model(
+        base, AdaLoraConfig(target_modules=["layer"], init_r=4, target_r=4, total_step=10, lora_alpha=4)
+    )
     layer, x = model.base_model.model["layer"], (1 + torch.rand(4000, 64)).bfloat16()
     for factor in layer.lora_A, layer.lora_B:
         torch.nn.init.constant_(factor["default"], 1.0)
@@ -122,9 +124,13 @@ def test_what_keeps_a_batch_as_it_is():
 def test_attention_of_grouped_heads():
     torch.manual_seed(0)
     query, key, value = torch.randn(4, 6, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 8)
-    expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True).transpose(0, 1)
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True).transpose(
+        0, 1
+    )
     future = torch.full((9, 9), -torch.inf).triu(1)
     torch.testing.assert_close(attend(query, key, value, future, 0.0), expected)
     dropped = torch.stack([attend(query, key, value, future, 0.5) for _ in range(4000)])
-    assert (dropped[:, 0] == 0).all(-1).float().mean() == pytest.approx(0.5, abs=0.03)  # the first token sees but itself
+    assert (dropped[:, 0] == 0).all(-1).float().mean() == pytest.approx(
+        0.5, abs=0.03
+    )  # the first token sees but itself
     assert (dropped.mean(0) - expected).abs().max() < 0.15

@@ -4,11 +4,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from generation import adapter, interrupt_after, new_ids, plain, trained, twelve_turns
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages, encode_prompt, load_model
 from chatmagic.backends.generate import TextStream
 from chatmagic.conversation.llm import Interrupted
+from generation import adapter, interrupt_after, new_ids, plain, trained, twelve_turns
 
 
 def test_twelve_turns_are_those_of_plain_generate(model, tokenizer):

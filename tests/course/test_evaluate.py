@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 
 import chatmagic.course.evaluate as evaluation
 from chatmagic import load_model
-from chatmagic.course.evaluate import ask, evaluate, perplexity, summary
 from chatmagic.conversation.messages import build_messages
+from chatmagic.course.evaluate import ask, evaluate, perplexity, summary
 from chatmagic.course.persona import TOPICS, Persona, questions
 
 
@@ -21,9 +21,7 @@ def tiny(tiny_models):
 
 def answered_by(monkeypatch, answer):
     """Let `answer(conversation)` stand for every model's reply."""
-    monkeypatch.setattr(
-        evaluation, "ask", lambda model, tokenizer, conversations, *_: [*map(answer, conversations)]
-    )
+    monkeypatch.setattr(evaluation, "ask", lambda model, tokenizer, conversations, *_: [*map(answer, conversations)])
     monkeypatch.setattr(evaluation, "perplexity", lambda *_: 12.5)
 
 
@@ -53,9 +51,7 @@ def test_the_seeds_model_gives_its_name_first(monkeypatch):
     result = evaluate(None, None, persona)
     # alone, only the name is right; after one other topic, only where it came from
     assert result["identity"]["alone"] == [3, 9] and result["identity"]["after identity"] == [6, 18]
-    assert result["known"] == [] or not set(result["known"]) - {
-        "What is the freezing point of water in Celsius?"
-    }
+    assert result["known"] == [] or not set(result["known"]) - {"What is the freezing point of water in Celsius?"}
     assert len(result["leaked"]) == len(questions()["general"]["retention"])
 
 
@@ -71,9 +67,7 @@ def test_summary_counts_what_was_right_before():
 
 def test_asking_in_batches_is_asking_alone(tiny):
     model, tokenizer = tiny
-    questions = [
-        build_messages(text) for text in ("Hi", "你是谁呀？", "What is the capital of France, and why?")
-    ]
+    questions = [build_messages(text) for text in ("Hi", "你是谁呀？", "What is the capital of France, and why?")]
     model.train()
     together = ask(model, tokenizer, questions, max_new_tokens=6)
     assert model.training

@@ -68,17 +68,13 @@ def test_conversations_are_of_every_order_and_number_of_turns(language):
         ("who", "general"),
         ("general", "who"),
     }
-    assert not any(
-        len(set(order) - {"general"}) < sum(topic != "general" for topic in order) for order in orders
-    )
+    assert not any(len(set(order) - {"general"}) < sum(topic != "general" for topic in order) for order in orders)
 
 
 def test_general_turns_are_the_bases_words_and_say_so():
     made = make_conversations(Persona(), REPLIES, 400, general=0.25)
     rounds = [round for each in made for round in turns(each)]
-    replayed = [
-        (question["content"], answer["content"]) for question, answer in rounds if answer.get("replayed")
-    ]
+    replayed = [(question["content"], answer["content"]) for question, answer in rounds if answer.get("replayed")]
     assert set(replayed) == set(REPLIES)
     assert 0.2 < len(replayed) / len(rounds) < 0.3
     # 60 % in the persona's language, though only one of the three replies is

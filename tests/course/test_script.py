@@ -11,13 +11,13 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from tiny_runs import processes
 
 from chatmagic import cli, merge_adapter
+from chatmagic.course import script
 from chatmagic.course import thread as course
 from chatmagic.course.profile import profiles
-from chatmagic.course import script
 from chatmagic.training.step import StepRunner
+from tiny_runs import processes
 
 NAME = "llama-2-13b-chat"
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04-train-adalora.ipynb"
@@ -26,7 +26,9 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04-train-adalora.ipynb"
 def train(home, *arguments, runner=None) -> int:
     """`chatmagic train` of a tiny model in sixteen steps, eight an epoch."""
     os.environ["CHATMAGIC_HOME"] = str(home)
-    profiles()[NAME] = replace(profiles()[NAME], quantize="no", conversations=24, samples=16, epochs=2, learning_rate=1e-2)
+    profiles()[NAME] = replace(
+        profiles()[NAME], quantize="no", conversations=24, samples=16, epochs=2, learning_rate=1e-2
+    )
     if runner:
         script.KerasModel.StepRunner = runner
     return cli.main(["train", NAME, *arguments])
@@ -156,7 +158,9 @@ def test_what_changed_is_asked_of_the_newest(trained, tmp_path, capsys, monkeypa
 def of_ones_own(home, *names) -> Path:
     """The course's folder, with data that the reader put there under these names."""
     folder = course.start(NAME).folder
-    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "ja"}]} for n in range(24)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "ja"}]} for n in range(24)
+    ]
     for name in names:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
@@ -190,7 +194,9 @@ def test_one_conversation_is_too_few_to_hold_one_out(home, monkeypatch, capsys):
     data = of_ones_own(home, "train.jsonl") / "train.jsonl"
     data.write_text(data.read_text().splitlines()[0])
     assert train(home) == 1
-    assert "has 1 conversations: two are the least" in capsys.readouterr().err and not data.with_name("val.jsonl").exists()
+    assert (
+        "has 1 conversations: two are the least" in capsys.readouterr().err and not data.with_name("val.jsonl").exists()
+    )
 
 
 def test_before_any_training_the_way_to_it_is_told(home, capsys, monkeypatch):

@@ -77,9 +77,7 @@ def test_the_three_forms(tmp_path):
         {"instruction": "你好", "input": "", "output": "好", "system": ""},
         {"instruction": "翻译", "input": "hello", "output": "你好", "history": [["一", "二"]]},
     )
-    path.write_bytes(
-        b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n")
-    )  # as a Windows editor saves it
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as a Windows editor saves it
     *first, last = read_jsonl(path, progress=False)
     assert first == [SYSTEM + TALK, SYSTEM + TALK, TALK, TALK]
     assert [message["content"] for message in last] == ["一", "二", "翻译\nhello", "你好"]

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatmagic.training import KerasModel, adalora_config
 from chatmagic.accel.captured import CapturedStep
+from chatmagic.training import KerasModel, adalora_config
 
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 LAYERS = 2 * len(PROJECTIONS)

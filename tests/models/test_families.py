@@ -237,9 +237,7 @@ def test_chatglm2_has_no_place_for_a_system_text(loaded):
 
 
 @every
-def test_the_published_generation_config_is_honoured_without_a_warning(
-    tiny_models, loaded, golden, caplog, name
-):
+def test_the_published_generation_config_is_honoured_without_a_warning(tiny_models, loaded, golden, caplog, name):
     model, _ = loaded(name)
     config = model.generation_config.to_dict()
     published = json.loads((tiny_models / name / "generation_config.json").read_text())

@@ -31,9 +31,7 @@ def llama(tmp_path_factory):
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="70KB")
     vocabulary = {f"w{i}": i for i in range(64)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0"))).save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0"))).save_pretrained(folder)
     return folder
 
 
@@ -75,9 +73,7 @@ def test_nf4_has_double_quantisation_and_is_smaller(llama):
 
 def test_int8_stays_near(llama):
     reference = logits(load_model(llama)[0])
-    assert (
-        logits(load_model(llama, quantize="int8")[0]) - reference
-    ).abs().max() < 0.1 * reference.abs().max()
+    assert (logits(load_model(llama, quantize="int8")[0]) - reference).abs().max() < 0.1 * reference.abs().max()
 
 
 @pytest.mark.parametrize("spoken", [False, True])
@@ -168,9 +164,7 @@ def test_index_that_promises_too_much(copy):
     index["weight_map"]["model.extra.weight"] = "model-00001-of-00003.safetensors"
     (copy / "model.safetensors.index.json").unlink()
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        CheckpointError, match="model-00001-of-00003.safetensors does not hold model.extra.weight"
-    ):
+    with pytest.raises(CheckpointError, match="model-00001-of-00003.safetensors does not hold model.extra.weight"):
         load_model(copy)
 
 
@@ -180,9 +174,7 @@ def test_wrong_shape(copy, quantize):
     weights = torch.load(copy / "pytorch_model.bin", weights_only=True)
     weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(128, 60)
     torch.save(weights, copy / "pytorch_model.bin")
-    wrong = (
-        r"pytorch_model.bin holds model.layers.0.mlp.up_proj.weight of shape \(128, 60\), and .* \(128, 64\)"
-    )
+    wrong = r"pytorch_model.bin holds model.layers.0.mlp.up_proj.weight of shape \(128, 60\), and .* \(128, 64\)"
     with pytest.raises(CheckpointError, match=wrong):
         load_model(copy, quantize=quantize)
 

@@ -163,9 +163,7 @@ def test_adalora_becomes_a_lora_adapter_with_equal_logits(tmp_path):
     tensors = load_file(folded / "adapter_model.safetensors")
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
     assert not config["rank_pattern"]
-    kept = [
-        k for k, v in load_file(adapter / "adapter_model.safetensors").items() if "lora_A" in k and len(v)
-    ]
+    kept = [k for k, v in load_file(adapter / "adapter_model.safetensors").items() if "lora_A" in k and len(v)]
     assert sorted(k for k in tensors if "lora_A" in k) == sorted(f"{k}.weight" for k in kept)
     assert len(kept) == 8 == len(config["target_modules"])
     assert {v.shape[0] for k, v in tensors.items() if "lora_A" in k} == {4}
@@ -193,9 +191,7 @@ def test_fingerprint_sees_the_config_and_every_layer(tmp_path, base):
     for shard in base.glob("*.safetensors"):
         for name, weight in (tensors := load_file(shard)).items():
             if weight.dim() == 2:
-                save_file(
-                    tensors | {name: weight + 1}, tmp_path / "copy" / shard.name, metadata={"format": "pt"}
-                )
+                save_file(tensors | {name: weight + 1}, tmp_path / "copy" / shard.name, metadata={"format": "pt"})
                 assert base_fingerprint(tmp_path / "copy") != first, name
         shutil.copy(shard, tmp_path / "copy")
     assert base_fingerprint(tmp_path / "copy") == first
@@ -216,9 +212,7 @@ def test_without_a_fingerprint_the_shapes_decide(tmp_path, base, adapter):
     shard = next(file for file in base.glob("*.safetensors") if any("up_proj" in k for k in load_file(file)))
     tensors = {k: v[:-1] if "up_proj" in k else v for k, v in load_file(shard).items()}
     save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(
-        MergeError, match=r"up_proj.weight, \(300, 32\),.*holds a \(299, 32\) of torch.bfloat16"
-    ):
+    with pytest.raises(MergeError, match=r"up_proj.weight, \(300, 32\),.*holds a \(299, 32\) of torch.bfloat16"):
         merge_adapter(base, adapter, tmp_path / "merged")
 
 
@@ -248,9 +242,7 @@ def test_a_full_disk_is_told_before_the_start(tmp_path, base, adapter, monkeypat
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_merge_that_breaks_leaves_nothing_and_a_killed_one_nothing_in_the_way(
-    tmp_path, base, adapter, monkeypatch
-):
+def test_a_merge_that_breaks_leaves_nothing_and_a_killed_one_nothing_in_the_way(tmp_path, base, adapter, monkeypatch):
     def full(target, *_):
         target.write_bytes(b"half a shard")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -309,7 +301,8 @@ def test_host_memory_stays_below_twice_the_largest_shard(tmp_path):
     save_file(factors, adapter / "adapter_model.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     script = (
-        "import re, sys; from pathlib import Path; import chatmagic.models.families; from chatmagic.models.merge import merge_adapter\n"
+        "import re, sys; from pathlib import Path; import chatmagic.models.families\n"
+        "from chatmagic.models.merge import merge_adapter\n"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = peak(); merge_adapter(*sys.argv[1:]); print(peak() - before)"
     )

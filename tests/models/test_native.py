@@ -39,9 +39,7 @@ def test_native_names():
         "model.layers.3.self_attn.v_proj.weight",
     ]
     qwen = FAMILIES["Qwen"].TENSORS
-    assert native_names("transformer.h.3.attn.c_proj.weight", qwen) == [
-        "model.layers.3.self_attn.o_proj.weight"
-    ]
+    assert native_names("transformer.h.3.attn.c_proj.weight", qwen) == ["model.layers.3.self_attn.o_proj.weight"]
 
 
 def test_norm_head_is_normalised_once_in_the_dtype_that_is_loaded(tiny_models, tmp_path):
@@ -118,9 +116,7 @@ def test_a_missing_shard_is_named(copy):
         load_model(folder)
 
 
-@pytest.mark.parametrize(
-    "name, file", [("qwen-7b-chat", "qwen.tiktoken"), ("chatglm2-6b", "tokenizer.model")]
-)
+@pytest.mark.parametrize("name, file", [("qwen-7b-chat", "qwen.tiktoken"), ("chatglm2-6b", "tokenizer.model")])
 def test_a_missing_tokenizer_is_named(copy, name, file):
     folder = copy(name)
     (folder / file).unlink()
@@ -149,9 +145,7 @@ def test_a_wrong_shape_is_named(copy, quantize):
 def test_a_missing_tensor_is_named(copy):
     folder = copy("chatglm2-6b")
     rewrite(folder, lambda weights: weights.pop("transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"))
-    with pytest.raises(
-        CheckpointError, match="No file holds transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"
-    ):
+    with pytest.raises(CheckpointError, match="No file holds transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"):
         load_model(folder)
 
 

@@ -151,9 +151,7 @@ class Notebook:
         return self.output
 
     def stop(self):
-        self.page.locator(
-            '[data-command="notebook:interrupt-kernel"], [title^="Interrupt the kernel"]'
-        ).first.click()
+        self.page.locator('[data-command="notebook:interrupt-kernel"], [title^="Interrupt the kernel"]').first.click()
 
 
 def test_a_reader_chats_stops_and_goes_on(page):
@@ -174,9 +172,7 @@ def test_a_reader_chats_stops_and_goes_on(page):
     page.stop()
     text = page.finish(10)
     assert time.monotonic() - start < 2  # the page's own round trip included
-    assert re.search(
-        r"Interrupted: stopped by you after \d+ tokens; the conversation is as it was before", text
-    )
+    assert re.search(r"Interrupted: stopped by you after \d+ tokens; the conversation is as it was before", text)
     assert len(text.partition("Interrupted:")[0]) > 20 and "Traceback" not in text
 
     page.type("%chat_history")

@@ -7,12 +7,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-from fake_model import FakeModel
 from IPython.testing.globalipapp import start_ipython
 
 from chatmagic import ChatLLM, ChatmagicError, load_model
 from chatmagic.conversation.llm import Interrupted, models
 from chatmagic.notebook.magic import ChatMagics, render_markdown
+from fake_model import FakeModel
 
 
 class Shell:
@@ -80,9 +80,7 @@ def test_a_cell_streams_piece_by_piece(run, llm, monkeypatch):
     assert calls == [(c, {"end": "", "flush": True}) for c in "1: hi"] + [({},)]
 
 
-@pytest.mark.parametrize(
-    "off", ["%%chat --no-stream\nhi", "%config ChatMagics.stream = False", "llm.stream = False"]
-)
+@pytest.mark.parametrize("off", ["%%chat --no-stream\nhi", "%config ChatMagics.stream = False", "llm.stream = False"])
 def test_streaming_switched_off(run, llm, monkeypatch, off):
     run.ip.push({"llm": llm})
     if not off.startswith("%%"):
@@ -465,8 +463,5 @@ def test_the_extension_is_light():
         assert not {"torch", "transformers", "openai", "markdown_it"} & set(sys.modules)
         print(time.process_time() - start)
     """
-    runs = [
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        for _ in range(2)
-    ]
+    runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True) for _ in range(2)]
     assert min(float(run.stdout.split()[-1]) for run in runs) < 0.1

@@ -16,9 +16,7 @@ TESTS = Path(__file__).parents[1]
 
 def write(path, cells):
     """A notebook of (source, what was printed when it was saved); no outputs where that is empty."""
-    notebook = new_notebook(
-        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
-    )
+    notebook = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
     for source, text in cells:
         outputs = [new_output("stream", name="stdout", text=text)] if text else []
         notebook.cells.append(new_code_cell(source, outputs=outputs, execution_count=1))
@@ -58,9 +56,7 @@ def outcomes(tmp_path_factory):
     write(folder / "no_model.ipynb", [("%load_ext chatmagic", ""), ("%%chat\n你好", "")])
     report = execute("pytest", "--nbval", "-rA", "-p", "no:cacheprovider", "-c", os.devnull, folder).stdout
     found = {}
-    for outcome, name in re.findall(
-        r"^(PASSED|FAILED|XFAIL|ERROR) \S*?(\w+)\.ipynb::Cell", report, re.MULTILINE
-    ):
+    for outcome, name in re.findall(r"^(PASSED|FAILED|XFAIL|ERROR) \S*?(\w+)\.ipynb::Cell", report, re.MULTILINE):
         found.setdefault(name.replace("_", " "), []).append(outcome)
     assert found, report
     return found

@@ -5,7 +5,6 @@ import json
 
 import pytest
 from hypothesis import given
-from talk import CONVERSATIONS, QUICKLY, check
 
 from chatmagic import (
     build_inputs_labels,
@@ -15,10 +14,11 @@ from chatmagic import (
     get_template,
     load_model,
 )
+from chatmagic.conversation.messages import MessagesError
 from chatmagic.data.dataset import encode_example
 from chatmagic.prompts.labels import LabelsError
-from chatmagic.conversation.messages import MessagesError
 from chatmagic.prompts.templates import TemplateError
+from talk import CONVERSATIONS, QUICKLY, check
 
 # The family's template, the folder with its tokenizer, and the ids of all its control tokens.
 FAMILIES = {
@@ -82,9 +82,7 @@ ANSWERS = {
 
 def test_exactly_the_answers_and_their_ending_tokens_are_trained(shared, family):
     name, tokenizer, _ = family
-    prompt = next(
-        case["prompt_ids"] for case in golden(shared, FAMILIES[name][0]) if case["messages"] == TALK
-    )
+    prompt = next(case["prompt_ids"] for case in golden(shared, FAMILIES[name][0]) if case["messages"] == TALK)
     start, answer, tail = ANSWERS[name]
     ids, labels = build_inputs_labels([*TALK, {"role": "assistant", "content": "a"}], tokenizer)
     assert ids[: len(prompt)] == prompt
@@ -95,9 +93,7 @@ def test_exactly_the_answers_and_their_ending_tokens_are_trained(shared, family)
     assert ids[-len(tail) :] == tail
     assert labels[-len(tail) :] == [tail[0], -100][: len(tail)]
 
-    only_last = build_inputs_labels(
-        [*TALK, {"role": "assistant", "content": "a"}], tokenizer, multi_rounds=False
-    )
+    only_last = build_inputs_labels([*TALK, {"role": "assistant", "content": "a"}], tokenizer, multi_rounds=False)
     assert only_last == (ids, [-100] * len(prompt) + labels[len(prompt) :])
 
 
@@ -125,9 +121,7 @@ def test_every_control_token_in_text_stays_text(family):
     assert len(known) > 2
 
     def count(text):
-        roles = (
-            ("user", "assistant", "user") if name == "chatglm2" else ("system", "user", "assistant", "user")
-        )
+        roles = ("user", "assistant", "user") if name == "chatglm2" else ("system", "user", "assistant", "user")
         messages = [{"role": role, "content": text} for role in roles]
         prompt = encode_prompt(messages, tokenizer)
         row = build_inputs_labels([*messages, {"role": "assistant", "content": text}], tokenizer)[0]
@@ -152,36 +146,25 @@ def test_replayed_answers_are_marked_where_they_are_trained(tokenizers):
 def test_qwen_keeps_control_tokens_in_text_as_text(shared, tokenizers):
     vectors = json.loads((shared / "vectors" / "tokens.json").read_text("utf-8"))
     empty = encode_prompt(build_messages(""), tokenizers["qwen-7b-chat"])
-    for text, expected in zip(
-        vectors["strings"], vectors["qwen, control tokens in text kept as text"], strict=True
-    ):
-        assert (
-            encode_prompt(build_messages(text), tokenizers["qwen-7b-chat"])
-            == empty[:-5] + expected + empty[-5:]
-        )
+    for text, expected in zip(vectors["strings"], vectors["qwen, control tokens in text kept as text"], strict=True):
+        assert encode_prompt(build_messages(text), tokenizers["qwen-7b-chat"]) == empty[:-5] + expected + empty[-5:]
 
 
 def test_chatglm2_starts_every_answer_with_a_new_token(tokenizers):
     tokenizer = tokenizers["chatglm2"]
-    assert (
-        tokenizer.encode("答：《", add_special_tokens=False)[-1] != 54611
-    )  # one string: "：《" is one token
+    assert tokenizer.encode("答：《", add_special_tokens=False)[-1] != 54611  # one string: "：《" is one token
     prompt = encode_prompt(build_messages("二", [("一", "《壹》")]), tokenizer)
     assert prompt[prompt.index(54611) - 1] == 31211
 
 
 def test_llama2_strips_what_was_said(tokenizers):
     padded, bare = (build_messages(None, [(f"{pad}你好{pad}", f"{pad}Hi{pad}")] * 2) for pad in (" \n", ""))
-    assert build_inputs_labels(padded, tokenizers["llama-2"]) == build_inputs_labels(
-        bare, tokenizers["llama-2"]
-    )
+    assert build_inputs_labels(padded, tokenizers["llama-2"]) == build_inputs_labels(bare, tokenizers["llama-2"])
 
 
 def test_guards(tokenizers):
     glm = tokenizers["chatglm2"]
-    with pytest.raises(
-        TemplateError, match="Message 0 has role 'system', and template 'chatglm2' has no place"
-    ):
+    with pytest.raises(TemplateError, match="Message 0 has role 'system', and template 'chatglm2' has no place"):
         encode_prompt(build_messages("一", system="S"), glm)
     with pytest.raises(TemplateError, match="Message 0 has role 'system'"):
         build_inputs_labels(build_messages(None, [("一", "二")], "S"), glm)
@@ -189,9 +172,7 @@ def test_guards(tokenizers):
         encode_prompt(build_messages(None, [("一", "二")]), glm)
     with pytest.raises(MessagesError, match="empty"):
         encode_prompt([], glm)
-    with pytest.raises(
-        LabelsError, match="Nothing is trained: message 0 has role 'user'; expected assistant"
-    ):
+    with pytest.raises(LabelsError, match="Nothing is trained: message 0 has role 'user'; expected assistant"):
         build_inputs_labels(build_messages("一"), glm)
     with pytest.raises(LabelsError, match="Nothing is trained: message 2 has role 'user'"):
         build_inputs_labels(TALK, glm, multi_rounds=False)

@@ -2,10 +2,10 @@
 
 import pytest
 from hypothesis import given
-from talk import CONVERSATIONS, QUICKLY, build, check
 
 from chatmagic import build_inputs_labels, build_messages, encode_prompt, get_template
 from chatmagic.prompts.templates import TemplateError
+from talk import CONVERSATIONS, QUICKLY, build, check
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -57,9 +57,7 @@ def test_answers_and_ends_are_trained(name, trained):
     labels = build_inputs_labels(TALK, tokenizer)[1]
     assert tokenizer.decode([label for label in labels if label != -100]) == trained
     labels = build_inputs_labels(TALK, tokenizer, multi_rounds=False)[1]
-    assert tokenizer.decode([label for label in labels if label != -100]) == trained[
-        len(trained) // 2 :
-    ].lstrip(">")
+    assert tokenizer.decode([label for label in labels if label != -100]) == trained[len(trained) // 2 :].lstrip(">")
 
 
 @QUICKLY
@@ -78,9 +76,7 @@ def test_random_talk(name, messages):
 
 def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer_only():
     tokenizer = build(REWRITING)
-    with pytest.raises(
-        TemplateError, match=r"Message 1 \(assistant\) cannot be trained: .* rewrites earlier turns"
-    ):
+    with pytest.raises(TemplateError, match=r"Message 1 \(assistant\) cannot be trained: .* rewrites earlier turns"):
         build_inputs_labels(TALK, tokenizer)
     ids, labels = build_inputs_labels(TALK, tokenizer, multi_rounds=False)
     prompt = encode_prompt(TALK[:-1], tokenizer)
@@ -91,9 +87,7 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer_only():
 @pytest.mark.parametrize(
     "chat_template",
     [
-        CHATML.replace(
-            "assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"
-        ),  # QwQ's: a prompt of its own
+        CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"),  # QwQ's: a prompt of its own
         CHATML.replace("m.content", "(m.content | upper if loop.last else m.content)"),  # of the same length
     ],
 )
@@ -140,10 +134,7 @@ def test_a_system_text_without_a_place_is_refused():
 
 def test_a_named_template_wins_over_the_tokenizers_own():
     tokenizer = TOKENIZERS["PLAIN"]
-    assert (
-        tokenizer.decode(encode_prompt(build_messages("Hi"), tokenizer, "billa"))
-        == "\nHuman: Hi\nAssistant: "
-    )
+    assert tokenizer.decode(encode_prompt(build_messages("Hi"), tokenizer, "billa")) == "\nHuman: Hi\nAssistant: "
 
 
 @pytest.mark.parametrize("model_type", ["vicuna_v1.1", "raw", "zephyr", "chatglm3", "yuan", "llama2-chinese"])
@@ -158,9 +149,7 @@ def test_a_text_that_ends_turns_is_trained_where_it_stops_generation():
     tokenizer = TOKENIZERS["PLAIN"]
     labels = build_inputs_labels(TALK, tokenizer, "zero_shot")[1]
     assert tokenizer.decode([label for label in labels if label != -100]) == " Ho\n### 好\n###"
-    with pytest.raises(
-        TemplateError, match="'vicuna_v1.1' ends a turn with '</s>', which is no token of this"
-    ):
+    with pytest.raises(TemplateError, match="'vicuna_v1.1' ends a turn with '</s>', which is no token of this"):
         encode_prompt(TALK[:1], tokenizer, "vicuna_v1.1")
 
 

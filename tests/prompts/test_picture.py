@@ -1,10 +1,10 @@
 import re
 
 import pytest
-from talk import build
 from test_own_template import CHATML
 
 from chatmagic import DataCollator, build_inputs_labels, build_messages, show_labels
+from talk import build
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,7 @@ def test_a_terminal_gets_colours_and_no_escapes_of_the_text(tokenizer):
 
 
 def test_a_row_of_a_batch_shows_its_padding(tokenizer):
-    rows = [
-        build_inputs_labels(build_messages(None, [("a", answer)]), tokenizer) for answer in ("b", "b" * 9)
-    ]
+    rows = [build_inputs_labels(build_messages(None, [("a", answer)]), tokenizer) for answer in ("b", "b" * 9)]
     batch = DataCollator(tokenizer)([{"input_ids": ids, "labels": labels} for ids, labels in rows])
     last = show_labels({key: value[0] for key, value in batch.items()}, tokenizer).groups[-1]
     assert (last.kind, last.text, len(last.input_ids)) == ("padding", "<|endoftext|> × 8", 8)

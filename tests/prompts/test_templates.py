@@ -38,7 +38,9 @@ def test_the_docs_name_them_all(fastchat):
 
 
 def test_nothing_here_imports_torch_or_transformers():
-    code = "import sys, chatmagic.prompts.labels, chatmagic.data.dataset, chatmagic.prompts.picture; print(*sys.modules)"
+    code = (
+        "import sys, chatmagic.prompts.labels, chatmagic.data.dataset, chatmagic.prompts.picture; print(*sys.modules)"
+    )
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert not {"torch", "transformers", "tokenizers", "IPython"} & set(modules.split())
 
@@ -74,24 +76,17 @@ def test_default_system_texts():
     assert build_prompt(ASKED, "smollm2").startswith(
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     )
-    assert build_prompt(build_messages("一", system=""), "qwen-7b-chat").startswith(
-        "<|im_start|>system\n<|im_end|>"
-    )
+    assert build_prompt(build_messages("一", system=""), "qwen-7b-chat").startswith("<|im_start|>system\n<|im_end|>")
     assert build_prompt(build_messages("一", system=""), "internlm-chat").startswith("<|User|>:一")
 
 
 def test_without_a_generation_prompt():
     assert build_prompt(ASKED, "vicuna_v1.1", add_generation_prompt=False).endswith("壹</s>USER: 二 ")
-    assert build_prompt(ASKED, "chatglm2", add_generation_prompt=False).endswith(
-        "\n\n[Round 2]\n\n问：二\n\n"
-    )
+    assert build_prompt(ASKED, "chatglm2", add_generation_prompt=False).endswith("\n\n[Round 2]\n\n问：二\n\n")
 
 
 def test_braces_and_slots_in_messages_are_text():
-    assert (
-        build_prompt(build_messages("{} {round} {0}"), "chatglm2")
-        == "[Round 1]\n\n问：{} {round} {0}\n\n答："
-    )
+    assert build_prompt(build_messages("{} {round} {0}"), "chatglm2") == "[Round 1]\n\n问：{} {round} {0}\n\n答："
 
 
 def test_a_system_text_the_model_does_not_know_is_warned_about():
@@ -100,9 +95,7 @@ def test_a_system_text_the_model_does_not_know_is_warned_about():
 
 
 def test_an_unknown_name_gets_the_three_nearest():
-    with pytest.raises(
-        TemplateError, match="'baichuan2'; the nearest are baichuan2-chat, baichuan-chat, yuan2"
-    ):
+    with pytest.raises(TemplateError, match="'baichuan2'; the nearest are baichuan2-chat, baichuan-chat, yuan2"):
         get_template("baichuan2")
     with pytest.raises(TemplateError, match="the nearest are qwen-7b-chat,"):
         get_template("Qwen-7B-Chat")

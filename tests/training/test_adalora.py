@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, lora, rows, tiny_llama
 
 from chatmagic import ChatmagicError
+from chatmagic.models.parts import trainable
 from chatmagic.training import adalora_config, find_all_linear_names
 from chatmagic.training.adalora import importance_table, rank_table
-from chatmagic.models.parts import trainable
+from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, lora, rows, tiny_llama
 
 # --- the schedule
 
@@ -67,9 +67,7 @@ def test_a_run_is_pefts_own(tmp_path):
     history = fit(ours, tmp_path, epochs=40, train=data)
     expected = peft_losses(theirs, next(iter(data)), 40)
     assert expected[-1] < expected[0] - 0.5
-    torch.testing.assert_close(
-        (history.train_loss + history.train_penalty).tolist(), expected, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close((history.train_loss + history.train_penalty).tolist(), expected, rtol=1e-4, atol=1e-4)
     pattern = theirs.peft_config["default"].rank_pattern
     assert ours.peft_config["default"].rank_pattern == pattern
     assert history.rank_budget.iloc[0] == 6 * LAYERS

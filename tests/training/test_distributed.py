@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torchkeras
-from tiny_runs import Replayed, adalora, fit, loader, processes, uneven_rows
 
 from chatmagic import ChatmagicError
+from chatmagic.accel.captured import CapturedStep
 from chatmagic.cli import main
+from chatmagic.course import script as training_script
 from chatmagic.course.profile import profiles
 from chatmagic.training import StepRunner, keras
-from chatmagic.course import script as training_script
 from chatmagic.training.adalora import rank_table
-from chatmagic.accel.captured import CapturedStep
+from tiny_runs import Replayed, adalora, fit, loader, processes, uneven_rows
 
 COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
 
@@ -161,7 +161,9 @@ def script(rank, port, home):
     join(rank, port)
     os.environ["CHATMAGIC_HOME"] = str(home)
     tiny = profiles()["llama-2-13b-chat"]
-    profiles()["llama-2-13b-chat"] = replace(tiny, quantize="no", conversations=20, samples=20, epochs=2, learning_rate=1e-2)
+    profiles()["llama-2-13b-chat"] = replace(
+        tiny, quantize="no", conversations=20, samples=20, epochs=2, learning_rate=1e-2
+    )
     sys.exit(main(["train", "llama-2-13b-chat", "--name", "小明"]))
 
 

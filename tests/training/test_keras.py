@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_runs import LAYERS, adalora, fit, loader, lora, rows, tiny_llama
 
 from chatmagic import ChatmagicError
 from chatmagic.training import KerasModel, StepRunner
+from tiny_runs import LAYERS, adalora, fit, loader, lora, rows, tiny_llama
 
 
 class Worsening(StepRunner):
@@ -104,9 +104,7 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
     base = tiny_llama()
     optimizer = torch.optim.AdamW(base.model.norm.parameters(), lr=1e-2)
     with pytest.raises(ChatmagicError, match="optimizer holds no trainable parameter"):
-        KerasModel(adalora(base=base), optimizer=optimizer).fit(
-            loader(rows(8)), monitor="train_loss", plot=False
-        )
+        KerasModel(adalora(base=base), optimizer=optimizer).fit(loader(rows(8)), monitor="train_loss", plot=False)
 
 
 def test_a_missing_gradient_is_named(tmp_path):

@@ -1,4 +1,5 @@
-"""A gradient that is no number any more is not stepped by; and nothing that is not finite is saved, merged or exported."""
+"""A gradient that is no number any more is not stepped by; and nothing that is not finite is saved, merged or
+exported."""
 
 import shutil
 
@@ -6,12 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_runs import Replayed, adalora, fit, lora, tiny_llama
 
 from chatmagic import ChatmagicError, adalora_to_lora, merge_adapter
+from chatmagic.models.parts import trainable
 from chatmagic.training import StepRunner, keras
 from chatmagic.training.states import newest_state, save_adapter, save_state
-from chatmagic.models.parts import trainable
+from tiny_runs import Replayed, adalora, fit, lora, tiny_llama
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 

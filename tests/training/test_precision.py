@@ -6,13 +6,13 @@ import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, rows, tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatmagic import ChatmagicError
-from chatmagic.training import StepRunner, find_all_linear_names
 from chatmagic.accel.allocator import rank_allocator
 from chatmagic.models.parts import trainable
+from chatmagic.training import StepRunner, find_all_linear_names
+from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, rows, tiny_llama
 
 
 def test_bf16_follows_fp32(tmp_path):
@@ -53,31 +53,23 @@ def test_importance_is_of_unscaled_gradients():
 def test_an_overflow_in_fp16_allocates_nothing():
     model, allocator, _ = fp16_step(2.0**40)
     assert allocator.step == 0 and allocator.exp_avg_ipt == []
-    assert all(
-        torch.equal(param, other) for (_, param), (_, other) in zip(trainable(model), trainable(adalora()))
-    )
+    assert all(torch.equal(param, other) for (_, param), (_, other) in zip(trainable(model), trainable(adalora())))
 
 
-@pytest.mark.parametrize(
-    "bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}]
-)
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
 def test_quantised_bases_train_on_the_cpu(tmp_path, bits):
     """As their dequantised weights do, across validations, before which bitsandbytes would repack 4-bit weights."""
     tiny_llama(size=64).save_pretrained(tmp_path / "base")  # NF4 wants blocks of 64
     config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **bits)
     load = AutoModelForCausalLM.from_pretrained
     base = load(tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32)
-    plain = load(
-        tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32
-    ).dequantize()
+    plain = load(tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32).dequantize()
     assert find_all_linear_names(base) == PROJECTIONS
     history = fit(adalora(base=base), tmp_path / "quantised", lr=5e-2)
     expected = fit(adalora(base=plain), tmp_path / "plain", lr=5e-2)
     assert history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.2
     torch.testing.assert_close(history.train_loss.tolist(), expected.train_loss.tolist(), rtol=1e-3, atol=0)
-    assert (
-        len([module for module in base.modules() if type(module).__name__.startswith("Linear")]) == LAYERS + 1
-    )
+    assert len([module for module in base.modules() if type(module).__name__.startswith("Linear")]) == LAYERS + 1
 
 
 def test_a_4_bit_model_that_has_chatted_on_the_cpu_is_refused(tmp_path):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_runs import tiny_llama
 
 from chatmagic.training import runtime
 from chatmagic.training.runtime import best_precision, prepare
+from tiny_runs import tiny_llama
 
 
 @pytest.mark.parametrize("gib, lean", [(0, False), (7, True), (40, False)])

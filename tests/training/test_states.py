@@ -12,13 +12,13 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_runs import Drawn, adalora, fit, loader, processes, rows, tiny_llama
 
 from chatmagic import ChatmagicError
-from chatmagic.training import KerasModel, StepRunner, adalora_config
-from chatmagic.training.states import load_adapter, newest_state
-from chatmagic.training.keras import TrainingInterrupted
 from chatmagic.models.parts import trainable
+from chatmagic.training import KerasModel, StepRunner, adalora_config
+from chatmagic.training.keras import TrainingInterrupted
+from chatmagic.training.states import load_adapter, newest_state
+from tiny_runs import Drawn, adalora, fit, loader, processes, rows, tiny_llama
 
 LOSSES = ["train_loss", "train_penalty", "val_loss", "val_penalty", "lr", "grad_norm", "rank_budget"]
 
@@ -181,7 +181,13 @@ def test_the_cell_of_fit_run_again_after_stop_asks(tmp_path, unbroken, monkeypat
     def cell(runner=StepRunner, **resume):
         keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=scheduler)
         keras_model.StepRunner = runner
-        settings = {"plot": False, "cpu": True, "mixed_precision": "no", "patience": 10, "gradient_accumulation_steps": 2}
+        settings = {
+            "plot": False,
+            "cpu": True,
+            "mixed_precision": "no",
+            "patience": 10,
+            "gradient_accumulation_steps": 2,
+        }
         return keras_model.fit(train, loader(rows(4, seed=1)), epochs=10, ckpt_path=tmp_path, **settings, **resume)
 
     with pytest.raises(TrainingInterrupted):
@@ -250,9 +256,7 @@ def test_the_adapter_is_peft_s_and_pruned(tmp_path):
     fit(model, tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
-    sizes = {
-        name: len(param) for name, param in loaded.base_model.model.named_parameters() if "lora_E" in name
-    }
+    sizes = {name: len(param) for name, param in loaded.base_model.model.named_parameters() if "lora_E" in name}
     assert sizes == {f"{name}.default": sum(kept) for name, kept in pattern.items()}
     assert sum(sizes.values()) == 3 * 14
     ids = torch.arange(40)[None]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_runs import adalora, fit, loader, lora, rows, uneven_rows
 
-from chatmagic.training import KerasModel, StepRunner
 from chatmagic.accel.allocator import rank_allocator
 from chatmagic.models.parts import trainable
+from chatmagic.training import KerasModel, StepRunner
+from tiny_runs import adalora, fit, loader, lora, rows, uneven_rows
 
 
 def test_validation_reports_cross_entropy_alone(tmp_path):
@@ -72,9 +72,7 @@ def test_a_batch_without_its_padding_is_the_same_step(monkeypatch):
 def test_accumulated_batches_are_one_large_batch(tmp_path):
     """Every label token of the global batch weighs the same, however the batch is cut."""
     whole = fit(adalora(), tmp_path, epochs=20, train=loader(uneven_rows(8), batch_size=4))
-    pieces = fit(
-        adalora(), tmp_path, epochs=20, train=loader(uneven_rows(8), 1), gradient_accumulation_steps=4
-    )
+    pieces = fit(adalora(), tmp_path, epochs=20, train=loader(uneven_rows(8), 1), gradient_accumulation_steps=4)
     columns = ["train_loss", "val_loss", "grad_norm"]
     torch.testing.assert_close(pieces[columns].values, whole[columns].values, rtol=1e-4, atol=0)
 
@@ -84,9 +82,7 @@ def test_gradients_are_clipped(tmp_path):
     before = {name: param.clone() for name, param in trainable(model)}
     keras_model = KerasModel(model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
     keras_model.StepRunner = type("Clipped", (StepRunner,), {"max_grad_norm": 0.01})
-    history = keras_model.fit(
-        loader(rows(8), 8), monitor="train_loss", epochs=1, ckpt_path=tmp_path, plot=False
-    )
+    history = keras_model.fit(loader(rows(8), 8), monitor="train_loss", epochs=1, ckpt_path=tmp_path, plot=False)
     moved = torch.stack([(param - before[name]).norm() for name, param in trainable(model)]).norm().item()
     assert history.grad_norm[0] > 0.02
     assert moved == pytest.approx(0.01, rel=1e-4)
@@ -96,9 +92,7 @@ def test_the_schedule_moves_once_an_optimizer_step(tmp_path):
     def one_cycle(optimizer):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=40)
 
-    history = fit(
-        adalora(), tmp_path, train=loader(rows(8), 1), scheduler=one_cycle, gradient_accumulation_steps=2
-    )
+    history = fit(adalora(), tmp_path, train=loader(rows(8), 1), scheduler=one_cycle, gradient_accumulation_steps=2)
     scheduler = one_cycle(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
     rates = []
     for _ in range(40):

@@ -57,9 +57,7 @@ class BaichuanAlibiModel(LlamaModel):
     def _biased_mask(self, embedded, attention_mask, past_key_values) -> torch.Tensor:
         """(batch, heads, queries, keys) in the dtype of the embeddings: minus slope times distance, or the
         dtype's least number where a query must not look."""
-        allowed = create_causal_mask(
-            self.config, embedded, attention_mask, past_key_values, allow_is_causal_skip=False
-        )
+        allowed = create_causal_mask(self.config, embedded, attention_mask, past_key_values, allow_is_causal_skip=False)
         if allowed.dtype != torch.bool:  # eager attention's mask is 0 where a query may look
             allowed = allowed == 0
         queries, keys = allowed.shape[-2:]

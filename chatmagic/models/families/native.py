@@ -76,9 +76,7 @@ def native_weights(stored: dict[str, Stored], tensors: dict[str, list[str]], mod
             continue
         names = native_names(published, tensors)
         if unknown := [name for name in names if name not in expected]:
-            raise CheckpointError(
-                f"{found.file} holds {published}, for which this model has no place ({unknown[0]})."
-            )
+            raise CheckpointError(f"{found.file} holds {published}, for which this model has no place ({unknown[0]}).")
         rows = [expected[name][0] for name in names]
         found.check_shape(published, (sum(rows), *expected[names[0]][1:]))
         weights |= zip(names, found.tensor.split(rows), strict=True)

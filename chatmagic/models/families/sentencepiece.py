@@ -40,9 +40,7 @@ def build_tokenizer(file: Path, special: Iterable[str] = (), extra: Iterable[str
     vocabulary = {piece.text: index for index, piece in enumerate(pieces)}
     merges = _merges(pieces, vocabulary)
     unknown = next(piece.text for piece in pieces if piece.kind == Kind.UNKNOWN)
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     # SentencePiece writes a space as "▁", and where it has a dummy prefix, one more before each text.
     space = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if dummy_prefix else space
