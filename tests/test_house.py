@@ -1,6 +1,7 @@
 """The house stands as docs/architecture.md draws it: one room a concern, imports downstairs, one format."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "chatmagic"
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 DOC = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
 LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
@@ -68,3 +70,10 @@ def test_the_contracts_name_every_package_that_is_not_pythons_own():
     others = found - sys.stdlib_module_names - {"chatmagic"}
     assert set(CONTRACTS[1]["forbidden_modules"]) == others
     assert others - set(CONTRACTS[2]["forbidden_modules"]) == {"IPython", "markdown_it", "traitlets"}
+
+
+def test_the_notebooks_import_from_two_places():
+    cells = [cell for path in NOTEBOOKS for cell in json.loads(path.read_text("utf-8"))["cells"]]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    found = re.findall(r"^\s*(?:from|import) (chatmagic[\w.]*)", code, re.MULTILINE)
+    assert set(found) == {"chatmagic", "chatmagic.course"}
