@@ -8,6 +8,7 @@ asks anew, and writes what the package ships: `replies.json`, {checksum of the m
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -31,9 +32,9 @@ def own_replies(model, tokenizer) -> list[tuple[str, str]]:
     folder = Path(model.name_or_path)
     asked, replies = questions()["general"]["replay"], shipped(folder)
     kept = home() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.jsonl"
-    if kept.is_file():
-        whole = (line for line in kept.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n"))
-        replies |= dict(map(json.loads, whole))
+    for line in kept.read_text(encoding="utf-8", errors="replace").splitlines() if kept.is_file() else []:
+        with suppress(ValueError):  # a line that a kill cut short
+            replies |= dict([json.loads(line)])
     missing = sorted((query for query in asked if query not in replies), key=len)  # a batch is as slow as its longest
     if missing:
         kept.parent.mkdir(parents=True, exist_ok=True)

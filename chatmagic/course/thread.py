@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..data.dataset import as_jsonl, write_jsonl
 from ..errors import ChatmagicError
 from ..machine import home
+from ..models.checkpoint import CheckpointError, weight_files
 from .download import snapshot_download
 from .persona import Persona, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
@@ -106,10 +108,12 @@ def start(profile: str = "auto", **persona) -> Course:
 
 def fetch(course: Course) -> Course:
     """The course with its base model downloaded. Where "auto" chose one that no source gives, or that the disk does not
-    hold, it is the course of the next smaller model, with the reason printed; what the reader chose raises instead."""
-    for name in (
-        [course.profile.name, *AUTO[AUTO.index(course.profile.name) + 1 :]] if course.auto else [course.profile.name]
-    ):
+    hold, it is the course of the next smaller model, with the reason printed; what the reader chose raises instead. A
+    folder that holds a model is taken as it is, whoever put it there."""
+    with suppress(CheckpointError):
+        if (course.model / "config.json").is_file() and weight_files(course.model):
+            return course.remember()
+    for name in AUTO[AUTO.index(course.profile.name) :] if course.auto else [course.profile.name]:
         course = replace(course, profile=get_profile(name))
         try:
             snapshot_download(name)

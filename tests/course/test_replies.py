@@ -63,9 +63,10 @@ def test_a_stop_loses_nothing_that_was_answered(model, monkeypatch, home, cut):
     content = kept.read_bytes()
     assert len(content.splitlines()) == 16
     kept.write_bytes(content[: len(content) - cut])
+    lost = cut and content[len(content) - cut - 1 :].count(b"\n")
     batches = asking(monkeypatch)
     assert [query for query, _ in own_replies(model, None)] == ASKED
-    assert sum(map(len, batches)) == 4 + (cut > 0)
+    assert sum(map(len, batches)) == 4 + lost
     batches = asking(monkeypatch)
     assert [query for query, _ in own_replies(model, None)] == ASKED and batches == []
 

@@ -181,7 +181,7 @@ def failing(rank, port, home):
     """The script, in which the first process meets an error that nobody has foreseen while the other waits for it."""
     join(rank, port)
     os.environ["CHATMAGIC_HOME"] = str(home)
-    training_script.make_data = lambda course: 1 / 0
+    training_script.fetch = lambda course: 1 / 0
     sys.stderr = (home / f"{rank}.txt").open("w", buffering=1)
     sys.exit(main(["train", "llama-2-13b-chat"]))
 
