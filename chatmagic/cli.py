@@ -10,13 +10,14 @@ import warnings
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
-from unicodedata import east_asian_width
 
 from .course.persona import Persona
 from .course.profile import get_profile
 from .course.thread import Course, CourseError, resume
 from .errors import ChatmagicError
+from .files import make_folder, remove, write
 from .machine import share_cores, short
+from .text import fit
 
 
 def doctor(args) -> None:
@@ -48,10 +49,10 @@ def tutorial(args) -> None:
     if not notebooks:
         raise ChatmagicError(f"There are no notebooks in {args.notebooks}. Run this from the repository's folder.")
     first = _first_to_run(notebooks, args.executed)
-    args.executed.mkdir(parents=True, exist_ok=True)
+    make_folder(args.executed)
     for path in notebooks[first:]:  # before the first runs: if broken off, no stale copy of a later one counts as done
         for copy in _copies(path, args.executed):
-            copy.unlink(missing_ok=True)
+            remove(copy)
     # Nobody sits there to answer whether a broken-off training is to go on: it goes on.
     environment = {"CHATMAGIC_RESUME": "1"} | os.environ
     began = time.monotonic()
@@ -78,7 +79,7 @@ def tutorial(args) -> None:
                 )
                 client.execute(env=environment)
         except CellExecutionError as error:
-            _write(_sealed(notebook), failed)
+            write(failed, nbformat.writes(_sealed(notebook)) + "\n")
             raise ChatmagicError(
                 f"{path.name} failed: {error.ename}: {error.evalue}\nThe executed part is {failed}. Mend the cause, "
                 "then run the same command: it goes on from this notebook."
@@ -89,11 +90,11 @@ def tutorial(args) -> None:
                 "same command goes on from this notebook."
             ) from None
         if args.in_place:
-            _write(notebook, path.resolve())  # a link stays one
-        _write(_sealed(notebook), copy)  # last: it says that the notebook is done
+            write(path, nbformat.writes(notebook) + "\n")
+        write(copy, nbformat.writes(_sealed(notebook)) + "\n")  # last: it says that the notebook is done
         print(f"{time.monotonic() - start:6.0f} s", flush=True)
     print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {args.executed}\n")
-    _print_before_after()
+    _print_replies()
 
 
 def _copies(path: Path, executed: Path) -> tuple[Path, Path]:
@@ -153,16 +154,7 @@ def _digest(notebook: dict) -> str:
     return sha256(json.dumps(notebook | {"metadata": metadata}, sort_keys=True).encode()).hexdigest()
 
 
-def _write(notebook, path: Path) -> None:
-    """Whole or not at all, and by way of no name that could be somebody's."""
-    import nbformat
-
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as part:
-        nbformat.write(notebook, Path(part) / path.name)
-        os.replace(Path(part) / path.name, path)
-
-
-def _print_before_after() -> None:
+def _print_replies() -> None:
     course = resume("before", "merged")
     before, after = (
         json.loads((course.folder / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json")
@@ -170,21 +162,6 @@ def _print_before_after() -> None:
     rows = [("question", "before", "after"), *((question, before[question], after[question]) for question in before)]
     for row in rows:
         print(" | ".join(fit(text, columns) for text, columns in zip(row, (40, 48, 60))).rstrip())
-
-
-def fit(text: str, columns: int) -> str:
-    """The text in one line of so many columns of a terminal, where a Chinese character takes two."""
-    line = ""
-    for char in " ".join(text.split()):
-        if _columns(line + char) > columns:
-            line = line[:-1] + "…"
-            break
-        line += char
-    return line + " " * (columns - _columns(line))
-
-
-def _columns(text: str) -> int:
-    return sum(2 if east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def chosen(args) -> Course:
@@ -207,9 +184,9 @@ def train(args) -> None:
 
 def evaluate(args) -> None:
     course = chosen(args)
-    from .course.evaluate import before_and_after
+    from .course.evaluate import evaluate_course
 
-    table = before_and_after(course)
+    table = evaluate_course(course)
     print(f"\n{'':16}{'before':>10}{'after':>10}")
     for name in table["before"]:
         cells = [table[when][name] for when in ("before", "after")]

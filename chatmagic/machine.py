@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .files import nearest_existing
+
 GB = 10**9
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "torchkeras", "modelscope", "ipython")
 AUTODL = Path("/root/autodl-tmp")
@@ -51,11 +53,6 @@ def short(path: Path | str) -> str:
     if not near.startswith(os.path.join("..", "..")):
         return near
     return str(Path("~", path.relative_to(Path.home()))) if path.is_relative_to(Path.home()) else str(path)
-
-
-def nearest_existing(folder: Path) -> Path:
-    """The folder, or the first of its parents that exists: what a question about its disk must ask."""
-    return next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
 
 
 def report(folder: Path) -> list[tuple[str, str]]:

@@ -58,7 +58,7 @@ def test_the_picture_is_of_the_real_imports():
         for module in imports(file)
         if module.startswith("chatmagic.")
     ]
-    real = {(start, end) for start, end in pairs if start != end and end != "errors"}
+    real = {(start, end) for start, end in pairs if start != end and end not in ("errors", "files", "text")}
     upward = {tuple(map(room, each.split(" -> "))) for each in CONTRACTS[0]["ignore_imports"]}
     assert drawn("-->") == real - upward
     assert drawn("-.->") == upward
@@ -77,3 +77,54 @@ def test_the_notebooks_import_from_two_places():
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     found = re.findall(r"^\s*(?:from|import) (chatmagic[\w.]*)", code, re.MULTILINE)
     assert set(found) == {"chatmagic", "chatmagic.course"}
+
+
+# What writes, by the name of the call.
+WRITES = set(
+    """open fdopen write_text write_bytes touch mkdir makedirs rename renames unlink rmdir rmtree removedirs symlink_to
+    link_to copyfile copyfileobj copy copy2 copytree move mkstemp mkdtemp NamedTemporaryFile extractall urlretrieve dump
+    save savez tofile to_csv to_json to_pickle save_file save_model save_pretrained savefig imsave""".split()
+)
+# These may: into a folder or a file that `files` made and will put into its place.
+MAY_WRITE = {
+    ("models/merge.py", "save_pretrained"),
+    ("models/merge.py", "save_file"),
+    ("models/merge.py", "copyfile"),
+    ("models/shard.py", "open"),
+    ("models/unpack.py", "save_pretrained"),
+    ("course/download.py", "copyfileobj"),
+    ("course/download.py", "unlink"),
+    ("training/plots.py", "savefig"),
+    ("training/states.py", "save"),  # this and the next: to memory
+    ("training/keras.py", "save"),
+    ("notebook/magic.py", "save"),  # ChatLLM's
+}
+
+
+def may_write(call: ast.Call) -> str | None:
+    """The name of the called function, if it may write."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    module = getattr(getattr(call.func, "value", None), "id", "")
+    if name == "open":
+        words = [
+            each.value
+            for each in [*call.args, *(word.value for word in call.keywords)]
+            if isinstance(each, ast.Constant)
+        ]
+        modes = [word for word in words if isinstance(word, str) and re.fullmatch("[rwaxbt+]+", word)]
+        return name if any(set(mode) & set("wax+") for mode in modes) else None
+    if name == "replace":  # pathlib's and os's, not str's nor dataclasses'
+        return name if isinstance(call.func, ast.Attribute) and (module == "os" or len(call.args) == 1) else None
+    in_memory = module in ("copy", "json") or isinstance(call.func, ast.Name) and name in ("copy", "save")
+    return name if name in WRITES and not in_memory else None
+
+
+def test_nothing_but_files_writes():
+    """A kill, a full disk or a closed folder would leave half of what another wrote: tests/test_files.py."""
+    found = {
+        (str(file.relative_to(PACKAGE)), name)
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Call) and (name := may_write(node)) and file != PACKAGE / "files.py"
+    }
+    assert found == MAY_WRITE

@@ -1,7 +1,6 @@
 """A local model as a stream of text, with the keys and values of the conversation kept between turns."""
 
 import copy
-import difflib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from ..errors import ChatmagicError
 from ..models.load import context_limit
 from ..prompts.labels import encode_prompt
 from ..prompts.templates import get_template
+from ..text import did_you_mean
 
 PREFILL_CHUNK = 512
 """Prompt tokens run at once: bounds the memory of a long prompt, and how long Stop waits for the device."""
@@ -103,9 +103,7 @@ class LocalModel:
         """A copy of the model's `generation_config`, `options` over it and the template's stop ids in it."""
         config = copy.deepcopy(self.model.generation_config)
         if unknown := [name for name in options if not hasattr(config, name)]:
-            near = difflib.get_close_matches(unknown[0], vars(config), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ChatmagicError(f"unknown generation option {unknown[0]!r}{hint}")
+            raise ChatmagicError(f"unknown generation option {unknown[0]!r}{did_you_mean(unknown[0], vars(config))}")
         if greedy or options.get("temperature") == 0:
             options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         elif {"temperature", "top_p", "top_k"} & options.keys():

@@ -1,6 +1,5 @@
 """A chat model behind an OpenAI-compatible server, such as vLLM or Ollama: a class can share one GPU."""
 
-import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from json import JSONDecodeError
 
 from ..conversation.llm import ChatLLM
 from ..errors import ChatmagicError
+from ..text import nearest
 
 OPTIONS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
 BROKE_OFF = "broke off in the middle of a reply; ask again"
@@ -91,4 +91,4 @@ class ServerModel:
             names = [model.id for model in self._client.models.list()]
         except openai.APIError:
             return "it has not even a list of them, so the address may lack its /v1"
-        return "it has " + ", ".join(difflib.get_close_matches(self.name, names, 3, cutoff=0))
+        return "it has " + ", ".join(nearest(self.name, names, cutoff=0))

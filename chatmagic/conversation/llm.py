@@ -13,6 +13,7 @@ from typing import Protocol
 from weakref import WeakValueDictionary
 
 from ..errors import ChatmagicError
+from ..files import write
 from .messages import build_messages, validate_messages
 
 
@@ -233,15 +234,13 @@ class ChatLLM:
     def save(self, path: str | Path) -> None:
         """Write system text and history as a line of JSON, `{"messages": [...]}`: also a row to train on.
 
-        Atomic: the file is whole or as it was before. Raises ChatmagicError where it cannot be written.
+        Raises WriteError, and leaves what was there, where the file cannot be written; ChatmagicError for a text
+        that UTF-8 cannot hold.
         """
-        path = Path(path).expanduser()
         line = json.dumps({"messages": build_messages(None, self.history, self.system)}, ensure_ascii=False)
-        part = path.with_name(path.name + ".part")
         try:
-            part.write_bytes(f"{line}\n".encode())
-            part.replace(path)
-        except (OSError, UnicodeError) as error:
+            write(path, f"{line}\n")
+        except UnicodeError as error:
             raise ChatmagicError(f"the conversation cannot be saved: {error}") from None
 
     def load(self, path: str | Path) -> None:

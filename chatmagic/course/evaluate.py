@@ -112,7 +112,7 @@ def summary(before: dict, after: dict) -> dict[str, tuple[int, int] | float]:
     }
 
 
-def before_and_after(course: Course) -> dict[str, dict]:
+def evaluate_course(course: Course) -> dict[str, dict]:
     """Ask the base, and what became of it: the merged model or, where that is not there or older, the adapter.
 
     Returns the `summary` of each, {"before": ..., "after": ...}, and writes evaluation.json in the course's folder:

@@ -4,12 +4,13 @@ import os
 import shutil
 import tomllib
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from ..errors import ChatmagicError
-from ..machine import GB, gpu_memory, home, nearest_existing, ram
+from ..files import nearest_existing
+from ..machine import GB, gpu_memory, home, ram
+from ..text import did_you_mean
 
 AUTO = ("baichuan2-7b-chat", "qwen2.5-coder-0.5b-instruct", "smollm2-135m")  # the first is for GPUs
 
@@ -79,9 +80,8 @@ def get_profile(name: str = "auto") -> Profile:
     if name == "auto":
         return choose_profile()[0]
     if name not in profiles():
-        near = get_close_matches(name.lower(), profiles(), 1, cutoff=0.3)
-        nearest = f"; the nearest is {near[0]!r}" if near else ""
-        raise ProfileError(f"There is no profile {name!r}{nearest}. There are: {', '.join(profiles())}.")
+        meant = did_you_mean(name, profiles(), cutoff=0.3) or "."
+        raise ProfileError(f"There is no profile {name!r}{meant} There are: {', '.join(profiles())}.")
     return profiles()[name]
 
 

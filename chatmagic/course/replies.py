@@ -8,12 +8,12 @@ asks anew, and writes what the package ships: `replies.json`, {checksum of the m
 
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from ..conversation.messages import build_messages
+from ..files import make_folder, write
 from ..machine import home
 from ..models.merge import base_fingerprint
 from .evaluate import ask
@@ -31,21 +31,17 @@ def own_replies(model, tokenizer) -> list[tuple[str, str]]:
     """
     folder = Path(model.name_or_path)
     asked, replies = questions()["general"]["replay"], shipped(folder)
-    kept = home() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.jsonl"
-    for line in kept.read_text(encoding="utf-8", errors="replace").splitlines() if kept.is_file() else []:
-        with suppress(ValueError):  # a line that a kill cut short
-            replies |= dict([json.loads(line)])
+    kept = home() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.json"
+    if kept.is_file():
+        replies |= json.loads(kept.read_text(encoding="utf-8"))
     missing = sorted((query for query in asked if query not in replies), key=len)  # a batch is as slow as its longest
     if missing:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with kept.open("a", encoding="utf-8") as file, tqdm(total=len(missing), desc="the model's own replies") as bar:
-            if file.tell() and not kept.read_bytes().endswith(b"\n"):
-                file.write("\n")
+        make_folder(kept.parent)
+        with tqdm(total=len(missing), desc="the model's own replies") as bar:
             for start in range(0, len(missing), BATCH):
                 found = answered(model, tokenizer, missing[start : start + BATCH])
-                file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
-                file.flush()
                 replies |= dict(found)
+                write(kept, json.dumps(replies, ensure_ascii=False, indent=0))
                 bar.update(len(found))
     return [(query, replies[query]) for query in asked if replies[query]]
 
@@ -81,7 +77,7 @@ def main(name: str) -> None:
     found = {}
     for start in tqdm(range(0, len(asked), BATCH)):
         found |= dict(answered(model, tokenizer, asked[start : start + BATCH]))
-    SHIPPED.write_text(json.dumps({profile.sha256: found}, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    write(SHIPPED, json.dumps({profile.sha256: found}, ensure_ascii=False, indent=0) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..data.dataset import as_jsonl, write_jsonl
 from ..errors import ChatmagicError
+from ..files import make_folder, write
 from ..machine import home
 from ..models.checkpoint import CheckpointError, weight_files
 from .download import snapshot_download
@@ -56,11 +57,8 @@ class Course:
         return self.folder / LEFT[name][0].split("/")[0]
 
     def save_json(self, name: str, value) -> None:
-        """Write `value` beside the rest, whole or not at all."""
-        path = self.folder / name
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-        part.replace(path)
+        """Write `value` beside the rest."""
+        write(self.folder / name, json.dumps(value, ensure_ascii=False, indent=1))
 
     def save_data(self, **made: list[list[dict]]) -> None:
         """Write conversations to train.jsonl, val.jsonl. Raises CourseError where a file of that name is not what this
@@ -83,12 +81,9 @@ class Course:
 
     def remember(self) -> "Course":
         """Let the notebooks that follow find this course."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = home() / "course" / "course.json"
-        part = path.with_name("course.json.part")
+        make_folder(self.folder)
         chosen = {"profile": self.profile.name, "auto": self.auto, "persona": asdict(self.persona)}
-        part.write_text(json.dumps(chosen, ensure_ascii=False, indent=1), encoding="utf-8")
-        part.replace(path)
+        write(home() / "course" / "course.json", json.dumps(chosen, ensure_ascii=False, indent=1))
         return self
 
     def shown(self) -> list[str]:

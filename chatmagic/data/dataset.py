@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
+from ..files import write
 from ..prompts.labels import IGNORE, build_inputs_labels
 
 
@@ -41,11 +42,8 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
 
 
 def write_jsonl(conversations: Sequence[list[dict]], path: str | Path) -> None:
-    """One conversation a line, as `read_jsonl` reads it. The file is whole, or as it was before."""
-    path = Path(path).expanduser()
-    part = path.with_name(path.name + ".part")
-    part.write_text(as_jsonl(conversations), encoding="utf-8")
-    part.replace(path)
+    """One conversation a line, as `read_jsonl` reads it. Raises WriteError where the file cannot be written."""
+    write(path, as_jsonl(conversations))
 
 
 def as_jsonl(conversations: Sequence[list[dict]]) -> str:

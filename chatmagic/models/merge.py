@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import ChatmagicError
+from ..files import new_folder, write
 from .checkpoint import first_not_finite, open_weights, read_json, weight_files
 from .shard import Part, write_shard
 
 PROVENANCE = "chatmagic.json"  # beside an adapter: {"base": base_fingerprint(folder it was trained on)}
-WEIGHTS = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+NOT_COPIED = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 # The settings of an adapter that a merge reads, or that concern training alone. Any other that is set changes
 # what the layer computes (DoRA, aLoRA, ...) and is refused: so are the variants that PEFT will add.
 KNOWN_SETTINGS = """
@@ -80,8 +80,8 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
     the base and equal to PEFT's `merge_and_unload` bit by bit, with the base's config, tokenizer and chat
     template. A base whose publisher has his own tensor names (Baichuan, Qwen, InternLM, ChatGLM) comes out native.
 
-    Raises MergeError if the adapter was trained on another base or is more than LoRA, if the base is quantised,
-    or if `output` exists or its disk is too full.
+    Raises MergeError if the adapter was trained on another base or is more than LoRA, or if the base is quantised;
+    WriteError if `output` exists or its disk is too full.
     """
     from .families import find_family
 
@@ -92,7 +92,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
             f"{base} is quantised: merging would round the adapter away. Merge into the 16-bit model it was made "
             f"from: merge_adapter(base=<folder of the 16-bit model>, ...)."
         )
-    with _staged(output, needed=sum(file.stat().st_size for file in weight_files(base))) as staging:
+    with new_folder(output, needed=sum(file.stat().st_size for file in weight_files(base))) as staging:
         updates = _read_updates(adapter)
         _check_base(base, adapter)
         family = find_family(config, base)
@@ -115,7 +115,7 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
 
     Its one rank is the largest that AdaLoRA kept, with zeros where a layer kept less; the singular values are
     folded into A and the scale into B, so `lora_alpha` equals `r`; layers that kept no rank are left out.
-    Raises MergeError if `adapter` is not AdaLoRA or kept no rank at all, or if `output` exists.
+    Raises MergeError if `adapter` is not AdaLoRA or kept no rank at all, WriteError if `output` exists.
     """
     from peft import LoraConfig
 
@@ -136,7 +136,7 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
             f"base_model.model.{module}.lora_A.weight": A,
             f"base_model.model.{module}.lora_B.weight": B,
         }
-    with _staged(output) as staging:
+    with new_folder(output) as staging:
         LoraConfig(
             r=rank,
             lora_alpha=rank,
@@ -260,7 +260,7 @@ def _check_updates(updates: dict[str, Update], base: Path, shards: dict[str, dic
 def _open_native(base: Path, output: Path) -> dict[str, dict[str, Part]]:
     """Copy what is not weights to `output`; returns the tensors by the file they are in."""
     for file in base.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
+        if file.is_file() and not file.name.endswith(NOT_COPIED) and not file.name.startswith("."):
             shutil.copyfile(file, output / file.name)
     shards = {}
     for name, (tensor, file) in open_weights(base).items():
@@ -295,7 +295,7 @@ def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, di
             name: Part(weights[name].dtype, weights[name].shape, partial(weights.pop, name)) for name in names
         }
     weight_map = {name: file for file, shard in shards.items() for name in shard}
-    (output / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write(output / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}))
     return shards
 
 
@@ -313,24 +313,3 @@ class _Changed:
         if not block.isfinite().all():
             raise MergeError(f"The merged {self.name} is not finite in {block.dtype}. Use a base in bfloat16.")
         return block
-
-
-@contextmanager
-def _staged(output: Path, needed: int = 0):
-    """A folder beside `output` that becomes `output` when the block ends well, and vanishes when it does not."""
-    if output.exists():
-        raise MergeError(f"{output} exists, and nothing is written over it. Name another folder, or: rm -r {output}")
-    staging = output.absolute().with_name(f".{output.name}.unfinished")
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    staging.mkdir(parents=True)
-    try:
-        if (free := shutil.disk_usage(staging).free) < needed:
-            raise MergeError(
-                f"{output} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Make room, or name "
-                f"a folder on another disk."
-            )
-        yield staging
-        staging.rename(output)
-    except BaseException:
-        shutil.rmtree(staging)
-        raise

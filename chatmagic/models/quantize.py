@@ -27,7 +27,7 @@ def quantization_config(quantize: str, compute_dtype):
 
 @functools.cache
 def mend_bitsandbytes() -> None:
-    """Import bitsandbytes without its noise; let a 4-bit model on the CPU be saved and trained after use.
+    """Let a 4-bit model on the CPU be saved and trained after use.
 
     On CPUs with AVX-512 BF16 the first forward in evaluation rearranges each 4-bit weight for a kernel that
     has no backward, and rounds its scales to bfloat16 (bitsandbytes pull request 1804; still so in 0.50.2).
@@ -36,10 +36,6 @@ def mend_bitsandbytes() -> None:
     weights, are kept aside, so that the way back is exact; a layer goes back whenever it is trained; odd
     shapes stay as they are.
     """
-    # Each import of bitsandbytes on such a CPU warns that an optional kernel was not found on the hub (issue
-    # 2064), and each int8 product that its input is cast to float16.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     from bitsandbytes.nn import Linear4bit, modules
 
     pack, unpack = modules._convert_weight_packed_for_cpu, modules._convert_weight_packed_for_cpu_inverse

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..files import writing
+
 DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -32,10 +34,9 @@ def write_shard(target: Path, parts: dict[str, Part], wrote: Callable[[int], obj
         entries[name] = {"dtype": DTYPES[part.dtype], "shape": [*part.shape], "data_offsets": [start, end]}
     header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
     header += b" " * (-len(header) % 8)
-    target.write_bytes(len(header).to_bytes(8, "little") + header)
 
     def write(names: list[str]) -> None:
-        with open(target, "r+b") as file:
+        with open(whole.name, "r+b") as file:
             for name in names:
                 part = parts[name]
                 start, end = entries[name]["data_offsets"]
@@ -49,5 +50,7 @@ def write_shard(target: Path, parts: dict[str, Part], wrote: Callable[[int], obj
                     wrote(block.nbytes)
 
     names = list(entries)
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with writing(target) as whole, ThreadPoolExecutor(WORKERS) as pool:
+        whole.write(len(header).to_bytes(8, "little") + header)
+        whole.flush()
         list(pool.map(write, (names[i::WORKERS] for i in range(WORKERS))))

@@ -26,11 +26,10 @@ GGUFReader.data = property(
 
 
 def unpack_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model in `gguf`, Llama's or Qwen2's, to the new `folder`: at most 2 GiB of memory beyond its imports.
+    """Write the model in `gguf`, Llama's or Qwen2's, to the empty `folder`: at most 2 GiB of memory beyond its imports.
 
     The output head is tied to the embedding where the file has none, or the same values under both names.
     """
-    folder.mkdir()
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     kind = TOKENIZER_MAPPING.get(
         type(config), PreTrainedTokenizerFast

@@ -1,10 +1,8 @@
 """The notebook's side: `%%chat`, `%chat` and their line magics."""
 
-import difflib
 import json
 import re
 import string
-import unicodedata
 from keyword import iskeyword
 
 from IPython import get_ipython
@@ -17,15 +15,10 @@ from traitlets import Bool, CaselessStrEnum, Float, Int, Unicode
 
 from ..conversation.llm import ChatLLM, Interrupted, Reply, models
 from ..errors import ChatmagicError
+from ..text import did_you_mean, visible, width
 
 FORMATS = ["text", "markdown", "json"]
 WORDS = ["undo", "save", "load"]
-
-
-def nearest(word: str, known) -> str:
-    """`; did you mean ...?` where something known is spelt alike."""
-    near = difflib.get_close_matches(word, list(known), 3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def optional(trait, help: str):
@@ -154,7 +147,7 @@ class ChatMagics(Magics):
         elif word == "undo" and not path:
             llm.history = llm.history[:-1]
         elif word:
-            raise ChatmagicError(f"%chat_history knows {', '.join(WORDS)}, not {line!r}{nearest(word, WORDS)}")
+            raise ChatmagicError(f"%chat_history knows {', '.join(WORDS)}, not {line!r}{did_you_mean(word, WORDS)}")
         print_table(
             ["round", "tokens", "question", "reply"],
             [
@@ -186,7 +179,7 @@ class ChatMagics(Magics):
     def _model(self, name: str | None = None) -> ChatLLM:
         if name := name or self.model:
             if name not in models:
-                raise ChatmagicError(f"no model is called {name!r}{nearest(name, models)}; %chat_models shows all")
+                raise ChatmagicError(f"no model is called {name!r}{did_you_mean(name, models)}; %chat_models shows all")
             return models[name]
         if not models:
             raise ChatmagicError(
@@ -210,7 +203,7 @@ class ChatMagics(Magics):
                 break
             if option not in actions:
                 raise ChatmagicError(
-                    f"unknown option {option}{nearest(option, actions)} (%%chat? lists all of them; -- goes "
+                    f"unknown option {option}{did_you_mean(option, actions)} (%%chat? lists all of them; -- goes "
                     "before text that begins with a dash)"
                 )
             if actions[option].nargs == 0:
@@ -264,7 +257,7 @@ class _Filler(string.Formatter):
     def get_value(self, key, args, variables):
         if key in variables:
             return variables[key]
-        raise ChatmagicError(f"--vars: there is no variable {key!r}{nearest(str(key), variables)}")
+        raise ChatmagicError(f"--vars: there is no variable {key!r}{did_you_mean(str(key), variables)}")
 
 
 def fill(text: str, variables: dict) -> str:
@@ -273,15 +266,6 @@ def fill(text: str, variables: dict) -> str:
         return _Filler().vformat(text, (), variables)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise ChatmagicError(f"--vars: {error}. Braces that should stay are written {{{{ and }}}}") from None
-
-
-CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-CONTROL |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # some terminals obey these as well
-
-
-def visible(text: str) -> str:
-    """A model's text, its control characters shown: a terminal would obey them."""
-    return text.translate(CONTROL)
 
 
 def write(piece: str) -> None:
@@ -313,10 +297,6 @@ def print_table(heads: list[str], rows: list[list[str]]) -> None:
 def brief(text: str) -> str:
     text = " ".join(visible(text).split())
     return text if len(text) <= 32 else text[:31] + "…"
-
-
-def width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def reach_empty_cell(lines: list[str]) -> list[str]:

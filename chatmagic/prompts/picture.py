@@ -1,11 +1,11 @@
 """What a model is trained on, token by token, in colours: HTML in a notebook, ANSI in a terminal."""
 
-import unicodedata
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 from typing import NamedTuple
 
+from ..text import visible
 from .labels import IGNORE, build_inputs_labels
 from .templates import get_template
 
@@ -104,14 +104,9 @@ def _whole_characters(
             known = tokenizer.decode(neighbour, skip_special_tokens=False)
             text = tokenizer.decode([*neighbour, *ids], skip_special_tokens=False)[len(known) :]
         if end == len(tokens) or not text.endswith("\ufffd"):
-            groups.append(Group(kind, "".join(map(_visible, text)), ids, labels))
+            groups.append(Group(kind, visible(text), ids, labels))
             start = end
     return groups
-
-
-def _visible(char: str) -> str:
-    """A character, or its escape where a terminal would act on it."""
-    return repr(char)[1:-1] if unicodedata.category(char) == "Cc" and char != "\n" else char
 
 
 def _numbers(group: Group) -> str:

@@ -5,13 +5,13 @@ import tomllib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import NamedTuple
 
 from ..conversation.messages import validate_messages
 from ..errors import ChatmagicError
+from ..text import did_you_mean
 
 
 class TemplateError(ChatmagicError):
@@ -62,6 +62,7 @@ class Template:
     starts_ended    True: the first user turn is labelled as if it followed an answer
     stop_strings    texts that stop a generation
     stop_ids        token ids that do, besides `end` and eos
+    sign            a token at the id that it has in this family and in none after it
     """
 
     name: str
@@ -83,6 +84,7 @@ class Template:
     starts_ended: bool = False
     stop_strings: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
+    sign: tuple[str, int] | None = None
 
     def control_tokens(self, tokenizer) -> dict[str, int]:
         """The tokens that no message may write, with their ids."""
@@ -185,20 +187,9 @@ def _table() -> dict[str, Template]:
 
     def fields(row: dict) -> dict:
         own = {key: value for key, value in row.items() if key != "like"}
-        return fields(rows[row["like"]]) | own if "like" in row else own
+        return fields(rows[row["like"]]) | {"sign": None} | own if "like" in row else own
 
     return {name: Template(name=name, **fields(row)) for name, row in rows.items()}
-
-
-# One token, at the id it has there and nowhere else, tells a family from all others.
-_SIGNS = {
-    "baichuan2-chat": ("<reserved_106>", 195),
-    "baichuan-chat": ("<reserved_102>", 195),
-    "qwen-7b-chat": ("<|extra_0|>", 151646),
-    "internlm-chat": ("<eoa>", 103028),
-    "chatglm3": ("<|user|>", 64795),
-    "chatglm2": ("[gMASK]", 64790),
-}
 
 
 def get_template(model_type: str | None = None, tokenizer=None, model=None):
@@ -211,12 +202,10 @@ def get_template(model_type: str | None = None, tokenizer=None, model=None):
     if model_type is not None:
         if template := _table().get(model_type):
             return template
-        names = {name.lower(): name for name in _table()}
-        near = [names[name] for name in get_close_matches(model_type.lower(), names, 3, cutoff=0)]
-        raise TemplateError(f"No template is called {model_type!r}; the nearest are {', '.join(near)}.")
-    for name, (token, token_id) in _SIGNS.items():
-        if tokenizer.convert_tokens_to_ids(token) == token_id:
-            return _table()[name]
+        raise TemplateError(f"No template is called {model_type!r}{did_you_mean(model_type, _table(), cutoff=0)}")
+    for template in _table().values():
+        if template.sign and tokenizer.convert_tokens_to_ids(template.sign[0]) == template.sign[1]:
+            return template
     if tokenizer.chat_template:
         from .own import OwnTemplate
 

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from torchkeras.kerascallbacks import VisMetric
 
+from ..files import writing
 from .adalora import importance_table, rank_table
 
 FONT = Path(__file__).with_name("labels.otf")
@@ -40,6 +41,10 @@ class LiveCurve(VisMetric):
         self.save_path = model.ckpt_path / "history.png"
         super().on_fit_start(model)
 
+    def update_graph(self, model, *args, **kwargs):
+        with writing(model.ckpt_path / "history.png") as self.save_path:
+            super().update_graph(model, *args, **kwargs)
+
     def get_best_score(self, model):
         if model.best:
             return model.best["epoch"], model.best["score"]
@@ -52,7 +57,8 @@ class RankPictures:
     def on_fit_end(self, model):
         if model.allocator:
             for name, draw in {"ranks": plot_ranks, "importance": plot_importance}.items():
-                draw(model.net).savefig(model.ckpt_path / f"{name}.png", dpi=150)
+                with writing(model.ckpt_path / f"{name}.png") as file:
+                    draw(model.net).savefig(file, dpi=150)
 
 
 def plot_ranks(model):

@@ -3,18 +3,13 @@
     CKPT_PATH/adapter_model.safetensors, adapter_config.json    the best adapter, pruned to its ranks
     CKPT_PATH/last-000120/                                      the same of step 120, and state.pt beside it
 
-Everything is written to a temporary folder, flushed to the disk and renamed, so that what was there before stays
-whole, whatever happens.
+All of it by `chatmagic.files`, so that what was there before stays whole, whatever happens.
 """
 
 import copy
-import errno
 import io
 import json
-import os
 import re
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,22 +18,18 @@ from safetensors.torch import load_file, save
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ChatmagicError
+from ..files import new_folder, remove, write, write_together
 from ..models.checkpoint import first_not_finite
 from ..models.merge import PROVENANCE, base_fingerprint
 
-WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
-FILES = {WEIGHTS, CONFIG, PROVENANCE, STATE}
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ADAPTER, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
+FILES = {ADAPTER, CONFIG, PROVENANCE, STATE}
+HINT = "Make room, and go on with fit(resume=True)."
 
 
 def save_adapter(model, folder: str | Path) -> None:
     """Write the adapter of a PEFT model to `folder`, AdaLoRA's factors pruned to their ranks. Main process only."""
-    folder = Path(folder)
-    with staged(folder, adapter_files(model)) as staging:
-        # Without its config an adapter is not one: a kill between these lines leaves no pair that disagrees.
-        (folder / CONFIG).unlink(missing_ok=True)
-        for name in (WEIGHTS, PROVENANCE, CONFIG):
-            os.replace(staging / name, folder / name)
+    write_together(folder, adapter_files(model), HINT)  # without its config, which is the last, an adapter is not one
 
 
 @torch.no_grad()
@@ -51,7 +42,7 @@ def load_adapter(model, folder: str | Path) -> None:
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ChatmagicError(f"There is no adapter in {folder}: no {CONFIG}. Train one with fit(ckpt_path=...).")
-    saved = load_file(folder / WEIGHTS)
+    saved = load_file(folder / ADAPTER)
     pattern = json.loads((folder / CONFIG).read_text()).get("rank_pattern") or {}
     name_of = {n.replace(f".{model.active_adapter}", ""): p for n, p in model.named_parameters() if p.requires_grad}
     if name_of.keys() != saved.keys():
@@ -81,18 +72,18 @@ def save_state(model, state: dict, ckpt_path: str | Path) -> None:
     check_finite({f"Tensor {number} of the state": leaf for number, leaf in enumerate(leaves)}, folder)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with staged(ckpt_path, adapter_files(model) | {STATE: buffer.getbuffer()}) as staging:
-        if folder.exists():
-            if others := {file.name for file in folder.iterdir()} - FILES:
-                raise ChatmagicError(
-                    f"{folder} holds {min(others)}, which no run wrote, and the state of this step goes there: move it "
-                    "away. The state before is kept: fit(..., resume=True) goes on from it."
-                )
-            shutil.rmtree(folder)
-        os.replace(staging, folder)
+    if folder.exists() and (others := {file.name for file in folder.iterdir()} - FILES):
+        raise ChatmagicError(
+            f"{folder} holds {min(others)}, which no run wrote, and the state of this step goes there: move it "
+            "away. The state before is kept: fit(..., resume=True) goes on from it."
+        )
+    with new_folder(folder, hint=HINT, over=True) as staging:
+        for name, content in adapter_files(model).items():
+            write(staging / name, content, HINT)
+        write(staging / STATE, buffer.getbuffer(), HINT)
     for old in states(ckpt_path):
         if old != folder:
-            shutil.rmtree(old)
+            remove(old)
 
 
 def states(ckpt_path: Path) -> list[Path]:
@@ -126,7 +117,7 @@ def adapter_files(model) -> dict[str, bytes]:
     check_finite(tensors, "in the adapter")
     base = Path(config.base_model_name_or_path or "")
     return {
-        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        ADAPTER: save(tensors, metadata={"format": "pt"}),
         PROVENANCE: json.dumps({"base": base_fingerprint(base) if (base / "config.json").is_file() else None}).encode(),
         CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
     }
@@ -138,28 +129,3 @@ def check_finite(tensors: dict[str, torch.Tensor], where) -> None:
             f"{name} is not finite any more, so it is not saved ({where}); what was saved before is as it was. Lower "
             "the learning rate, and go on from there: fit(..., resume=True)."
         )
-
-
-@contextmanager
-def staged(parent: Path, files: dict[str, bytes]):
-    """A temporary folder in `parent` that holds `files`, safe on the disk; what the block leaves of it goes."""
-    staging = parent / ".writing"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        for name, content in files.items():
-            with open(staging / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        yield staging
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        size = sum(map(len, files.values())) / 2**20
-        raise ChatmagicError(
-            f"The disk of {parent.absolute()} is full: {size:.0f} MiB do not fit. What was saved there before is "
-            "whole; free some space and go on with fit(resume=True)."
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -39,7 +39,7 @@ def test_the_seeds_model_is_a_profile():
     ],
 )
 def test_an_unknown_profile_gets_the_nearest(wrong, nearest):
-    with pytest.raises(ProfileError, match=f"nearest is {nearest}"):
+    with pytest.raises(ProfileError, match=f"did you mean {nearest}"):
         get_profile(wrong)
 
 

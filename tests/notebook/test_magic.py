@@ -188,7 +188,7 @@ def test_variables_are_filled_only_when_asked(run, llm, fake):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{nmae}", ["no variable 'nmae'", "did you mean name?"]),
+        ("{nmae}", ["no variable 'nmae'", "did you mean 'name'?"]),
         ("def f() {", ["{{ and }}"]),
         ("{}", ["no variable 0"]),
         ("{name.size}", ["no attribute 'size'"]),
@@ -280,7 +280,7 @@ def test_the_newest_model_is_active_and_others_answer_to_their_names(run, llm):
     run("%config ChatMagics.model = 'fake'")
     assert run("%%chat\nhi") == "2: hi\n"
     assert run("%chat_models") == "   model  context  rounds\n*  fake   ?        2\n   other  100      2\n"
-    run.fails("%%chat -m othr\nhi", "no model is called 'othr'", "did you mean other?")
+    run.fails("%%chat -m othr\nhi", "no model is called 'othr'", "did you mean 'other'?")
     run("%config ChatMagics.model = 'gone'")
     run.fails("%%chat\nhi", "no model is called 'gone'", "%chat_models shows all")
     assert run("%chat_models").count("fake") == 1
@@ -341,7 +341,7 @@ def test_history(run, llm, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("sav x", ["undo, save, load", "did you mean save?"]),
+        ("sav x", ["undo, save, load", "did you mean 'save'?"]),
         ("save", ["needs the name of a file"]),
         ("load nowhere.jsonl", ["nowhere.jsonl", "No such file"]),
         ("save no/such/folder", ["no/such/folder", "No such file"]),
@@ -361,7 +361,7 @@ def test_history_refuses(run, llm, tmp_path, monkeypatch, line, words):
     [
         (
             "%%chat --temprature 1\nhi",
-            ["unknown option --temprature", "did you mean --temperature?", "%%chat?"],
+            ["unknown option --temprature", "did you mean '--temperature'?", "%%chat?"],
         ),
         ("%chat --temp 1 hi", ["unknown option --temp", "--temperature"]),
         ("%chat -5 是负数吗", ["unknown option -5", "-- goes before text"]),

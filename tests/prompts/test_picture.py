@@ -30,7 +30,7 @@ def test_kinds(tokenizer):
     assert kinds == {
         "control": "<|im_start|><|im_end|><|im_start|>",
         "masked": "user\n<b>你</b>\nassistant\n\n",
-        "trained": "好↵\u3000👨‍👩‍👧 \\x1b[31m<|im_end|>".replace("↵", "\n"),
+        "trained": "好↵\u3000👨‍👩‍👧 ␛[31m<|im_end|>".replace("↵", "\n"),
         "trained control": "<|im_end|>",
     }
 

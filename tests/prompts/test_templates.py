@@ -95,11 +95,11 @@ def test_a_system_text_the_model_does_not_know_is_warned_about():
 
 
 def test_an_unknown_name_gets_the_three_nearest():
-    with pytest.raises(TemplateError, match="'baichuan2'; the nearest are baichuan2-chat, baichuan-chat, yuan2"):
+    with pytest.raises(TemplateError, match="'baichuan2'; did you mean 'baichuan2-chat' or 'baichuan-chat' or 'yuan2'"):
         get_template("baichuan2")
-    with pytest.raises(TemplateError, match="the nearest are qwen-7b-chat,"):
+    with pytest.raises(TemplateError, match="did you mean 'qwen-7b-chat' or"):
         get_template("Qwen-7B-Chat")
-    with pytest.raises(TemplateError, match="the nearest are .+, .+, .+"):
+    with pytest.raises(TemplateError, match="did you mean '.+' or '.+' or '.+'"):
         get_template("")
 
 

@@ -1,7 +1,8 @@
 """Model families whose publishers ship Python files: their checkpoints, read into transformers' own classes.
 
-One module a family, each with
+One module a family, found by being here, each with
 
+    NAME                                   the family's
     recognises(config, folder) -> bool     whether a published config.json, in that folder, is this family's
     native_config(config)                  the same model as a config of transformers
     TENSORS                                published names to native ones, see `native.native_names`
@@ -14,20 +15,17 @@ transformers has no class like it, and reads it after `import chatmagic.models.f
 """
 
 import re
-from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import alibi, baichuan, chatglm2, internlm, llama, qwen
+from ...text import nearest
+from . import alibi
 
-FAMILIES = {
-    "Baichuan2": baichuan,
-    "Qwen": qwen,
-    "InternLM": internlm,
-    "ChatGLM2": chatglm2,
-    "Llama": llama,
-}
+_MODULES = [import_module(f".{module.name}", __name__) for module in iter_modules(__path__)]
+FAMILIES = {module.NAME: module for module in _MODULES if hasattr(module, "NAME")}
 
 AutoConfig.register(alibi.BaichuanAlibiConfig.model_type, alibi.BaichuanAlibiConfig, exist_ok=True)
 AutoModelForCausalLM.register(alibi.BaichuanAlibiConfig, alibi.BaichuanAlibiForCausalLM, exist_ok=True)
@@ -40,9 +38,8 @@ def find_family(config: dict, folder: Path):
 
 def nearest_family(config: dict) -> str:
     """The name of the family that an unknown config looks most like."""
-    names = {name.lower(): name for name in FAMILIES}
     looks = " ".join([config.get("model_type", ""), *config.get("architectures", [])]).lower()
     for word in re.findall("[a-z]+", looks):
-        for match in get_close_matches(word, names, 1, cutoff=0.4):
-            return names[match]
+        if near := nearest(word, FAMILIES, cutoff=0.4):
+            return near[0]
     return "Llama"

@@ -16,6 +16,7 @@ from .alibi import BaichuanAlibiConfig
 from .native import fast_tokenizer, llama_shape
 from .sentencepiece import build_tokenizer
 
+NAME = "Baichuan2"
 TENSORS = {".self_attn.W_pack.": [".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."]}
 STOP_IDS = [2]
 CHAT_TEMPLATE = """\

@@ -9,6 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GlmConfig, GlmForCausalLM,
 from .native import fast_tokenizer
 from .sentencepiece import build_tokenizer
 
+NAME = "ChatGLM2"
 TENSORS = {
     "transformer.embedding.word_embeddings.": ["model.embed_tokens."],
     "transformer.encoder.final_layernorm.": ["model.norm."],

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from .native import fast_tokenizer, llama_shape
 from .sentencepiece import build_tokenizer
 
+NAME = "InternLM"
 TENSORS: dict[str, list[str]] = {}
 STOP_IDS = [103028, 2]  # <eoa>, which InternLM's own files do not mark special, and </s>
 CHAT_TEMPLATE = """\

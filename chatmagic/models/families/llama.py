@@ -9,6 +9,7 @@ from ..checkpoint import read_json
 from .native import fast_tokenizer
 from .sentencepiece import build_tokenizer
 
+NAME = "Llama"
 TENSORS: dict[str, list[str]] = {}
 STOP_IDS = [2]
 # meta-llama/llama, generation.py: chat_completion

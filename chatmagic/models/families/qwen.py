@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config
 from .native import fast_tokenizer
 from .tiktoken import build_tokenizer
 
+NAME = "Qwen"
 TENSORS = {
     "transformer.wte.": ["model.embed_tokens."],
     "transformer.h.": ["model.layers."],
@@ -24,7 +25,7 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205))]
+CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205))]
 STOP_IDS = [151645, 151643, 151644]  # qwen_generation_utils.py stops at <|im_start|> as well
 CHAT_TEMPLATE = """\
 {%- if messages[0].role != 'system' -%}
@@ -67,7 +68,7 @@ def native_config(config: dict) -> Qwen2Config:
 
 def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
     return fast_tokenizer(
-        build_tokenizer(folder / "qwen.tiktoken", PATTERN, CONTROL),
+        build_tokenizer(folder / "qwen.tiktoken", PATTERN, CONTROL_TOKENS),
         folder,
         CHAT_TEMPLATE,
         model_max_length=config["seq_length"],

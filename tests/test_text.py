@@ -1,0 +1,32 @@
+"""Widths, control characters and spellings: what every message and table shares."""
+
+import pytest
+
+from chatmagic.text import did_you_mean, fit, nearest, visible, width
+
+
+@pytest.mark.parametrize(
+    "text, columns, shown",
+    [
+        ("你是谁", 8, "你是谁  "),
+        ("a b\n c", 6, "a b c "),
+        ("你是谁呀", 6, "你是…"),
+        ("abcdef", 4, "abc…"),
+        ("ab", 2, "ab"),
+    ],
+)
+def test_a_table_cell_fits_its_columns(text, columns, shown):
+    assert fit(text, columns).rstrip() == shown.rstrip()
+    assert width(fit(text, columns)) in (columns, columns - 1)
+
+
+def test_no_control_character_reaches_a_terminal():
+    shown = visible("".join(map(chr, range(0x100))))
+    assert [char for char in shown if ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0] == ["\t", "\n"]
+    assert visible("\x1b[31m红\x00\x7f") == "␛[31m红␀␡"
+
+
+def test_spellings():
+    assert did_you_mean("Temprature", ["top_p", "temperature"]) == "; did you mean 'temperature'?"
+    assert did_you_mean("abcd", ["abce", "abcf", "xyz"]) == "; did you mean 'abcf' or 'abce'?"
+    assert did_you_mean("zzz", ["a", "b"]) == "" and nearest("zzz", ["A", "b"], cutoff=0) == ["b", "A"]
