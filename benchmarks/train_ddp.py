@@ -5,7 +5,7 @@
 
 A Llama of Baichuan2-7B's shape with random weights, its base in NF4 on each GPU, AdaLoRA on every linear layer,
 and conversations of random tokens, half of whose replies are replayed. Each row is a run of its own, started as
-`accelerate launch` starts chatmagic.training:
+`accelerate launch` starts `chatmagic train`:
 
     N GPU            --batch rows each: tokens per second, against the fewest GPUs, and peak memory
     1 GPU, as N      as many rows a step as the most GPUs have together: the losses of both runs beside one another,

@@ -201,7 +201,7 @@ def merge(args) -> None:
     print(merge_adapter(args.base, args.adapter, args.output))
 
 
-TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.training, over several
+TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.cli train, over several
 nodes with CHATMAGIC_HOME on a disk that they share"""
 EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
 

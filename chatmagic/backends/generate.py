@@ -14,7 +14,7 @@ from ..accel.decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut, with
 from ..errors import ChatmagicError
 from ..models.load import context_limit
 from ..prompts.labels import encode_prompt
-from ..prompts.templates import get_template
+from ..prompts.templates import get_template, name_family
 from ..text import did_you_mean
 
 PREFILL_CHUNK = 512
@@ -31,13 +31,15 @@ class LocalModel:
 
     def __init__(self, model, tokenizer, model_type: str | None = None):
         self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
-        self.template = get_template(model_type, tokenizer, model)
+        name_family(tokenizer, getattr(model.config, "name_or_path", ""))
+        self.template = get_template(model_type, tokenizer)
         self.name = Path(getattr(model.config, "name_or_path", "") or model.config.model_type).name
         self.context, self._context_reason = context_limit(model)
         self.forget()
 
     def forget(self) -> None:
         """Free the kept keys and values, and the captured forward."""
+        self._counted: tuple[list[dict], list[int]] | None = None  # the messages counted last, and their ids
         self._kept_ids: list[int] = []  # the ids whose keys and values are complete in every layer
         self._cache = None
         self._weights = None
@@ -48,10 +50,17 @@ class LocalModel:
 
     def count(self, messages: list[dict]) -> int:
         """How many tokens the model is sent for these messages."""
-        return len(self._encode(messages))
+        ids = encode_prompt(messages, self.tokenizer, self.model_type, max_length=sys.maxsize)
+        self._counted = messages, ids
+        return len(ids)
 
     def _encode(self, messages: list[dict]) -> list[int]:
-        return encode_prompt(messages, self.tokenizer, self.model_type, max_length=sys.maxsize)
+        """Their ids, encoded just now if they were counted just now: `ChatLLM` counts before it asks. Used once, for
+        a prompt that has a date in it is another tomorrow."""
+        if not self._counted or self._counted[0] != messages:
+            self.count(messages)
+        (_, ids), self._counted = self._counted, None
+        return ids
 
     def stream(
         self, messages: list[dict], stats, max_new_tokens: int, seed: int | None = None, **options

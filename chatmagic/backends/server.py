@@ -9,7 +9,7 @@ from ..conversation.llm import ChatLLM
 from ..errors import ChatmagicError
 from ..text import nearest
 
-OPTIONS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
+FIELDS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
 BROKE_OFF = "broke off in the middle of a reply; ask again"
 
 
@@ -42,11 +42,11 @@ class ServerModel:
 
     def stream(self, messages: list[dict], stats, greedy: bool = False, **options) -> Iterator[str]:
         """The reply, in the pieces that the server sends. Raises ChatmagicError for what goes wrong there."""
-        if unknown := options.keys() - OPTIONS.keys():
-            raise ChatmagicError(f"a server has no option {min(unknown)!r}; it has {', '.join(OPTIONS)}, greedy")
+        if unknown := options.keys() - FIELDS.keys():
+            raise ChatmagicError(f"a server has no option {min(unknown)!r}; it has {', '.join(FIELDS)}, greedy")
         if greedy:
             options["temperature"] = 0
-        request = {OPTIONS[name]: value for name, value in options.items()}
+        request = {FIELDS[name]: value for name, value in options.items()}
         request |= {"model": self.name, "messages": messages, "stream": True}
         finished = None
         with self._errors_in_words("does not answer: start it, or check the address that connect was given"):

@@ -1,7 +1,6 @@
 """ChatLLM: a conversation with a chat model, local or behind a server."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol
-from weakref import WeakValueDictionary
 
 from ..errors import ChatmagicError
 from ..files import write
 from .messages import build_messages, validate_messages
+from .registry import register
 
 
 @dataclass
@@ -79,7 +78,7 @@ class Interrupted(KeyboardInterrupt):
         self.reply = reply
 
 
-OPTIONS = {
+LIMITS = {
     "max_new_tokens": (lambda value: isinstance(value, int) and value >= 1, "a whole number, 1 or more"),
     "temperature": (lambda value: value >= 0, "0 (greedy) or more"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
@@ -103,18 +102,13 @@ class ChatModel(Protocol):
         """Free what is kept of the conversation."""
 
 
-models: WeakValueDictionary[str, "ChatLLM"] = WeakValueDictionary()
-"""Every ChatLLM that somebody holds, by name, the newest last: that one is active. Weak, so that deleting or
-replacing a reader's variable frees the GPU."""
-
-
 class ChatLLM:
     """A conversation with a causal language model of transformers, or its PEFT wrapper, and its tokenizer.
 
     `model_type` names a chat template (see `get_template`), by default the one that fits model and tokenizer.
     The last `max_chat_rounds` rounds are remembered in `history`, a list of (query, reply). `stream` says
-    whether replies are printed as they come. Creating one registers it in `models` under `name`, by default
-    that of the model's folder, and in a notebook makes it the one `%%chat` talks to; nothing is sent to the
+    whether replies are printed as they come. Creating one registers it under `name`, by default that of
+    the model's folder, and in a notebook makes it the one `%%chat` talks to; nothing is sent to the
     model. Without a tokenizer, `model` is a `ChatModel`.
     """
 
@@ -141,20 +135,14 @@ class ChatLLM:
         self.history = list(history or [])
         self.system = system
         self.name = name or self.backend.name
-        models.pop(self.name, None)
-        models[self.name] = self
-        if "IPython" in sys.modules:
-            from ..notebook.magic import install
-
-            install()
+        register(self)
 
     build_messages = staticmethod(build_messages)
 
     def build_prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The prompt as a string. The model is sent ids: see `encode_prompt`."""
         validate_messages(messages)
-        pieces = self.backend.template.render(messages, add_generation_prompt)
-        return "".join(piece.text for piece in pieces)
+        return "".join(span.text for span in self.backend.template.render(messages, add_generation_prompt))
 
     def build_inputs_labels(self, messages: list[dict], multi_rounds: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation for training: see `chatmagic.build_inputs_labels`."""
@@ -168,20 +156,26 @@ class ChatLLM:
         stream: bool | Callable[[str], None] | None = None,
         system: str | None = None,
         remember: bool = True,
+        new: bool = False,
+        check: Callable[[Reply], object] | None = None,
         **generation,
     ) -> Reply:
         """Ask `query` in the conversation so far, and remember the round; arguments as for `chat`.
 
-        `remember=False` asks it outside the conversation. A turn that fails or is interrupted leaves the
-        history as it was. When rounds outgrow the model's context the oldest are left out of the prompt.
+        `new=True` forgets the conversation first, `remember=False` asks outside it. `check` is called with the
+        reply before it is remembered, and may raise. A turn that fails in any way, or is interrupted, leaves the
+        history as it was, with `new` too. When rounds outgrow the model's context the oldest are left out of the
+        prompt.
         """
         system = self.system if system is None else system
         room = generation.get("max_new_tokens", self.max_new_tokens)
-        history = self._history_that_fits(query, system, room) if remember else []
+        before = [] if new else self.history
+        shown = self._rounds_that_fit(before, query, system, room) if remember else []
         stream = self.stream if stream is None else stream
-        reply = self.chat(build_messages(query, history, system), stream, **generation)
-        if remember:
-            self.history = self._last_rounds([*self.history, (query, reply)])
+        reply = self.chat(build_messages(query, shown, system), stream, **generation)
+        if check:
+            check(reply)
+        self.history = self._last_rounds([*before, (query, reply)]) if remember else before
         return reply
 
     def chat(self, messages: list[dict], stream: bool | Callable[[str], None] = False, **generation) -> Reply:
@@ -196,7 +190,7 @@ class ChatLLM:
         stats, pieces, start = Stats(), [], perf_counter()
         interrupted = False
         generation.setdefault("max_new_tokens", self.max_new_tokens)
-        for option, (possible, expected) in OPTIONS.items():
+        for option, (possible, expected) in LIMITS.items():
             if option in generation and not possible(value := generation[option]):
                 raise ChatmagicError(f"{option} must be {expected}, not {value!r}")
         try:
@@ -262,9 +256,9 @@ class ChatLLM:
     def _last_rounds(self, history: list) -> list:
         return history[max(0, len(history) - self.max_chat_rounds) :]
 
-    def _history_that_fits(self, query: str, system: str | None, max_new_tokens: int) -> list:
+    def _rounds_that_fit(self, history: list, query: str, system: str | None, max_new_tokens: int) -> list:
         """The last rounds that leave room in the context for `max_new_tokens`, at most half of it."""
-        history = self._last_rounds(self.history)
+        history = self._last_rounds(history)
         if self.backend.context is not None:
             limit = self.backend.context - min(max_new_tokens, self.backend.context // 2)
             while history and self.backend.count(build_messages(query, history, system)) > limit:

@@ -29,7 +29,7 @@ def ask(
     was_training = model.training
     model.eval()
     prompts = [encode_prompt(messages, tokenizer) for messages in conversations]
-    stop = get_template(None, tokenizer, model).stop_token_ids(tokenizer)
+    stop = get_template(None, tokenizer).stop_token_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

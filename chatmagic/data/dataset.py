@@ -7,7 +7,7 @@ from pathlib import Path
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
 from ..files import write
-from ..prompts.labels import IGNORE, build_inputs_labels
+from ..prompts.labels import encode_conversation
 
 
 class DataError(ChatmagicError):
@@ -85,15 +85,7 @@ def encode_example(messages: Sequence[dict], tokenizer) -> dict[str, list]:
     marks the base model's own: StepRunner keeps the model there as the base is. Errors as for
     `build_inputs_labels`.
     """
-    input_ids, labels = build_inputs_labels(messages, tokenizer)
-    answers = iter([message.get("replayed", False) for message in messages if message["role"] == "assistant"])
-    replayed, before = [False], IGNORE  # Baichuan2 labels its first token, which no answer can be
-    for label in labels[1:]:
-        if label != IGNORE and before == IGNORE:
-            answer = next(answers)
-        replayed.append(label != IGNORE and answer)
-        before = label
-    return {"input_ids": input_ids, "labels": labels, "replayed": replayed}
+    return vars(encode_conversation(messages, tokenizer))
 
 
 class DataCollator:

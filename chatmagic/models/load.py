@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import ChatmagicError
+from ..prompts.templates import name_family
 from .checkpoint import CheckpointError, Stored, open_weights, read_json
 from .quantize import mend_bitsandbytes, quantization_config
 
@@ -39,8 +40,12 @@ def load_model(path, quantize: str | None = None, dtype="auto", device_map="auto
     elif quantize:
         options["quantization_config"] = quantization_config(quantize, dtype)
     if family is None:
-        return _load_native(folder, config, stored, options)
-    return _load_family(family, folder, config, stored, options)
+        model, tokenizer = _load_native(folder, config, stored, options)
+    else:
+        model, tokenizer = _load_family(family, folder, config, stored, options)
+    if tokenizer is not None:
+        name_family(tokenizer, folder.resolve())
+    return model, tokenizer
 
 
 def context_limit(model) -> tuple[int | None, str]:

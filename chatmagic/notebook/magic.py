@@ -5,7 +5,6 @@ import re
 import string
 from keyword import iskeyword
 
-from IPython import get_ipython
 from IPython.core.completer import CompletionContext, SimpleCompletion, context_matcher
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
@@ -13,7 +12,8 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import clear_output, display
 from traitlets import Bool, CaselessStrEnum, Float, Int, Unicode
 
-from ..conversation.llm import ChatLLM, Interrupted, Reply, models
+from ..conversation.llm import ChatLLM, Interrupted, Reply
+from ..conversation.registry import registered
 from ..errors import ChatmagicError
 from ..text import did_you_mean, visible, width
 
@@ -77,35 +77,29 @@ class ChatMagics(Magics):
         if args.vars:
             text = fill(text, self.shell.user_ns)
         llm = self._model(args.model)
-        before = llm.history
-        if args.new:
-            llm.history = []
-        try:
-            reply = self._ask(llm, text, args, show=cell is not None)
-        except BaseException:
-            llm.history = before
-            raise
+        form = args.format or self.format
+        stream = llm.stream if self.stream is None else self.stream
+        stream = cell is not None and stream and not args.no_stream and form != "json"
+        reply = self._ask(llm, text, args, form, stream)
+        if cell is not None:
+            self._show(reply, form, stream)
+        if args.stats or self.stats:
+            print(f"[{reply.stats}]")
         if args.output:
             self.shell.push({args.output: reply})
         return reply if cell is None else None
 
-    def _ask(self, llm: ChatLLM, text: str, args, show: bool) -> Reply:
-        form = args.format or self.format
-        if form == "markdown" and not hasattr(self.shell, "kernel"):
-            form = "text"  # a terminal shows Markdown as it stands
-        stream = llm.stream if self.stream is None else self.stream
-        stream = show and stream and not args.no_stream and form != "json"
-        generation = {name: self._option(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
-        generation = {name: value for name, value in generation.items() if value is not None}
-        if args.greedy or (self.greedy and args.temperature is None and args.top_p is None):
-            generation["greedy"] = True
+    def _ask(self, llm: ChatLLM, text: str, args, form: str, stream: bool) -> Reply:
+        """The reply, printed as it comes if `stream`; that it is not the JSON asked for fails like all else."""
         try:
-            reply = llm(
+            return llm(
                 text,
                 stream=write if stream else False,
                 system=self._option(args, "system"),
                 remember=not args.no_history,
-                **generation,
+                new=args.new,
+                check=Reply.json if form == "json" else None,
+                **self._generation(args),
             )
         except Interrupted as stopped:
             if not stream:
@@ -114,19 +108,25 @@ class ChatMagics(Magics):
         finally:
             if stream:
                 print()
-        if form == "json":
-            text = json.dumps(reply.json(), ensure_ascii=False, indent=2)
-        else:
-            text = visible(reply)
-        if show and form == "markdown":
-            if stream:
+
+    def _generation(self, args) -> dict:
+        """The options that go to the model; what nobody set is left out."""
+        generation = {name: self._option(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
+        generation = {name: value for name, value in generation.items() if value is not None}
+        if args.greedy or (self.greedy and args.temperature is None and args.top_p is None):
+            generation["greedy"] = True
+        return generation
+
+    def _show(self, reply: Reply, form: str, streamed: bool) -> None:
+        """Show a complete reply, unless it was printed as it came and is to stay so."""
+        if form == "markdown" and hasattr(self.shell, "kernel"):  # a terminal shows Markdown as it stands
+            if streamed:
                 clear_output(wait=True)
-            display({"text/html": render_markdown(reply), "text/plain": text}, raw=True)
-        elif show and not stream:
-            print(text)
-        if args.stats or self.stats:
-            print(f"[{reply.stats}]")
-        return reply
+            display({"text/html": render_markdown(reply), "text/plain": visible(reply)}, raw=True)
+        elif form == "json":
+            print(json.dumps(reply.json(), ensure_ascii=False, indent=2))
+        elif not streamed:
+            print(visible(reply))
 
     @line_magic
     def chat_history(self, line):
@@ -167,26 +167,27 @@ class ChatMagics(Magics):
 
         That is the newest, or what `%config ChatMagics.model` says.
         """
-        active = self.model or "".join(list(models)[-1:])
+        active = self.model or "".join(list(registered)[-1:])
         print_table(
             ["", "model", "context", "rounds"],
             [
                 ["*" if name == active else "", name, str(llm.backend.context or "?"), str(len(llm.history))]
-                for name, llm in models.items()
+                for name, llm in registered.items()
             ],
         )
 
     def _model(self, name: str | None = None) -> ChatLLM:
         if name := name or self.model:
-            if name not in models:
-                raise ChatmagicError(f"no model is called {name!r}{did_you_mean(name, models)}; %chat_models shows all")
-            return models[name]
-        if not models:
+            if name not in registered:
+                near = did_you_mean(name, registered)
+                raise ChatmagicError(f"no model is called {name!r}{near}; %chat_models shows all")
+            return registered[name]
+        if not registered:
             raise ChatmagicError(
                 "there is no model to talk to. Create one and keep it in a variable: "
                 "llm = ChatLLM(model, tokenizer), or llm = chatmagic.connect(url, model)"
             )
-        return list(models.values())[-1]
+        return list(registered.values())[-1]
 
     def _option(self, args, name: str):
         """An option of the cell, or its default."""
@@ -233,7 +234,7 @@ class ChatMagics(Magics):
         elif context.cursor_line > 0:
             return {"completions": []}
         elif found := re.search(r"(?:-m|--model|--format|-o|--output)[\s=]+(\S*)$", before):
-            words = {"m": models, "f": FORMATS, "o": variables}[found[0].lstrip("-")[0]]
+            words = {"m": registered, "f": FORMATS, "o": variables}[found[0].lstrip("-")[0]]
         else:
             found = re.search(r"\s(-\S*)$", before)
             words = [option for action in ChatMagics.chat.parser._actions for option in action.option_strings]
@@ -304,12 +305,6 @@ def reach_empty_cell(lines: list[str]) -> list[str]:
     if lines and re.match(r"%%chat(\s|$)", lines[0]) and not "".join(lines[1:]).strip():
         return [lines[0].rstrip("\n") + "\n", "\n"]
     return lines
-
-
-def install() -> None:
-    """Load the extension into the running IPython, if one runs and has not yet."""
-    if (shell := get_ipython()) is not None:
-        shell.extension_manager.load_extension("chatmagic")
 
 
 def load_ipython_extension(shell) -> None:

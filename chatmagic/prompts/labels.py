@@ -3,12 +3,13 @@
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
-from .templates import EndOfTurn, Piece, TemplateError, control_pattern, get_template
+from .templates import EndOfTurn, Span, TemplateError, control_pattern, get_template
 
 IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
 
@@ -17,8 +18,34 @@ class LabelsError(ChatmagicError):
     """A conversation that teaches nothing, or that is longer than the model's context."""
 
 
+@dataclass
+class Row:
+    """What is trained on, three lists of the same length: token ids, labels (-100 where nothing is trained), and which
+    labels are `replayed`, of an answer whose message says that it is the base model's own."""
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    replayed: list[bool] = field(default_factory=list)
+
+    def add(self, ids: list[int], span: Span) -> None:
+        """Tokens of one span, trained if it is."""
+        self.input_ids += ids
+        self.labels += ids if span.trained else [IGNORE] * len(ids)
+        self.replayed += [span.trained and span.replayed] * len(ids)
+
+    def teach(self, position: int, token: int, span: Span) -> None:
+        """Train `token` as what follows the ids before `position`, whatever stands there; if nothing does, it will."""
+        if position == len(self.input_ids):
+            self.add([token], span)
+        self.labels[position], self.replayed[position] = token, span.replayed
+
+    def cut(self) -> None:
+        """Take the last token away."""
+        del self.input_ids[-1], self.labels[-1], self.replayed[-1]
+
+
 class Encoder:
-    """Pieces of a template to token ids and labels.
+    """Spans of a template to token ids and labels.
 
     Words go through a copy of the tokenizer's backend that takes control tokens for ordinary characters;
     control tokens that the template writes are looked up. What touches is encoded as one string, as the
@@ -47,72 +74,71 @@ class Encoder:
             self._bos = [self._control[token] for token in self._parts(template.bos) if token]
         self._restart = set(self._control.values() if always else self._bos)
 
-    def __call__(self, pieces: list[Piece], finished: bool) -> tuple[list[int], list[int]]:
-        """Token ids and labels, two lists of the same length. `finished`: the last turn is an answer, so that
-        its ending token stands there even where the history leaves it out, and no next turn is opened."""
-        if finished:
-            last = max(index for index, piece in enumerate(pieces) if piece.answer)
-            pieces = pieces[: last + 1] if isinstance(pieces[last], EndOfTurn) else pieces
-        ids, labels, ends, run = [], [], [], []
-        backend = self._fresh
-
-        def flush() -> None:
-            nonlocal backend
-            if run:
-                self._encode(run, backend, ids, labels, ends)
-                run.clear()
+    def encode(self, spans: list[Span]) -> Row:
+        """The row of a conversation that goes on after these spans."""
+        row, backend, endings = Row(), self._fresh, []
+        for run in self._runs(spans):
+            if isinstance(run, list):
+                count = self._add_text(row, run, backend)
+                endings += [(count, span) for span in run if span.trained and isinstance(span, EndOfTurn)]
                 backend = self._joined
-
-        in_answer = False
-        for piece in pieces:
-            if self.template.piecewise or piece.answer and not in_answer:
-                flush()
-            in_answer = piece.answer
-            if not piece.live or isinstance(piece, EndOfTurn):
-                run.append(piece)
-                continue
-            for index, part in enumerate(self._parts(piece.text)):
-                if index % 2:
-                    flush()
-                    token = self._control[part.strip()]
-                    ids.append(token)
-                    labels.append(token if piece.trained else IGNORE)
-                    backend = self._fresh if token in self._restart else self._joined
-                elif part:
-                    run.append(Piece(part, True, piece.answer, piece.trained))
-        flush()
-        for position in ends:
-            if position == len(ids):
-                ids.append(self._ending)
-                labels.append(self._ending)
-            labels[position] = self._ending
+            else:
+                token = self._control[run.text.strip()]
+                row.add([token], run)
+                backend = self._fresh if token in self._restart else self._joined
+        for position, span in endings:
+            row.teach(position, self._ending, span)
         bos = self._bos
-        if finished and bos and ids[-1] == bos[-1]:
-            del ids[-1], labels[-1]
-        if ids[: len(bos)] != bos:
-            ids, labels = bos + ids, [IGNORE] * len(bos) + labels
-        return ids, labels
+        if row.input_ids[: len(bos)] != bos:
+            row = Row(bos + row.input_ids, [IGNORE] * len(bos) + row.labels, [False] * len(bos) + row.replayed)
+        return row
 
-    def _encode(self, run: list[Piece], backend, ids: list[int], labels: list[int], ends: list[int]) -> None:
-        """Append a run of pieces without control tokens, encoded as one string; trained ones come first.
+    def encode_finished(self, spans: list[Span]) -> Row:
+        """The row of a conversation that ends with an answer: its ending token stands there even where the history
+        leaves it out, and no next turn is opened."""
+        last = max(index for index, span in enumerate(spans) if span.answer)
+        row = self.encode(spans[: last + 1] if isinstance(spans[last], EndOfTurn) else spans)
+        if self._bos and row.input_ids[-1] == self._bos[-1]:
+            row.cut()
+        return row
 
-        `ends` collects the positions after answers whose ending token stays out of the history.
-        """
-        text = "".join([piece.text for piece in run])
-        spoken = sum([len(piece.text) for piece in run if piece.trained])
-        if not spoken and all(piece.live for piece in run):
+    def _runs(self, spans: list[Span]) -> Iterator[list[Span] | Span]:
+        """The spans in runs: lists of those that are encoded as one string, and each control token by itself."""
+        run, in_answer = [], False
+        for span in spans:
+            starts = self.template.piecewise or span.answer and not in_answer
+            in_answer = span.answer
+            if starts and run:
+                yield run
+                run = []
+            if not span.live or isinstance(span, EndOfTurn):
+                run.append(span)
+                continue
+            for index, part in enumerate(self._parts(span.text)):
+                if index % 2:
+                    if run:
+                        yield run
+                        run = []
+                    yield span._replace(text=part)
+                elif part:
+                    run.append(span._replace(text=part))
+        if run:
+            yield run
+
+    def _add_text(self, row: Row, run: list[Span], backend) -> int:
+        """Add a run, encoded as one string; the trained spans of a run come first. Returns where they end."""
+        text = "".join([span.text for span in run])
+        trained = sum([len(span.text) for span in run if span.trained])
+        if not trained and all(span.live for span in run):
             new, count = self._literal(text, backend), 0
         else:
             encoding = backend.encode(text, add_special_tokens=False)
-            new, count = encoding.ids, 0
-            if spoken == len(text):
-                count = len(new)
-            elif spoken:
-                count = bisect_left(encoding.offsets, spoken, key=lambda span: span[0])
-        if any(piece.trained and isinstance(piece, EndOfTurn) for piece in run):
-            ends.append(len(ids) + count)
-        ids += new
-        labels += new[:count] + [IGNORE] * (len(new) - count)
+            new = encoding.ids
+            count = bisect_left(encoding.offsets, trained, key=lambda offset: offset[0]) if trained else 0
+            count = len(new) if trained == len(text) else count
+        row.add(new[:count], run[0])
+        row.add(new[count:], Span(""))
+        return len(row.input_ids) - len(new) + count
 
 
 def _text_backends(tokenizer, control: dict[str, int]) -> tuple:
@@ -160,34 +186,51 @@ def _steps(step: dict | None) -> list[dict]:
     return [each for member in members for each in _steps(member)] if members else [step]
 
 
+def get_encoder(tokenizer, model_type: str | None = None) -> Encoder:
+    """The encoder of a tokenizer, kept as long as nothing that it was made from changes: neither the chat template
+    nor what is a special token, and which of them is eos."""
+    special = tuple(tokenizer.special_tokens_map.items()), tuple(tokenizer.all_special_tokens), len(tokenizer)
+    named = tuple(getattr(tokenizer, name, None) for name in ("chat_family", "chat_control_tokens", "add_bos_token"))
+    return _make_encoder(tokenizer, model_type, str((tokenizer.chat_template, special, named)))
+
+
 @lru_cache(maxsize=8)
-def _encoder(tokenizer, model_type: str | None, chat_template: str) -> Encoder:
+def _make_encoder(tokenizer, model_type: str | None, state: str) -> Encoder:
     return Encoder(tokenizer, get_template(model_type, tokenizer))
 
 
-def _encode(messages, tokenizer, model_type, max_length, drop_oldest, multi_rounds=None):
-    """Ids and labels of valid messages, a prompt's if `multi_rounds` is None; with `drop_oldest`, without the
-    oldest rounds that do not fit."""
-    encoder = _encoder(tokenizer, model_type, str(tokenizer.chat_template))
-    template = encoder.template
-    if (system := messages[0]["role"] == "system") and not template.takes_system:
+def _encode_fitting(
+    messages: Sequence[dict], tokenizer, model_type: str | None, multi_rounds: bool | None, max_length: int | None,
+    drop_oldest: bool,
+) -> Row:  # fmt: skip
+    """The row of valid messages; with `multi_rounds` None, of the prompt that asks for an answer."""
+    encoder = get_encoder(tokenizer, model_type)
+    if messages[0]["role"] == "system" and not encoder.template.takes_system:
         raise TemplateError(
-            f"Message 0 has role 'system', and template {template.name!r} has no place for it; expected "
+            f"Message 0 has role 'system', and template {encoder.template.name!r} has no place for it; expected "
             "user. Put the text into the first user message."
         )
 
-    def encode(part: Sequence[dict]) -> tuple[list[int], list[int]]:
-        return encoder(template.render(part, multi_rounds is None, multi_rounds), part[-1]["role"] == "assistant")
+    def encode(part: Sequence[dict]) -> Row:
+        spans = encoder.template.render(part, multi_rounds is None, multi_rounds)
+        return (encoder.encode_finished if part[-1]["role"] == "assistant" else encoder.encode)(spans)
+
+    row, limit = encode(messages), max_length or tokenizer.model_max_length
+    if len(row.input_ids) <= limit:
+        return row
+    return _encode_shorter(messages, encode, limit, drop_oldest, shortest=1 if multi_rounds is None else 2)
+
+
+def _encode_shorter(messages: Sequence[dict], encode, limit: int, drop_oldest: bool, shortest: int) -> Row:
+    """The row of a conversation that is longer than `limit`, without the oldest rounds if that is allowed, but with
+    the last `shortest` messages. Raises LabelsError, naming the message that goes beyond, if none fits."""
 
     def fits(part: Sequence[dict]) -> bool:
-        return len(encode(part)[0]) <= limit
+        return len(encode(part).input_ids) <= limit
 
-    encoded, limit = encode(messages), max_length or tokenizer.model_max_length
-    if len(encoded[0]) <= limit:
-        return encoded
+    system = messages[0]["role"] == "system"
     hint = "Pass drop_oldest=True to leave out its oldest rounds."
     if drop_oldest:
-        shortest = 1 if multi_rounds is None else 2
         starts = range(system, len(messages) - shortest + 1, 2)
         shorter = [[*messages[:system], *messages[start:]] for start in starts]
         if (first := bisect_left(shorter, True, key=fits)) < len(shorter):
@@ -196,8 +239,8 @@ def _encode(messages, tokenizer, model_type, max_length, drop_oldest, multi_roun
     turns = range(system, len(messages))
     over = turns[bisect_left(turns[:-1], True, key=lambda turn: not fits(messages[: turn + 1]))]
     raise LabelsError(
-        f"The conversation is {len(encoded[0])} tokens long: message {over} ({messages[over]['role']}) goes "
-        f"beyond the expected {limit}. {hint}"
+        f"The conversation is {len(encode(messages).input_ids)} tokens long: message {over} "
+        f"({messages[over]['role']}) goes beyond the expected {limit}. {hint}"
     )
 
 
@@ -216,7 +259,7 @@ def encode_prompt(
     validate_messages(messages)
     if (role := messages[-1]["role"]) != "user":
         raise MessagesError(f"Message {len(messages) - 1} has role {role!r}; expected user, who asks for the answer.")
-    return _encode(messages, tokenizer, model_type, max_length, drop_oldest)[0]
+    return _encode_fitting(messages, tokenizer, model_type, None, max_length, drop_oldest).input_ids
 
 
 def build_inputs_labels(
@@ -235,8 +278,21 @@ def build_inputs_labels(
     in Baichuan2's fine-tune.py. Errors and lengths as for `encode_prompt`; LabelsError also where nothing is
     trained.
     """
+    row = encode_conversation(messages, tokenizer, model_type, multi_rounds, max_length, drop_oldest)
+    return row.input_ids, row.labels
+
+
+def encode_conversation(
+    messages: Sequence[dict],
+    tokenizer,
+    model_type: str | None = None,
+    multi_rounds: bool = True,
+    max_length: int | None = None,
+    drop_oldest: bool = False,
+) -> Row:
+    """What `build_inputs_labels` gives, and which of it is replayed."""
     validate_messages(messages)
     last = messages[-1]["role"]
     if last != "assistant" and not (multi_rounds and len(messages) > 2):
         raise LabelsError(f"Nothing is trained: message {len(messages) - 1} has role {last!r}; expected assistant.")
-    return _encode(messages, tokenizer, model_type, max_length, drop_oldest, multi_rounds)
+    return _encode_fitting(messages, tokenizer, model_type, multi_rounds, max_length, drop_oldest)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from .templates import EndOfTurn, Piece, Template, TemplateError, control_pattern, control_tokens, is_trained
+from .templates import EndOfTurn, Span, Template, TemplateError, control_pattern, control_tokens, is_trained
 
 # Private-use characters go through Jinja with the messages: one for each control token in them, and two
 # around an answer. They tell afterwards which control tokens are the template's, and where the answers are.
@@ -41,12 +41,12 @@ class OwnTemplate:
         """The ids that end a generation, first the one that training teaches."""
         control = self.control_tokens(tokenizer)
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ends = [control.get(piece.text.strip()) for piece in self.render(turn) if piece.answer and piece.live]
+        ends = [control.get(span.text.strip()) for span in self.render(turn) if span.answer and span.live]
         return [token for token in dict.fromkeys([*ends, tokenizer.eos_token_id]) if token is not None]
 
     def render(
         self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool | None = None
-    ) -> list[Piece]:
+    ) -> list[Span]:
         """As `Template.render`. Raises TemplateError where an answer that is to be trained does not follow
         the prompt that asks for it, as in templates that rewrite earlier turns; and for a system text without
         a place.
@@ -61,10 +61,10 @@ class OwnTemplate:
         answers = list(_ANSWER.finditer(full))
         if len(answers) != len(turns):
             answers = [None] * len(turns)
-        pieces, start = [], 0
+        spans, start = [], 0
         for index, answer in zip(turns, answers, strict=True):
             last = index + 1 == len(hidden)
-            trained = is_trained(last, multi_rounds)
+            trained, replayed = is_trained(last, multi_rounds), hidden[index].get("replayed", False)
             cut = answer and self._cut(full, answer, hidden[: index + 1], last)
             if trained and cut is None:
                 raise TemplateError(
@@ -74,20 +74,20 @@ class OwnTemplate:
                 )
             if cut is not None:
                 end = self._end.match(full, answer.end())
-                pieces += _split(full[start:cut], shown)
-                pieces += _split(full[cut : answer.start()], shown, True, trained)
+                spans += _split(full[start:cut], shown)
+                spans += _split(full[cut : answer.start()], shown, True, trained, replayed)
                 words = "".join([shown.get(char, char) for char in answer[1]])
-                pieces.append(Piece(words, False, True, trained))
-                pieces.append((Piece if end else EndOfTurn)(end[0] if end else "", True, True, trained))
+                spans.append(Span(words, False, True, trained, replayed))
+                spans.append((Span if end else EndOfTurn)(end[0] if end else "", True, True, trained, replayed))
                 start = (end or answer).end()
-        return pieces + _split(full[start:], shown)
+        return spans + _split(full[start:], shown)
 
     def writes_like(self, template: Template) -> bool:
         """Whether the two write the same prompts, judged by one with and one without a system text."""
         turns = [{"role": role, "content": f" {role}\n"} for role in ("system", "user", "assistant", "user")]
         try:
             own, other = (
-                ["".join(piece.text for piece in writer.render(probe)) for probe in (turns, turns[1:])]
+                ["".join(span.text for span in writer.render(probe)) for probe in (turns, turns[1:])]
                 for writer in (self, template)
             )
         except TemplateError:
@@ -156,9 +156,8 @@ class OwnTemplate:
         return hidden, {char: text for text, char in stand_ins.items()} | {_BEGIN: "", _END: ""}
 
 
-def _split(text: str, shown: dict[str, str], answer: bool = False, trained: bool = False) -> list[Piece]:
-    """Text that the template wrote; the private characters in it are someone's words."""
-    pieces = [
-        Piece(shown.get(part, part), part not in shown, answer, trained) for part in re.split(f"({_PRIVATE})", text)
-    ]
-    return [piece for piece in pieces if piece.text]
+def _split(text: str, shown: dict[str, str], *marks: bool) -> list[Span]:
+    """Text that the template wrote, as spans with these `marks` (answer, trained, replayed); the private characters
+    in it are someone's words."""
+    spans = [Span(shown.get(part, part), part not in shown, *marks) for part in re.split(f"({_PRIVATE})", text)]
+    return [span for span in spans if span.text]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
 
 from ..conversation.messages import validate_messages
@@ -18,20 +19,22 @@ class TemplateError(ChatmagicError):
     """A template that is unknown, or that cannot render or train a conversation."""
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """A stretch of a rendered conversation.
 
-    In a `live` piece, written by the template, control tokens are real; in someone's words they are text.
-    An `answer` is what the model says, the token that ends it included; it may be `trained`.
+    In a `live` span, written by the template, control tokens are real; in someone's words they are text.
+    An `answer` is what the model says, the token that ends it included; it may be `trained`, and its message may
+    say that it is `replayed`: the base model's own words.
     """
 
     text: str
     live: bool = True
     answer: bool = False
     trained: bool = False
+    replayed: bool = False
 
 
-class EndOfTurn(Piece):
+class EndOfTurn(Span):
     """An ending token that the model must say here but that the format leaves out of the history."""
 
 
@@ -99,39 +102,39 @@ class Template:
 
     def render(
         self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool | None = None
-    ) -> list[Piece]:
-        """Valid messages as pieces; their texts joined are the prompt. `multi_rounds` as in `is_trained`."""
+    ) -> list[Span]:
+        """Valid messages as spans; their texts joined are the prompt. `multi_rounds` as in `is_trained`."""
         opening, begin = self._opening(messages)
-        pieces = [] if self.system_in_user else list(opening)
+        spans = [] if self.system_in_user else list(opening)
         if self.starts_ended and not opening:
-            pieces.append(EndOfTurn("", True, True, is_trained(len(messages) == 2, multi_rounds)))
+            spans.append(EndOfTurn("", True, True, is_trained(len(messages) == 2, multi_rounds)))
         for index in range(begin, len(messages)):
             words, last = messages[index]["content"], index + 1 == len(messages)
             if self.strip:
                 words = words.rstrip() if index == begin and opening else words.strip()
             if messages[index]["role"] == "user":
                 before, after = self._user
-                pieces.append(Piece(before.replace("{round}", str(self.first_round + (index - begin) // 2))))
+                spans.append(Span(before.replace("{round}", str(self.first_round + (index - begin) // 2))))
                 if index == begin and self.system_in_user:
-                    pieces += opening
-                pieces += Piece(words, live=False), Piece(after if last or self.joint is None else self.joint)
+                    spans += opening
+                spans += Span(words, live=False), Span(after if last or self.joint is None else self.joint)
                 if add_generation_prompt or not last:
-                    pieces.append(Piece(self.prompt))
+                    spans.append(Span(self.prompt))
                 continue
-            trained = is_trained(last, multi_rounds)
+            trained, replayed = is_trained(last, multi_rounds), messages[index].get("replayed", False)
             if trained and self.joint is not None:
                 raise TemplateError(
                     f"Message {index} (assistant) cannot be trained: template {self.name!r} writes a turn "
                     "that was answered in another way than one that asks. Pass another model_type."
                 )
             before, after = self._answer
-            pieces.append(Piece(before + words + after, False, True, trained))
+            spans.append(Span(before + words + after, False, True, trained, replayed))
             if self.joint is not None and not last:
-                pieces.append(Piece(self.joint))
+                spans.append(Span(self.joint))
             else:
-                pieces.append((Piece if self.end else EndOfTurn)(self.end, True, True, trained))
-                pieces.append(Piece(self.gap))
-        return pieces
+                spans.append((Span if self.end else EndOfTurn)(self.end, True, True, trained, replayed))
+                spans.append(Span(self.gap))
+        return spans
 
     @cached_property
     def _user(self) -> list[str]:
@@ -141,16 +144,16 @@ class Template:
     def _answer(self) -> list[str]:
         return self.answer.split("{}")
 
-    def _opening(self, messages: Sequence[dict]) -> tuple[list[Piece], int]:
-        """The system text's pieces, and the index of the first message after it."""
+    def _opening(self, messages: Sequence[dict]) -> tuple[list[Span], int]:
+        """The system text's spans, and the index of the first message after it."""
         given = messages[0]["role"] == "system"
         words = messages[0]["content"] if given else self.default_system
         before, slot, after = self.system.partition("{}")
         if not slot:
-            return [Piece(before)] if before else [], given
+            return [Span(before)] if before else [], given
         if not words and self.default_system is None:
             return [], given
-        return [Piece(before), Piece(words, live=not given), Piece(after)], given
+        return [Span(before), Span(words, live=not given), Span(after)], given
 
 
 def control_tokens(tokenizer, literals: str, reserved: str = "(?!)") -> dict[str, int]:
@@ -192,12 +195,26 @@ def _table() -> dict[str, Template]:
     return {name: Template(name=name, **fields(row)) for name, row in rows.items()}
 
 
-def get_template(model_type: str | None = None, tokenizer=None, model=None):
-    """The template named `model_type`; without a name, the one that fits a loaded tokenizer and model.
+LLAMA_2 = re.compile(r"llama-?2.*chat", re.IGNORECASE)  # nothing in its files but their folder says what they are
 
-    Most families of the course are found by their vocabulary, SmolLM2 and Llama-2 by what their tokenizer's
-    chat template writes (Llama-2 without one by its folder's name); every other model is served by its own
-    chat template. Raises TemplateError for an unknown name, with the three nearest, and where nothing fits.
+
+def name_family(tokenizer, folder: str | Path) -> None:
+    """Note with a tokenizer, as its `chat_family`, what only the name of its model's folder tells: Llama-2's brings no
+    chat template. Saved with it, and read again.
+
+    So whoever has the tokenizer has the same template from `get_template`, whatever model stands beside it.
+    """
+    if not tokenizer.chat_template and LLAMA_2.search(str(folder)):
+        tokenizer.chat_family = tokenizer.init_kwargs["chat_family"] = "llama-2"
+
+
+def get_template(model_type: str | None = None, tokenizer=None):
+    """The template named `model_type`; without a name, the one that fits a tokenizer.
+
+    Most families of the course are found by their vocabulary, a Llama-2 without a chat template by its folder (see
+    `name_family`, which `load_model` calls), SmolLM2 and other Llama-2 by what their chat template writes; every
+    other model is served by its own chat template. Raises TemplateError for an unknown name, with the three nearest,
+    and where nothing fits.
     """
     if model_type is not None:
         if template := _table().get(model_type):
@@ -211,8 +228,7 @@ def get_template(model_type: str | None = None, tokenizer=None, model=None):
 
         own = OwnTemplate(tokenizer)
         return next((row for row in (_table()["smollm2"], _table()["llama-2"]) if own.writes_like(row)), own)
-    folders = tokenizer.name_or_path, getattr(getattr(model, "config", None), "_name_or_path", "")
-    if re.search(r"llama-?2.*chat", " ".join(folders), re.IGNORECASE):
+    if getattr(tokenizer, "chat_family", None) or LLAMA_2.search(tokenizer.name_or_path):
         return _table()["llama-2"]
     raise TemplateError(
         "No known family has this tokenizer's vocabulary, and it brings no chat template. "
@@ -231,4 +247,4 @@ def build_prompt(messages: Sequence[dict], model_type: str, add_generation_promp
     template = get_template(model_type)
     if messages[0]["role"] == "system" and not template.takes_system:
         warnings.warn(f"{model_type} knows no system text; encode_prompt refuses it.", stacklevel=2)
-    return "".join(piece.text for piece in template.render(messages, add_generation_prompt))
+    return "".join(span.text for span in template.render(messages, add_generation_prompt))

@@ -5,7 +5,7 @@ import io
 
 from ..machine import share_cores
 
-share_cores()  # for `python -m chatmagic.training`, which comes here before its own first line
+share_cores()  # before torch is imported, which counts the cores then
 
 from ..models import quantize  # noqa: E402, F401, before PEFT imports bitsandbytes: it says what need not be heard
 

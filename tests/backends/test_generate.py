@@ -101,6 +101,21 @@ def test_unknown_option(model, tokenizer):
         ChatLLM(model, tokenizer)("x", temprature=0.5)
 
 
+def test_a_prompt_is_encoded_once_a_turn(model, tokenizer, monkeypatch):
+    encoded = []
+
+    def noted(messages, *args, **kwargs):
+        encoded.append(messages)
+        return encode_prompt(messages, *args, **kwargs)
+
+    monkeypatch.setattr("chatmagic.backends.generate.encode_prompt", noted)
+    llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=2)
+    for query in "abc":
+        llm(query, greedy=True)
+    llm.chat(encoded[-1], greedy=True)
+    assert encoded == [build_messages(query, llm.history[:turn]) for turn, query in enumerate("abc")] + encoded[-1:]
+
+
 @pytest.mark.parametrize("change", ["system", "undone", "trimmed", "nothing"])
 def test_the_longest_common_prefix_is_reused(model, tokenizer, change):
     llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=5, system="abc")

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages
-from chatmagic.conversation.llm import Interrupted, models
+from chatmagic.conversation.llm import Interrupted, Reply
+from chatmagic.conversation.registry import registered
 from fake_model import FakeModel
 
 
@@ -75,6 +76,19 @@ def test_a_turn_that_failed_leaves_the_history(fake, failure):
         llm("b")
     assert llm.history == [("a", "1: a")]
     assert llm("c") == "2: c"
+
+
+def test_a_fresh_start_is_part_of_the_turn(fake):
+    llm = ChatLLM(fake, history=[("a", "b")], stream=False)
+    fake.failure = ChatmagicError("broken")
+    with pytest.raises(ChatmagicError, match="broken"):
+        llm("abc", new=True)
+    with pytest.raises(ChatmagicError, match="not JSON"):
+        llm("no JSON", new=True, check=Reply.json)
+    assert llm.history == [("a", "b")]
+    assert llm("x", new=True) == "1: x" and fake.asked[-1][0] == build_messages("x")
+    assert llm.history == [("x", "1: x")]
+    assert llm("y", new=True, remember=False) == "1: y" and llm.history == []
 
 
 def test_an_interrupted_reply_is_kept_with_the_exception(fake):
@@ -169,13 +183,13 @@ def test_a_file_that_is_no_conversation(fake, tmp_path, text, reason):
 
 
 def test_models_are_registered_by_name_and_not_kept_alive(fake):
-    models.clear()
+    registered.clear()
     first, second = ChatLLM(fake), ChatLLM(fake, name="second")
-    assert list(models) == ["fake", "second"] and fake.asked == []  # no hidden prompt
+    assert list(registered) == ["fake", "second"] and fake.asked == []  # no hidden prompt
     first = ChatLLM(fake)
-    assert list(models) == ["second", "fake"] and models["fake"] is first
+    assert list(registered) == ["second", "fake"] and registered["fake"] is first
     del first, second
-    assert not models
+    assert not registered
 
 
 def test_reset_forgets_and_frees(fake):

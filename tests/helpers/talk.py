@@ -19,13 +19,8 @@ def build(chat_template, rstrip=False, **kwargs):
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, rstrip=rstrip, normalized=False) for token in SPECIAL])
     backend.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=chat_template,
-        **kwargs,
-    )
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} | kwargs
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **named)
 
 
 WORDS = [

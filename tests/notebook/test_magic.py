@@ -10,7 +10,8 @@ import pytest
 from IPython.testing.globalipapp import start_ipython
 
 from chatmagic import ChatLLM, ChatmagicError, load_model
-from chatmagic.conversation.llm import Interrupted, models
+from chatmagic.conversation.llm import Interrupted
+from chatmagic.conversation.registry import registered
 from chatmagic.notebook.magic import ChatMagics, render_markdown
 from fake_model import FakeModel
 
@@ -31,10 +32,10 @@ class Shell:
 
     def fails(self, cell, *words, kind=ChatmagicError):
         """The cell fails, shown as one paragraph that has all of `words` in it."""
-        with pytest.raises(kind):
+        with pytest.raises(kind) as raised:
             self(cell)
         paragraph = self.printed.strip().split("\n")[-1]
-        assert paragraph.startswith(kind.__name__ + ": ") and "Traceback" not in self.printed
+        assert paragraph.startswith(raised.type.__name__ + ": ") and "Traceback" not in self.printed
         for word in words:
             assert word in paragraph
 
@@ -46,7 +47,7 @@ def ipython():
 
 @pytest.fixture
 def run(ipython, capsys):
-    models.clear()
+    registered.clear()
     ipython.extension_manager.load_extension("chatmagic")
     yield Shell(ipython, capsys)
     ipython.reset()
@@ -287,7 +288,7 @@ def test_the_newest_model_is_active_and_others_answer_to_their_names(run, llm):
 
 
 def test_creating_a_chatllm_loads_the_magic(ipython, capsys, fake):
-    models.clear()
+    registered.clear()
     assert "chatmagic" not in ipython.extension_manager.loaded
     llm = ChatLLM(fake)
     assert fake.asked == [] and capsys.readouterr() == ("", "")
@@ -344,7 +345,7 @@ def test_history(run, llm, tmp_path, monkeypatch):
         ("sav x", ["undo, save, load", "did you mean 'save'?"]),
         ("save", ["needs the name of a file"]),
         ("load nowhere.jsonl", ["nowhere.jsonl", "No such file"]),
-        ("save no/such/folder", ["no/such/folder", "No such file"]),
+        ("save no/such/folder", ["There is no folder", "no/such"]),
         ("undo 2", ["undo, save, load"]),
     ],
 )

@@ -172,3 +172,21 @@ def test_a_bos_that_the_tokenizer_adds_leads_fastchats_prompts():
     ids = encode_prompt(build_messages("Hi"), tokenizer, "billa")
     assert ids[0] == bos and ids.count(bos) == 1
     assert encode_prompt(build_messages("Hi"), tokenizer)[0] != bos  # its own template writes none
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: setattr(tokenizer, "eos_token", "<|endoftext|>"),
+        lambda tokenizer: tokenizer.add_special_tokens({"additional_special_tokens": ["Assistant"]}),
+        lambda tokenizer: tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]}),
+        lambda tokenizer: setattr(tokenizer, "chat_control_tokens", ["<think>"]),
+        lambda tokenizer: setattr(tokenizer, "chat_template", CHATML),
+    ],
+)
+def test_what_changes_in_a_tokenizer_is_seen(change):
+    messages = build_messages(None, [("a <think>", "b"), ("c", "d")])
+    tokenizer, changed = build(PLAIN), build(PLAIN)
+    before = build_inputs_labels(messages, tokenizer)
+    change(tokenizer), change(changed)
+    assert build_inputs_labels(messages, tokenizer) == build_inputs_labels(messages, changed) != before

@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from chatmagic import build_messages, build_prompt, get_template
+from chatmagic import (
+    ChatLLM,
+    build_inputs_labels,
+    build_messages,
+    build_prompt,
+    encode_prompt,
+    get_template,
+    load_model,
+)
+from chatmagic.course.evaluate import ask
 from chatmagic.prompts.templates import TemplateError
+from talk import build
 
 ASKED = build_messages("二", [("一", "壹")])
 
@@ -115,3 +125,32 @@ def test_nothing_known_and_no_chat_template():
         get_template(tokenizer=Tokenizer())
     Tokenizer.name_or_path = "meta-llama/Llama-2-7b-chat-hf"
     assert get_template(tokenizer=Tokenizer()).name == "llama-2"
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_family_known_by_its_folder_is_the_same_for_whoever_asks(tmp_path, loaded):
+    """By load_model it goes with the tokenizer, to the disk and back; by ChatLLM, where model and tokenizer come from
+    elsewhere."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build(None, eos_token="</s>", bos_token="<s>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    folder = tmp_path / "Llama-2-7b-chat-hf"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = load_model(folder)
+    if loaded:
+        tokenizer.save_pretrained(tmp_path / "moved")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moved")
+    else:
+        tokenizer = build(None, eos_token="</s>", bos_token="<s>")
+    llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=2)
+    messages = build_messages("一")
+    assert llm.backend.template is get_template(tokenizer=tokenizer) is get_template("llama-2")
+    assert llm("一").stats.tokens_in == len(encode_prompt(messages, tokenizer))
+    assert encode_prompt(messages, tokenizer) == encode_prompt(messages, tokenizer, "llama-2")
+    assert ask(model, tokenizer, [messages], max_new_tokens=2)
+    row = [*messages, {"role": "assistant", "content": "二"}]
+    assert build_inputs_labels(row, tokenizer) == llm.build_inputs_labels(row)

@@ -157,7 +157,7 @@ def test_a_state_of_two_processes_is_not_for_one(tmp_path):
 
 
 def script(rank, port, home):
-    """`accelerate launch -m chatmagic.training llama-2-13b-chat`, of a tiny model and for ten steps."""
+    """`accelerate launch -m chatmagic.cli train llama-2-13b-chat`, of a tiny model and for ten steps."""
     join(rank, port)
     os.environ["CHATMAGIC_HOME"] = str(home)
     tiny = profiles()["llama-2-13b-chat"]

@@ -1,10 +1,10 @@
 """Llama-2 as Meta ships it: native weights, and a `tokenizer.model`, which transformers reads by protobuf."""
 
-import re
 from pathlib import Path
 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from ...prompts.templates import LLAMA_2
 from ..checkpoint import read_json
 from .native import fast_tokenizer
 from .sentencepiece import build_tokenizer
@@ -43,9 +43,9 @@ def native_config(config: dict) -> LlamaConfig:
 
 
 def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
-    """Nothing in Llama-2-Chat's files says what they are: the chat template goes by the folder's name."""
+    """The tokenizer, with Llama-2's chat template where the folder's name says so."""
     published = read_json(folder / "tokenizer_config.json")
-    llama2_chat = re.search(r"llama-?2.*chat", str(folder.resolve()), re.IGNORECASE)
+    llama2_chat = LLAMA_2.search(str(folder.resolve()))
     return fast_tokenizer(
         build_tokenizer(folder / "tokenizer.model"),
         folder,
