@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from ..accel.decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut, without_cudnn_attention
+from ..accel.attention import without_cudnn_attention
+from ..accel.decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut
 from ..errors import ChatmagicError
 from ..models.load import context_limit
 from ..prompts.labels import encode_prompt

@@ -19,13 +19,15 @@ from torchkeras import kerasmodel
 from torchkeras.kerascallbacks import VisProgress
 
 from ..accel.allocator import rank_allocator
+from ..accel.attention import without_cudnn_attention
 from ..accel.captured import CapturedStep, why_not
-from ..accel.decode import without_cudnn_attention
-from ..accel.fast import fast_layers
+from ..accel.layers import fast_layers
 from ..errors import ChatmagicError
 from ..models.parts import trainable
+from ..models.quantize import packed_for_inference
+from . import functional
 from .plots import EpochLines, pictures
-from .runtime import Batches, best_precision, get_rng, lost_peer, noted_interrupt, packed_for_inference, seeded, set_rng
+from .runtime import Batches, best_precision, get_rng, lost_peer, noted_interrupt, seeded, set_rng
 from .states import STATE, load_adapter, newest_state, save_adapter, save_state, state_folder
 from .step import StepRunner
 
@@ -239,7 +241,7 @@ class KerasModel(kerasmodel.KerasModel):
         if reason:
             self.accelerator.print(f"The training step is not captured as a CUDA graph: {reason}.")
             return None
-        return CapturedStep(self.net, optimizer, self.accelerator, self.StepRunner.max_grad_norm)
+        return CapturedStep(functional, self.net, optimizer, self.accelerator, self.StepRunner.max_grad_norm)
 
     def _run_epoch(self):
         set_rng(self.epoch_rng, self.samplers)

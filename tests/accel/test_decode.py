@@ -57,9 +57,9 @@ def test_kernels_are_used_where_they_compute_the_same(cuda, model, tokenizer, ke
     before, llm = modeling_llama.apply_rotary_pos_emb, chat(model, tokenizer)
     assert new_ids(llm, llm("hi", greedy=True)) == expected(model, tokenizer)
     graphed = llm.backend._graphed
-    operators = [step[0] for graph, *_ in graphed.pieces for step in graph.launched]
+    operators = [step[0] for segment in graphed.segments for step in segment.graph.launched]
     operators += [step[0] for step in graphed._last.launched]
-    layers = len(graphed.pieces)
+    layers = len(graphed.segments)
     assert operators.count(torch.ops.aten.mul_.Tensor) == ((2 * layers + 2 * layers + 1) * kernels)
     assert modeling_llama.apply_rotary_pos_emb is before
     assert not any("forward" in vars(module) for module in model.modules())

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatmagic.accel.captured import CapturedStep
+from chatmagic.accel.captured import CapturedStep, Recording
 from chatmagic.training import KerasModel, adalora_config
 
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -88,7 +88,7 @@ class Replayed(CapturedStep):
             if (found := function(inputs)) is not None:
                 result.copy_(found)
 
-        return SimpleNamespace(replay=replay), inputs, result, None
+        return Recording(SimpleNamespace(replay=replay), inputs, result)
 
 
 def processes(target, *arguments):
