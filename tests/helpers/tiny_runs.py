@@ -68,9 +68,20 @@ def loader(data, batch_size=2, **kwargs):
     return DataLoader(data, batch_size=batch_size, **kwargs)
 
 
-def fit(model, path, epochs=10, lr=1e-2, train=None, val=None, scheduler=None, runner=None, **settings):
+def fit(
+    model,
+    path,
+    epochs=10,
+    lr=1e-2,
+    train=None,
+    val=None,
+    scheduler=None,
+    runner=None,
+    optimizer=torch.optim.AdamW,
+    **settings,
+):
     """A quiet run in fp32; 40 steps unless told otherwise. `val=False` is none."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = optimizer(model.parameters(), lr=lr)
     keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=scheduler and scheduler(optimizer))
     keras_model.StepRunner = runner or keras_model.StepRunner
     settings = {"plot": False, "cpu": True, "mixed_precision": "no", "patience": epochs} | settings
