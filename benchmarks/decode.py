@@ -34,7 +34,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatmagic import ChatLLM, build_messages, encode_prompt, load_model, snapshot_download
-from chatmagic.accel.decode import without_cudnn_attention
+from chatmagic.accel.attention import without_cudnn_attention
 from chatmagic.conversation.llm import Interrupted
 
 QUESTION = "Please explain to me in a few words: what is a conversation?"

@@ -29,9 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import chatmagic
 from chatmagic.accel.captured import CapturedStep, why_not
-from chatmagic.accel.fast import fast_layers
+from chatmagic.accel.layers import fast_layers
 from chatmagic.models.parts import trainable
-from chatmagic.training import prepare
+from chatmagic.training import functional, prepare
 from chatmagic.training.runtime import best_precision
 
 GIB = 2**30
@@ -45,7 +45,7 @@ def our_runner(model, optimizer, capture: bool = True) -> chatmagic.StepRunner:
     accelerator = Accelerator(mixed_precision=best_precision(), cpu=not torch.cuda.is_available())
     runner = chatmagic.StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer))
     if capture and not why_not(model, optimizer, accelerator):
-        runner.captured = CapturedStep(model, optimizer, accelerator, runner.max_grad_norm)
+        runner.captured = CapturedStep(functional, model, optimizer, accelerator, runner.max_grad_norm)
     return runner
 
 
@@ -227,7 +227,7 @@ def fifty_steps(base, batches: list, capture: bool, replay: bool = True) -> tupl
             runner.sums = [0.0, 0.0]
             losses.append(runner(batch)[1]["train_loss"])
             if not replay:
-                runner.captured.graphs.clear()
+                runner.captured.recordings.clear()
     pattern = ours.model.peft_config["default"].rank_pattern
     return losses, runner.allocator.budget, [kept for name in sorted(pattern) for kept in pattern[name]]
 

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from train_step import our_runner, versions
 
 import chatmagic
-from chatmagic.accel.fast import fast_layers
+from chatmagic.accel.layers import fast_layers
 from chatmagic.course.persona import Persona, make_conversations
 from chatmagic.training.runtime import best_precision
 

@@ -95,8 +95,7 @@ MAY_WRITE = {
     ("course/download.py", "copyfileobj"),
     ("course/download.py", "unlink"),
     ("training/plots.py", "savefig"),
-    ("training/states.py", "save"),  # this and the next: to memory
-    ("training/keras.py", "save"),
+    ("training/states.py", "save"),  # to memory
     ("notebook/magic.py", "save"),  # ChatLLM's
 }
 

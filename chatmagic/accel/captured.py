@@ -5,14 +5,17 @@ for in return, that every replay has the same shapes and reads nothing back, is 
 lengths, and so is the list of positions that have labels. `benchmarks/train_step.py` measures it.
 """
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch.autograd.graph import increment_version
-from torch.distributed import all_reduce
-from torch.nn.functional import cross_entropy, kl_div, pad
+from torch.nn.functional import pad
 
 from ..models.parts import trainable
 from .allocator import rank_allocator
-from .fast import gathered
+from .layers import gathered
 
 INPUTS = {"input_ids", "labels", "attention_mask", "replayed"}
 
@@ -39,22 +42,45 @@ def why_not(model, optimizer, accelerator) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+class StepNumbers(NamedTuple):
+    """What a step leaves to be told, summed over the processes."""
+
+    loss: float  # summed over label tokens
+    label_tokens: float
+    tokens: float
+    penalty: float
+    grad_norm: float
+    lr: float
+
+
+@dataclass
+class Recording:
+    """A function as a CUDA graph: what it reads its inputs from, and where a replay leaves its result."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, torch.Tensor]
+    result: torch.Tensor | None
+    also_written: object = None  # the importance, which the allocator lets go of
+
+
 class CapturedStep:
-    """Forward, backward, penalty, clipping, AdamW and AdaLoRA's importance of StepRunner's step.
+    """StepRunner's step: the same functions, recorded.
 
     What a batch gives, `backward`, is captured once a shape; what is then done with it, `update`, once. Between the
     two the processes of a run add up what they have, outside of any graph and as StepRunner does it: so each process
     takes each step as it can, captured or not. All graphs share one pool of memory. The optimizer is a fused AdamW;
     its learning rates become tensors.
+    functions: chatmagic.training.functional, whose loss and update these are.
     off: why nothing is captured, after a capture failed, else None.
     """
 
-    def __init__(self, model, optimizer, accelerator, max_grad_norm: float):
-        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+    def __init__(self, functions, model, optimizer, accelerator, max_grad_norm: float):
+        self.functions, self.model, self.optimizer, self.accelerator = functions, model, optimizer, accelerator
         self.max_grad_norm, self.off = max_grad_norm, None
         self.allocator = rank_allocator(model)
         self.params = [param for _, param in trainable(model)]
-        self.graphs, self.pool = {}, None
+        self.recordings: dict[Hashable, Recording | None] = {}  # None: called once, and so warm
+        self.pool = None
         device = accelerator.device
         sizes = [param.numel() for param in self.params]
         self.sums = torch.zeros(sum(sizes) + 3, device=device)  # gradients; loss, label tokens, tokens
@@ -65,45 +91,42 @@ class CapturedStep:
         for state in optimizer.state.values():
             state["step"] = state["step"].to(device)
 
-    def __call__(self, batch: dict) -> list[float] | None:
-        """Loss (summed), label tokens, tokens, penalty, gradient norm and learning rate of a step of all processes on
-        their batches; None if it is none for this step to make: if this process's batch is without labels, or has
-        inputs beyond those that StepRunner knows."""
+    def __call__(self, batch: dict) -> StepNumbers | None:
+        """A step of all processes on their batches; None if it is none for this step to make: if this process's batch
+        is without labels, or has inputs beyond those that StepRunner knows."""
         if self.off:
             return None
         labelled = (batch["labels"][:, 1:] != -100).nonzero()
         if not len(labelled) or batch.keys() - INPUTS:
             return None
-        inputs = padded(batch, *labelled.unbind(1))
+        inputs = of_fixed_shape(batch, *labelled.unbind(1))
         shape = (*inputs["input_ids"].shape, *inputs["positions"].shape, "replayed" in inputs)
         self.run(shape, self.backward, inputs)
-        if self.accelerator.num_processes > 1:
-            all_reduce(self.sums)
+        self.functions.add_up(self.sums, self.accelerator.num_processes)
         numbers = self.run("update", self.update, {})
         increment_version(self.params)  # as in-place steps do, for whoever keeps what the adapter has computed
-        return numbers.tolist()
+        return StepNumbers(*numbers.tolist())
 
-    def run(self, key, function, inputs: dict) -> torch.Tensor | None:
+    def run(self, key: Hashable, function, inputs: dict) -> torch.Tensor | None:
         """What a function returns: called at first, as the warm-up that capturing wants, then captured, then
         replayed."""
-        if key not in self.graphs or self.off:
-            self.graphs.setdefault(key, None)
+        if key not in self.recordings or self.off:
+            self.recordings.setdefault(key, None)
             return function(inputs)
-        if self.graphs[key] is None:
+        recording = self.recordings[key]
+        if recording is None:
             try:
-                self.graphs[key] = self.capture(function, inputs)
+                recording = self.recordings[key] = self.capture(function, inputs)
             except RuntimeError as error:  # out of memory is one too
                 self.off = str(error).splitlines()[0]
                 print(f"Training goes on without CUDA graphs: {self.off}", flush=True)
                 return function(inputs)
-        graph, recorded, result, _ = self.graphs[key]
         for name, tensor in inputs.items():
-            recorded[name].copy_(tensor)
-        graph.replay()
-        return result
+            recording.inputs[name].copy_(tensor)
+        recording.graph.replay()
+        return recording.result
 
-    def capture(self, function, inputs: dict) -> tuple:
-        """(graph, its inputs, its result, what else it writes to: the importance, which the allocator lets go of)"""
+    def capture(self, function, inputs: dict) -> Recording:
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         inputs = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -118,78 +141,54 @@ class CapturedStep:
                 group["capturable"] = False
         self.pool = graph.pool()
         importance = self.allocator and (self.allocator.exp_avg_ipt, self.allocator.exp_avg_unc)
-        return graph, inputs, result, importance
+        return Recording(graph, inputs, result, importance)
 
     def backward(self, inputs: dict) -> None:
         """Fill `sums` with those of this process. Reads nothing back, as update."""
         with gathered(self.model, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32):
-            loss = self.loss(inputs)
+            loss = self.functions.loss_at(self.model, inputs, self.accelerator.autocast)
         torch._foreach_copy_(self.grads, torch.autograd.grad(loss, self.params))
-        counts = loss.detach(), inputs["weights"].sum(), inputs["attention_mask"].sum()
+        labelled = (inputs["targets"] != -100).sum()
+        if "replayed" in inputs:
+            labelled = labelled + inputs["replayed"].sum()
+        counts = loss.detach(), labelled, inputs["attention_mask"].sum()
         self.counts.copy_(torch.stack([count.float() for count in counts]))
 
     def update(self, _) -> torch.Tensor:
-        """Step by the `sums` of all processes; float32 (6,), as __call__ returns it."""
+        """Step by the `sums` of all processes; float32 (6,), the StepNumbers."""
         for param, grad in zip(self.params, self.grads):
             param.grad = grad
-        torch._foreach_mul_(self.grads, 1 / self.counts[1])
-        penalty = self.allocator.penalty(add_gradients=True) if self.allocator else torch.zeros_like(self.counts[0])
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm)
+        penalty, norm = self.functions.clip(self.params, 1 / self.counts[1], self.allocator, self.max_grad_norm)
         # A fused AdamW takes no step where this is 1, as for a GradScaler: StepRunner refuses such a step too late.
         self.optimizer.found_inf = 1 - (norm + self.counts[0]).isfinite().float()
-        self.optimizer.step()
+        self.functions.take_step(self.optimizer, self.allocator)
         del self.optimizer.found_inf
-        if self.allocator and self.allocator.scoring:
-            self.allocator.update_ipt(self.model)
-        self.optimizer.zero_grad()
+        penalty = torch.zeros_like(norm) if penalty is None else penalty
         return torch.stack([*self.counts, penalty, norm, self.optimizer.param_groups[0]["lr"].float()])
 
-    def loss(self, inputs: dict) -> torch.Tensor:
-        """StepRunner's loss, float32 ()."""
-        logits = self.logits(inputs)
-        if "replayed" not in inputs:
-            losses = cross_entropy(logits, inputs["targets"], reduction="none")
-        else:
-            with torch.no_grad(), self.model.disable_adapter():
-                base = self.logits(inputs).log_softmax(-1)
-            ours = logits.log_softmax(-1)
-            divergence = kl_div(ours, base, reduction="none", log_target=True).sum(-1)
-            surprise = -ours.gather(-1, inputs["targets"][:, None])[:, 0]
-            losses = torch.where(inputs["replayed"], divergence, surprise)
-        return losses @ inputs["weights"]
 
-    def logits(self, inputs: dict) -> torch.Tensor:
-        """float32 (positions, vocabulary)"""
+def of_fixed_shape(batch: dict, rows: torch.Tensor, columns: torch.Tensor) -> dict:
+    """The batch at a length that is a multiple of 64, and its label tokens as a list of fixed length: positions (in
+    the batch laid flat), targets (-100 where padded or replayed), and replayed if the batch has it.
 
-        def select(_, args):
-            return (args[0].flatten(0, 1).index_select(0, inputs["positions"])[None],)
-
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(select)
-        try:
-            with self.accelerator.autocast():
-                names = ("input_ids", "attention_mask")
-                output = self.model(**{name: inputs[name] for name in names}, use_cache=False)
-        finally:
-            handle.remove()
-        return output.logits[0].float()
-
-
-def padded(batch: dict, rows: torch.Tensor, columns: torch.Tensor) -> dict:
-    """The batch at a length that is a multiple of 64, and its labels as a list, padded to a quarter, a half or all of
-    its tokens: positions (in the flattened batch), targets, weights (0 for padding), and replayed if the batch has it.
+    rows, columns: int64 (n,), where in the batch the next token is a label.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     length = -(-ids.shape[1] // 64) * 64
-    size = len(ids) * length
-    longer = (0, length - ids.shape[1])
-    more = (0, next(room for room in (size // 4, size // 2, size) if room >= len(rows)) - len(rows))
+    longer, more = (0, length - ids.shape[1]), (0, room_for(len(rows), len(ids) * length) - len(rows))
+    targets = labels[rows, columns + 1]
     inputs = {
         "input_ids": pad(ids, longer),
         "attention_mask": pad(batch.get("attention_mask", torch.ones_like(ids)), longer),
         "positions": pad(rows * length + columns, more),
-        "targets": pad(labels[rows, columns + 1], more),
-        "weights": pad(torch.ones(len(rows), device=ids.device), more),
     }
     if "replayed" in batch:
-        inputs["replayed"] = pad(batch["replayed"][rows, columns + 1], more)
-    return inputs
+        replayed = batch["replayed"][rows, columns + 1]
+        targets = targets.masked_fill(replayed, -100)
+        inputs["replayed"] = pad(replayed, more)
+    return inputs | {"targets": pad(targets, more, value=-100)}
+
+
+def room_for(labels: int, tokens: int) -> int:
+    """The length of a list of labels in a batch of so many tokens: a quarter, a half or all of them."""
+    return next(room for room in (tokens // 4, tokens // 2, tokens) if room >= labels)

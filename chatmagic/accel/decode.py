@@ -9,9 +9,11 @@ last bit. `benchmarks/decode.py` measures it.
 
 import gc
 import sys
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
-from unittest.mock import patch
 
 import torch
 from transformers import DynamicCache
@@ -19,28 +21,15 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+from .attention import CAPTURED, attending_by, register
+from .patched import patched
+
 DEVICE = "cuda"
 NOT_ON_A_GPU = "is not on a CUDA GPU"
 
 
 class NoGraph(Exception):
     """Why a model's forward cannot be captured: the rest of the sentence that begins with it."""
-
-
-@contextmanager
-def without_cudnn_attention():
-    """Leave attention to torch's own kernels.
-
-    cuDNN's, which torch 2.11 prefers on Hopper, return NaN gradients under an explicit mask at lengths of 64 modulo 128
-    where a head's logits are very low, as real models' are (pytorch/pytorch#196678, huggingface/trl#7181). And they
-    make a new plan for every length of the keys, in some 60 ms: a conversation has a new length every token.
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def capture(model, token: torch.Tensor, cache: DynamicCache) -> "GraphedForward":
@@ -107,26 +96,36 @@ def cut(cache: DynamicCache, length: int) -> None:
 
 
 @contextmanager
-def fused_layers(model):
+def fused_layers(model) -> Iterator[None]:
     """Give the layers of `model` that normalise, or rotate query and key, by Llama's very code the kernels of
     kernels.py, for forwards of one token. Raises ImportError without Triton."""
     from .kernels import normalise, rotate
 
-    def like(function, llamas):
-        code = getattr(function, "__code__", None)
-        return code and (code.co_code, code.co_names) == (llamas.__code__.co_code, llamas.__code__.co_names)
+    def like(function, llamas) -> bool:
+        code, other = getattr(function, "__code__", None), llamas.__code__
+        return code is not None and (code.co_code, code.co_names) == (other.co_code, other.co_names)
 
-    rotary, norm = "apply_rotary_pos_emb", modeling_llama.LlamaRMSNorm.forward
     modules = list(model.modules())
+    norms = [module for module in modules if like(module.forward, modeling_llama.LlamaRMSNorm.forward)]
     files = [sys.modules.get(name) for name in {type(module).__module__ for module in modules}]
-    with ExitStack() as stack:
-        for module in modules:
-            if like(module.forward, norm):
-                stack.enter_context(patch.object(module, "forward", partial(normalise, module)))
-        for file in files:
-            if like(getattr(file, rotary, None), modeling_llama.apply_rotary_pos_emb):
-                stack.enter_context(patch.object(file, rotary, rotate))
+    rotary = "apply_rotary_pos_emb"
+    rotating = [file for file in files if like(getattr(file, rotary, None), modeling_llama.apply_rotary_pos_emb)]
+    changes = [(module, "forward", partial(normalise, module)) for module in norms]
+    with patched([*changes, *((file, rotary, rotate) for file in rotating)]):
         yield
+
+
+@dataclass
+class Segment:
+    """The graph up to the attention of one layer, and what that is called with."""
+
+    graph: torch.cuda.CUDAGraph
+    layer: int
+    module: torch.nn.Module
+    query: torch.Tensor
+    new: list[torch.Tensor]  # key and value of the token
+    options: dict
+    output: torch.Tensor  # where the next graph reads what the layer has attended to
 
 
 class GraphedForward:
@@ -135,15 +134,15 @@ class GraphedForward:
     def __init__(self, model):
         self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self.position = torch.zeros_like(self.token)
-        self.attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        self.pieces = []  # of each layer: the graph up to its attention, and what that is called with
+        self.attention: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        self.segments: list[Segment] = []
         self._pool, self._open = torch.cuda.graph_pool_handle(), None
         gc.collect()  # what it frees must not be freed during the capture
         stream = torch.cuda.Stream(model.device)
         stream.wait_stream(torch.cuda.current_stream(model.device))
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = self._pause
+        before = _CAPTURING.set(self)
         try:
-            with torch.cuda.stream(stream):
+            with attending_by(CAPTURED, model), torch.cuda.stream(stream):
                 try:
                     self._begin()
                     self.logits = model(
@@ -158,17 +157,17 @@ class GraphedForward:
                         with suppress(RuntimeError):
                             self._end()
         finally:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = self.attention
+            _CAPTURING.reset(before)
         torch.cuda.current_stream(model.device).wait_stream(stream)
 
     def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """The logits after `token`, int64 (1, 1), (1, vocabulary), which the next call overwrites."""
         self.token.copy_(token)
         self.position.fill_(cache.get_seq_length())
-        for graph, layer, module, query, new, options, output in self.pieces:
-            graph.replay()
-            keys, values = cache.update(*new, layer)
-            output.copy_(self.attention(module, query, keys, values, None, **options)[0])
+        for each in self.segments:
+            each.graph.replay()
+            keys, values = cache.update(*each.new, each.layer)
+            each.output.copy_(self.attention(each.module, each.query, keys, values, None, **each.options)[0])
         self._last.replay()
         return self.logits
 
@@ -190,7 +189,7 @@ class GraphedForward:
         if key is not new[0] or value is not new[1]:
             raise NoGraph("attends to other keys than those it keeps")
         output = query.new_empty(1, 1, query.shape[1], value.shape[-1])
-        self.pieces.append((graph, layer, module, query, new, options, output))
+        self.segments.append(Segment(graph, layer, module, query, new, options, output))
         self._begin()
         return output, None
 
@@ -205,3 +204,13 @@ class _NewOnly(DynamicCache):
     def update(self, key, value, layer, *args, **kwargs):
         self._forward._new = layer, key, value
         return key, value
+
+
+_CAPTURING: ContextVar[GraphedForward] = ContextVar("the forward that is being captured")
+
+
+def _pause(*args, **options):
+    return _CAPTURING.get()._pause(*args, **options)
+
+
+register(CAPTURED, _pause)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from ..accel.decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut, without_cudnn_attention
+from ..accel.attention import without_cudnn_attention
+from ..accel.decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut
 from ..errors import ChatmagicError
 from ..models.load import context_limit
 from ..prompts.labels import encode_prompt
@@ -26,10 +27,12 @@ class LocalModel:
 
     Generation goes through the model's own `generate`, which prepares the logits processors of its
     `generation_config`; only the loop over tokens is ours (`custom_generate`), run lazily in the caller's
-    thread. So tokens are those of plain `generate`, and a KeyboardInterrupt stops it at once.
+    thread. So tokens are those of plain `generate`, and a KeyboardInterrupt stops it at once. With `fast=False` the
+    loop is theirs too: nothing is captured, patched or kept, and a reply comes when all of it is there.
     """
 
-    def __init__(self, model, tokenizer, model_type: str | None = None):
+    def __init__(self, model, tokenizer, model_type: str | None = None, fast: bool = True):
+        self.fast = fast
         self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
         name_family(tokenizer, getattr(model.config, "name_or_path", ""))
         self.template = get_template(model_type, tokenizer)
@@ -86,7 +89,7 @@ class LocalModel:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            for token in self._tokens(ids, config, seed, stats):
+            for token in (self._tokens if self.fast else self._plain_tokens)(ids, config, seed, stats):
                 stats.tokens_out += 1
                 if token in stop_ids:
                     stats.stop_reason = "stop"
@@ -137,6 +140,15 @@ class LocalModel:
             generator=generator,
             custom_generate=self._decode,
         )
+
+    def _plain_tokens(self, ids: list[int], config, seed: int | None, stats) -> list[int]:
+        """The new token ids, by `generate` alone."""
+        input_ids = torch.tensor([ids], device=self.model.device)
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            output = self.model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
+        return output[0, len(ids) :].tolist()
 
     @torch.no_grad()  # on a generator function torch enters and leaves this around every yield
     def _decode(self, model, input_ids, logits_processor, generation_config, generator=None, **kwargs) -> Iterator[int]:

@@ -109,7 +109,8 @@ class ChatLLM:
     The last `max_chat_rounds` rounds are remembered in `history`, a list of (query, reply). `stream` says
     whether replies are printed as they come. Creating one registers it under `name`, by default that of
     the model's folder, and in a notebook makes it the one `%%chat` talks to; nothing is sent to the
-    model. Without a tokenizer, `model` is a `ChatModel`.
+    model. `fast=False` answers by transformers' own `generate`, plainly. Without a tokenizer, `model` is a
+    `ChatModel`.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class ChatLLM:
         history: list[tuple[str, str]] | None = None,
         system: str | None = None,
         name: str | None = None,
+        fast: bool = True,
     ):
         self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
         if tokenizer is None:
@@ -130,7 +132,7 @@ class ChatLLM:
         else:
             from ..backends.generate import LocalModel
 
-            self.backend = LocalModel(model, tokenizer, model_type)
+            self.backend = LocalModel(model, tokenizer, model_type, fast)
         self.max_chat_rounds, self.max_new_tokens, self.stream = max_chat_rounds, max_new_tokens, stream
         self.history = list(history or [])
         self.system = system

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..accel.decode import without_cudnn_attention
+from ..accel.attention import without_cudnn_attention
 from ..conversation.messages import build_messages
 from ..errors import ChatmagicError
 from ..machine import short

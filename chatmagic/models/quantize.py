@@ -72,3 +72,18 @@ def linears_4bit(model):
     from bitsandbytes.nn import Linear4bit
 
     return (module for module in model.modules() if isinstance(module, Linear4bit))
+
+
+def packed_for_inference(model) -> bool:
+    """Whether bitsandbytes has repacked 4-bit weights for its CPU inference kernel, which has no backward."""
+    states = (getattr(module.weight, "quant_state", None) for module in linears_4bit(model))
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
+def never_packed(model) -> None:
+    """Keep bitsandbytes from that during validation: it repacks at the first forward in evaluation mode.
+
+    (`Linear4bit.forward`; it would go on training with gradients that stop at every such layer, in silence.)
+    """
+    for module in linears_4bit(model):
+        module.train()

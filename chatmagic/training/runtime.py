@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from ..models.parts import activations, free_memory
-from ..models.quantize import linears_4bit
 
 
 def best_precision(cpu: bool = False) -> str:
@@ -19,21 +18,6 @@ def best_precision(cpu: bool = False) -> str:
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
-
-
-def packed_for_inference(model) -> bool:
-    """Whether bitsandbytes has repacked 4-bit weights for its CPU inference kernel, which has no backward."""
-    states = (getattr(module.weight, "quant_state", None) for module in linears_4bit(model))
-    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
-
-
-def never_packed(model) -> None:
-    """Keep bitsandbytes from that during validation: it repacks at the first forward in evaluation mode.
-
-    (`Linear4bit.forward`; it would go on training with gradients that stop at every such layer, in silence.)
-    """
-    for module in linears_4bit(model):
-        module.train()
 
 
 def prepare(model) -> bool:

@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -25,6 +26,40 @@ from ..models.merge import PROVENANCE, base_fingerprint
 ADAPTER, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
 FILES = {ADAPTER, CONFIG, PROVENANCE, STATE}
 HINT = "Make room, and go on with fit(resume=True)."
+
+
+@dataclass
+class RunState:
+    """All that a run holds between two steps: what is saved is this, and a resumed run begins with it."""
+
+    epoch: int = 1  # counted from 1
+    batch: int = 0  # batches of this epoch that are done
+    sums: list[float] | None = None  # loss and label tokens, of this epoch so far
+    history: dict[str, list] = field(default_factory=dict)
+    best: dict | None = None  # epoch and score of the adapter that was kept
+    epoch_rng: list[dict] = field(default_factory=list)  # of each process, as `get_rng` gives it, at the epoch's start
+    of: int | None = None  # optimizer steps of the whole run
+    # What follows is taken when the state is saved.
+    step: int = 0  # optimizer steps so far
+    finished: bool = True  # earlier versions do not say
+    rng: list[dict] = field(default_factory=list)  # of each process, now
+    params: dict[str, torch.Tensor] = field(default_factory=dict)
+    allocator: dict | None = None
+    optimizer: dict | None = None
+    lr_scheduler: dict | None = None
+    scaler: dict | None = None
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(vars(self), buffer)
+        return buffer.getvalue()
+
+    @classmethod
+    def read(cls, file, mmap: bool = False) -> "RunState":
+        """Of a file that `to_bytes` wrote, in this version or an earlier one. With `mmap` tensors stay on the disk."""
+        known = {field.name for field in fields(cls)}
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return cls(**{name: value for name, value in saved.items() if name in known})
 
 
 def save_adapter(model, folder: str | Path) -> None:
@@ -65,13 +100,11 @@ def state_folder(ckpt_path: str | Path, step: int) -> Path:
     return Path(ckpt_path) / f"last-{step:06d}"
 
 
-def save_state(model, state: dict, ckpt_path: str | Path) -> None:
-    """Write `state` (tensors and plain values) and the adapter to CKPT_PATH/last-STEP, then drop older ones."""
-    ckpt_path, folder = Path(ckpt_path), state_folder(ckpt_path, state["step"])
-    leaves = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+def save_state(model, state: RunState, ckpt_path: str | Path) -> None:
+    """Write the state and the adapter to CKPT_PATH/last-STEP, then drop older ones."""
+    ckpt_path, folder = Path(ckpt_path), state_folder(ckpt_path, state.step)
+    leaves = [leaf for leaf in tree_leaves(vars(state)) if isinstance(leaf, torch.Tensor)]
     check_finite({f"Tensor {number} of the state": leaf for number, leaf in enumerate(leaves)}, folder)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     if folder.exists() and (others := {file.name for file in folder.iterdir()} - FILES):
         raise ChatmagicError(
             f"{folder} holds {min(others)}, which no run wrote, and the state of this step goes there: move it "
@@ -80,7 +113,7 @@ def save_state(model, state: dict, ckpt_path: str | Path) -> None:
     with new_folder(folder, hint=HINT, over=True) as staging:
         for name, content in adapter_files(model).items():
             write(staging / name, content, HINT)
-        write(staging / STATE, buffer.getbuffer(), HINT)
+        write(staging / STATE, state.to_bytes(), HINT)
     for old in states(ckpt_path):
         if old != folder:
             remove(old)
@@ -92,27 +125,27 @@ def states(ckpt_path: Path) -> list[Path]:
     return [path for path in numbered if {file.name for file in path.iterdir()} <= FILES]
 
 
-def newest_state(ckpt_path: str | Path, read: bool = True) -> dict | None:
+def newest_state(ckpt_path: str | Path, read: bool = True) -> RunState | None:
     """The newest state under `ckpt_path`, None if there is none. Without `read` its tensors stay on the disk."""
     files = [folder / STATE for folder in states(Path(ckpt_path)) if (folder / STATE).is_file()]
     if not files:
         return None
     newest = max(files, key=lambda path: path.stat().st_mtime_ns)  # a new run's 0 comes after the old one's 120
-    return torch.load(newest, map_location="cpu", weights_only=True, mmap=not read)
+    return RunState.read(newest, mmap=not read)
 
 
 def adapter_files(model) -> dict[str, bytes]:
     """The files of a PEFT adapter folder, by name. Raises ChatmagicError for factors that are no numbers any more."""
     name = model.active_adapter
     config = model.peft_config[name]
-    live_pattern = getattr(config, "rank_pattern", None)
+    pattern_of_now = getattr(config, "rank_pattern", None)
     factors = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
     # "auto" would ask the hub whether the base's vocabulary has grown.
     tensors = get_peft_model_state_dict(model, factors, name, save_embedding_layers=False)
     saved = copy.copy(config)
     saved.inference_mode = True
     fields = {key: sorted(value) if isinstance(value, set) else value for key, value in saved.to_dict().items()}
-    config.rank_pattern = live_pattern  # get_peft_model_state_dict has renamed its layers
+    config.rank_pattern = pattern_of_now  # get_peft_model_state_dict has renamed its layers
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     check_finite(tensors, "in the adapter")
     base = Path(config.base_model_name_or_path or "")

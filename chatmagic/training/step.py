@@ -3,17 +3,15 @@
 import math
 import resource
 import time
-from contextlib import ExitStack, contextmanager
 
 import torch
-from torch.distributed import all_reduce
-from torch.nn.functional import cross_entropy
 
 from ..accel.allocator import rank_allocator
-from ..accel.fast import flattened, may_be_flattened
+from ..accel.layers import flattened, takes_rows
 from ..errors import ChatmagicError
 from ..models.parts import trainable
-from .runtime import never_packed
+from ..models.quantize import never_packed
+from .functional import add_up, base_at, clip, logits_at, summed_loss, take_step
 
 CALMER = "Lower the learning rate, or train with mixed_precision='no'."
 
@@ -52,12 +50,11 @@ class StepRunner:
     def __call__(self, batch):
         batch = self._without_repeated(batch)
         if self._may_be_captured() and (numbers := self.captured(batch)):
-            loss, taught, tokens, penalty, norm, lr = numbers
-            refuse_not_finite(loss, norm)
-            self.log |= {"train_penalty": penalty} if self.allocator else {}
-            self.log |= {"lr": lr, "grad_norm": norm}
+            refuse_not_finite(numbers.loss, numbers.grad_norm)
+            self.log |= {"train_penalty": numbers.penalty} if self.allocator else {}
+            self.log |= {"lr": numbers.lr, "grad_norm": numbers.grad_norm}
             self._allocate()
-            self._add_to_log(loss, taught, tokens)
+            self._add_to_log(numbers.loss, numbers.label_tokens, numbers.tokens)
         else:
             self._eager(batch)
         return {}, dict(self.log)
@@ -68,54 +65,45 @@ class StepRunner:
         return bool(self.captured and self.optimizer.state and not settling)
 
     def _eager(self, batch):
+        loss, *counts = self._loss(batch)
+        self.pending += torch.stack([loss.detach(), *counts])
+        if self.stage == "train":
+            self.accelerator.backward(loss)
+        if self.stage == "val" or self.accelerator.sync_gradients:
+            loss, label_tokens, tokens = self._summed()
+            if self.stage == "train":
+                self._update(loss, label_tokens)
+            elif self.allocator:
+                self.log["val_penalty"] = self.allocator.penalty(add_gradients=False).item()
+            self._add_to_log(loss, label_tokens, tokens)
+
+    def _loss(self, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The summed loss, label tokens and tokens of a batch."""
         labels = batch["labels"][:, 1:]
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
         rows, columns = (labels != -100).nonzero(as_tuple=True)
         replayed = batch.get("replayed", torch.zeros_like(batch["labels"], dtype=bool))[rows, columns + 1]
         order = replayed.argsort(stable=True)  # those last: a gradient is split faster than it is indexed
         rows, columns, learnt = rows[order], columns[order], len(rows) - int(replayed.sum())
-        logits, replays = self._logits(inputs, rows, columns).split([learnt, len(rows) - learnt])
-        loss = cross_entropy(logits, labels[rows, columns][:learnt], reduction="sum")
-        if len(replays):
-            base, entropy = self._base(inputs, rows[learnt:], columns[learnt:])
-            loss = loss - (base * replays.log_softmax(-1)).sum() - entropy
+        logits = logits_at(self.net, *self._placed(inputs, rows, columns), self.accelerator.autocast)
+        ours, replays = logits.log_softmax(-1).split([learnt, len(rows) - learnt])
+        base = self._base(inputs, rows[learnt:], columns[learnt:]) if len(replays) else None
+        loss = summed_loss(ours, labels[rows, columns][:learnt], replays, base)
         tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
-        self.pending += torch.stack([loss.detach(), tokens.new_tensor(len(rows)), tokens])
-        if self.stage == "train":
-            self.accelerator.backward(loss)
-        if self.stage == "val" or self.accelerator.sync_gradients:
-            loss, taught, tokens = self._summed()
-            if self.stage == "train":
-                self._update(loss, taught)
-            elif self.allocator:
-                self.log["val_penalty"] = self.allocator.penalty(add_gradients=False).item()
-            self._add_to_log(loss, taught, tokens)
+        return loss, tokens.new_tensor(len(rows)), tokens
 
-    @torch.no_grad()
     def _base(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base model's probabilities of the next token at n positions, float32 (n, vocabulary), and their entropy,
-        summed over the positions.
-
-        To match them where the base spoke is learning without forgetting (Li & Hoiem, 2016,
-        https://arxiv.org/abs/1606.09282); cross-entropy on its words would make the model ever surer of
-        them.
-        """
+        """`base_at` of positions, for which it reads no more of the batch than it has to."""
         some, rows = rows.unique(return_inverse=True)
         inputs = {name: tensor[some, : columns.max() + 1] for name, tensor in inputs.items()}
-        with self.net.disable_adapter():
-            logits = self._logits(inputs, rows, columns)
-        probabilities = logits.softmax(-1)
-        return probabilities, (logits.logsumexp(-1) - (probabilities * logits).sum(-1)).sum()
+        return base_at(self.net, *self._placed(inputs, rows, columns), self.accelerator.autocast)
 
-    def _logits(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """The logits at n positions of the batch, float32 (n, vocabulary)."""
-        with ExitStack() as stack:
-            if may_be_flattened(self.net, inputs):
-                inputs, places = stack.enter_context(flattened(inputs))
-                rows, columns = torch.zeros_like(rows), places[rows, columns]
-            stack.enter_context(self.accelerator.autocast())
-            stack.enter_context(head_sees_only(self.net, rows, columns))
-            return self.net(**inputs, use_cache=False).logits[0].float()
+    def _placed(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        """The inputs, without their padding if the model takes them so, and where in them laid flat places are."""
+        if "attention_mask" in inputs and takes_rows(self.net):
+            inputs, places = flattened(inputs)
+            return inputs, places[rows, columns]
+        return inputs, rows * inputs["input_ids"].shape[1] + columns
 
     def _without_repeated(self, batch: dict) -> dict:
         """accelerate fills the last global batch of an epoch with rows from its start: without labels on those."""
@@ -128,12 +116,7 @@ class StepRunner:
         return batch | {"labels": labels}
 
     def _summed(self) -> list[float]:
-        """Loss, label tokens and tokens of this step, of all processes; in training their gradients are summed too.
-
-        In one all-reduce, as in CapturedStep, after the backward pass. DDP starts during it, which would save little
-        (the gradients of a 7B model's adapter are 120 MB; `benchmarks/train_ddp.py` has all that a second GPU costs),
-        and holds on to autograd's nodes, which CUDA graphs want made anew.
-        """
+        """Loss, label tokens and tokens of this step, of all processes; in training their gradients are summed too."""
         pending, self.pending = self.pending, torch.zeros_like(self.pending)
         params = self.params if self.stage == "train" else []
         if any(param.grad is None for param in params):
@@ -142,46 +125,41 @@ class StepRunner:
                 f"{len(names)} trainable parameters get no gradient, the first is {names[0]}. With gradient "
                 "checkpointing call model.enable_input_require_grads() first; freeze what the loss does not reach."
             )
-        if self.accelerator.num_processes > 1:
+        if (processes := self.accelerator.num_processes) > 1:
             sums = torch.cat([*(param.grad.flatten() for param in params), pending])
-            all_reduce(sums)
+            add_up(sums, processes)
             *grads, pending = sums.split([*(param.numel() for param in params), len(pending)])
             for param, grad in zip(params, grads):
                 param.grad = grad.view_as(param).to(param.dtype)
         return pending.tolist()
 
-    def _update(self, loss: float, taught: float):
-        """The optimizer step, with gradients of the mean over the `taught` label tokens of the global batch.
+    def _update(self, loss: float, label_tokens: float):
+        """The optimizer step, with gradients of the mean over the label tokens of the global batch.
 
         accelerate has divided them by the steps that are accumulated, which is undone. The penalty joins after fp16's
         loss scale is off.
         """
-        if not taught:
+        if not label_tokens:
             raise ChatmagicError(
                 "All labels of this batch are -100, so nothing is trained. show_labels(...) pictures a sample; "
                 "are the replies cut off by a length limit?"
             )
         self.accelerator.unscale_gradients()
-        grads = [param.grad for param in self.params]
-        torch._foreach_mul_(grads, self.accelerator.gradient_accumulation_steps / taught)
-        if not self.optimizer.state and not any(torch._foreach_norm(grads)):
+        if not self.optimizer.state and not any(torch._foreach_norm([param.grad for param in self.params])):
             raise ChatmagicError(
                 "All gradients of the first step are zero, so nothing would be trained. Is the adapter enabled, and "
                 "on layers that the logits depend on?"
             )
-        if self.allocator:
-            self.log["train_penalty"] = self.allocator.penalty(add_gradients=True).item()
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
+        scale = self.accelerator.gradient_accumulation_steps / label_tokens
+        penalty, norm = clip(self.params, scale, self.allocator, self.max_grad_norm)
+        norm = norm.item()
         # A scaler skips the step if gradients overflow in fp16, and scales less; it cannot mend the loss itself.
         refuse_not_finite(loss, 0.0 if self.accelerator.scaler else norm)
+        self.log |= {"train_penalty": penalty.item()} if self.allocator else {}
         self.log |= {"lr": float(self.optimizer.param_groups[0]["lr"]), "grad_norm": norm}
-        self.optimizer.step()
-        if not self.accelerator.optimizer_step_was_skipped:  # fp16 overflowed: the gradients say nothing
-            if self.allocator and self.allocator.scoring:
-                # After the step and before zero_grad (importance reads the gradients): the one right place.
-                self.allocator.update_ipt(self.net)
+        take_step(self.optimizer, self.allocator)
+        if not self.accelerator.optimizer_step_was_skipped:
             self._allocate()
-        self.optimizer.zero_grad()
 
     def _allocate(self):
         if self.allocator:
@@ -190,25 +168,15 @@ class StepRunner:
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 
-    def _add_to_log(self, loss: float, taught: float, tokens: float):
+    def _add_to_log(self, loss: float, label_tokens: float, tokens: float):
         if not math.isfinite(loss):
             raise ChatmagicError(f"The {self.stage} loss is {loss}. {CALMER}")
-        self.sums = [self.sums[0] + loss, self.sums[1] + taught]
+        self.sums = [self.sums[0] + loss, self.sums[1] + label_tokens]
         self.log[f"{self.stage}_loss"] = self.sums[0] / self.sums[1] if self.sums[1] else math.nan
         if self.stage == "train":
             self.tokens += tokens
             self.log["tokens_per_s"] = self.tokens / (time.perf_counter() - self.started)
             self.log["peak_memory"] = peak_memory(self.accelerator.device)
-
-
-@contextmanager
-def head_sees_only(model, rows: torch.Tensor, columns: torch.Tensor):
-    """Let the output head compute logits, (1, n, vocabulary), at n positions of the batch instead of at all."""
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][rows, columns][None],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def refuse_not_finite(loss: float, norm: float) -> None:

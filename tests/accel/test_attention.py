@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from chatmagic.accel.decode import without_cudnn_attention
+from chatmagic.accel.attention import without_cudnn_attention
 
 HEADS, GROUPS, SIZE = 14, 2, 64  # Qwen2.5-0.5B's
 

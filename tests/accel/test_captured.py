@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from chatmagic.accel.captured import CapturedStep, why_not
-from chatmagic.accel.fast import fast_layers
+from chatmagic.accel.layers import fast_layers
 from chatmagic.models.parts import trainable
-from chatmagic.training import StepRunner
+from chatmagic.training import StepRunner, functional
 from tiny_runs import Replayed, adalora, fit, loader, lora, rows, tiny_llama, uneven_rows
 
 
@@ -22,7 +22,7 @@ def forty_steps(batches, captured=None):
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=40)
     runner = StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer), scheduler)
     if captured:
-        runner.captured = captured(model, optimizer, accelerator, StepRunner.max_grad_norm)
+        runner.captured = captured(functional, model, optimizer, accelerator, StepRunner.max_grad_norm)
     with fast_layers(model):
         for step in range(40):
             runner.sums = [0.0, 0.0]
@@ -43,7 +43,7 @@ def test_the_captured_step_is_the_eager_one(replayed):
         batch["replayed"][1:3, 6:9] = True
     expected, plain, eager = forty_steps(batches)
     found, model, runner = forty_steps(batches, Replayed)
-    captured = [key for key, graph in runner.captured.graphs.items() if graph]
+    captured = [key for key, recording in runner.captured.recordings.items() if recording]
     assert {key[:2] for key in captured if key != "update"} == {(4, 128), (4, 64)} and len(captured) == 3
     assert runner.tokens == eager.tokens
     assert found[-2]["train_loss"] < found[0]["train_loss"] - 0.1
@@ -58,9 +58,8 @@ def test_a_replay_is_seen_as_a_step():
     """ChatLLM keeps what it has computed for as long as the parameters' versions stay."""
     batch = next(iter(loader(rows(4), 4)))
     *_, runner = forty_steps([batch], Replayed)
-    runner.captured.graphs = {
-        key: (SimpleNamespace(replay=int), *rest) for key, (_, *rest) in runner.captured.graphs.items()
-    }
+    for recording in runner.captured.recordings.values():
+        recording.graph = SimpleNamespace(replay=int)
     versions = [param._version for param in runner.params]
     runner.captured(batch)
     assert all(param._version > before for param, before in zip(runner.params, versions))

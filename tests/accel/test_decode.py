@@ -57,9 +57,9 @@ def test_kernels_are_used_where_they_compute_the_same(cuda, model, tokenizer, ke
     before, llm = modeling_llama.apply_rotary_pos_emb, chat(model, tokenizer)
     assert new_ids(llm, llm("hi", greedy=True)) == expected(model, tokenizer)
     graphed = llm.backend._graphed
-    operators = [step[0] for graph, *_ in graphed.pieces for step in graph.launched]
+    operators = [step[0] for segment in graphed.segments for step in segment.graph.launched]
     operators += [step[0] for step in graphed._last.launched]
-    layers = len(graphed.pieces)
+    layers = len(graphed.segments)
     assert operators.count(torch.ops.aten.mul_.Tensor) == ((2 * layers + 2 * layers + 1) * kernels)
     assert modeling_llama.apply_rotary_pos_emb is before
     assert not any("forward" in vars(module) for module in model.modules())
@@ -229,3 +229,23 @@ def test_a_window_of_the_past(cuda, tokenizer):
     with pytest.warns(UserWarning, match="keeps more, or less, of the past"):
         llm = chat(model, tokenizer)
         assert new_ids(llm, llm("hi", greedy=True)) == expected(model, tokenizer)
+
+
+@pytest.mark.parametrize("options", [{"greedy": True}, {"temperature": 0.9, "seed": 7}])
+def test_fast_false_is_plain_generate(cuda, model, tokenizer, monkeypatch, options):
+    """Not our loop, no graph, no attention of ours, and the same tokens."""
+    llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=10, fast=False)
+    monkeypatch.setattr(llm.backend, "_decode", None)
+    registered, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    model.model.norm.register_forward_hook(
+        lambda *_: seen.append((model.config._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()))
+    )
+    reply = llm("hi", remember=False, **options)
+    assert set(seen) == {("sdpa", True)} and ALL_ATTENTION_FUNCTIONS["sdpa"] is registered
+    assert fake_cuda.Graph.replays == 0 and reply.stats.tokens_out > 0
+    if "greedy" in options:
+        ids = plain(model, encode_prompt(build_messages("hi"), tokenizer), do_sample=False, max_new_tokens=10)
+        assert reply == tokenizer.decode(ids, skip_special_tokens=True)
+    before = torch.random.get_rng_state()
+    assert llm("hi", remember=False, **options) == reply
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatmagic.accel.captured import CapturedStep
+from chatmagic.accel.captured import CapturedStep, Recording
 from chatmagic.training import KerasModel, adalora_config
 
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -68,9 +68,20 @@ def loader(data, batch_size=2, **kwargs):
     return DataLoader(data, batch_size=batch_size, **kwargs)
 
 
-def fit(model, path, epochs=10, lr=1e-2, train=None, val=None, scheduler=None, runner=None, **settings):
+def fit(
+    model,
+    path,
+    epochs=10,
+    lr=1e-2,
+    train=None,
+    val=None,
+    scheduler=None,
+    runner=None,
+    optimizer=torch.optim.AdamW,
+    **settings,
+):
     """A quiet run in fp32; 40 steps unless told otherwise. `val=False` is none."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = optimizer(model.parameters(), lr=lr)
     keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=scheduler and scheduler(optimizer))
     keras_model.StepRunner = runner or keras_model.StepRunner
     settings = {"plot": False, "cpu": True, "mixed_precision": "no", "patience": epochs} | settings
@@ -88,7 +99,7 @@ class Replayed(CapturedStep):
             if (found := function(inputs)) is not None:
                 result.copy_(found)
 
-        return SimpleNamespace(replay=replay), inputs, result, None
+        return Recording(SimpleNamespace(replay=replay), inputs, result)
 
 
 def processes(target, *arguments):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from chatmagic import ChatmagicError, adalora_to_lora, merge_adapter
 from chatmagic.models.parts import trainable
 from chatmagic.training import StepRunner, keras
-from chatmagic.training.states import newest_state, save_adapter, save_state
+from chatmagic.training.states import RunState, newest_state, save_adapter, save_state
 from tiny_runs import Replayed, adalora, fit, lora, tiny_llama
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -63,7 +63,7 @@ def test_the_step_is_not_taken_and_what_was_saved_stays(tmp_path, monkeypatch, m
         fit(model, tmp_path, epochs=epochs, runner=runner, **settings)
     assert all(map(torch.equal, runner.before, (param for _, param in trainable(model))))
     state = newest_state(tmp_path)
-    assert state["step"] == 36 and all(param.isfinite().all() for param in state["params"].values())
+    assert state.step == 36 and all(param.isfinite().all() for param in state.params.values())
     assert all(factor.isfinite().all() for factor in load_file(tmp_path / "adapter_model.safetensors").values())
 
 
@@ -76,10 +76,10 @@ def test_neither_adapter_nor_state_is_saved(tmp_path, bad):
     with pytest.raises(ChatmagicError, match="lora_A.*not finite any more, so it is not saved"):
         save_adapter(model, tmp_path)
     with pytest.raises(ChatmagicError, match="not finite any more"):
-        save_state(model, {"step": 9}, tmp_path)
+        save_state(model, RunState(step=9), tmp_path)
     good = lora()
     with pytest.raises(ChatmagicError, match="of the state is not finite"):
-        save_state(good, {"step": 9, "optimizer": {"state": {0: {"exp_avg": torch.tensor([1.0, bad])}}}}, tmp_path)
+        save_state(good, RunState(step=9, optimizer={"state": {0: {"exp_avg": torch.tensor([1.0, bad])}}}), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

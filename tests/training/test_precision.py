@@ -1,14 +1,10 @@
 """Runs in bf16, in fp16 and over quantised bases, beside those in fp32."""
 
-from types import SimpleNamespace
-
-import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from chatmagic import ChatmagicError
 from chatmagic.accel.allocator import rank_allocator
 from chatmagic.models.parts import trainable
 from chatmagic.training import StepRunner, find_all_linear_names
@@ -70,14 +66,3 @@ def test_quantised_bases_train_on_the_cpu(tmp_path, bits):
     assert history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.2
     torch.testing.assert_close(history.train_loss.tolist(), expected.train_loss.tolist(), rtol=1e-3, atol=0)
     assert len([module for module in base.modules() if type(module).__name__.startswith("Linear")]) == LAYERS + 1
-
-
-def test_a_4_bit_model_that_has_chatted_on_the_cpu_is_refused(tmp_path):
-    base = tiny_llama()
-    model = adalora(base=base)
-    weight = torch.nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
-    weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
-    base.packed = bitsandbytes.nn.Linear4bit(2, 2)
-    base.packed.weight = weight
-    with pytest.raises(ChatmagicError, match="Load it again"):
-        fit(model, tmp_path)

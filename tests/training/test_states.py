@@ -122,7 +122,7 @@ def test_the_newest_state_is_of_the_newest_run(tmp_path):
     (process,) = processes(run_until_killed_before, (tmp_path, "os.rename", 2))
     process.join(120)
     assert sorted(folder.name for folder in tmp_path.glob("last-*")) == ["last-000000", "last-000040"]
-    assert newest_state(tmp_path)["step"] == 0
+    assert newest_state(tmp_path).step == 0
 
 
 def test_workers_draw_the_same_samples_and_go_on(tmp_path):
@@ -221,11 +221,11 @@ def test_a_broken_off_run_of_another_kernel_is_asked_for_too(tmp_path):
         run(tmp_path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 37))
     with pytest.raises(ChatmagicError, match="stopped after step 19 of 40"):
         run(tmp_path)
-    assert newest_state(tmp_path)["step"] == 19
+    assert newest_state(tmp_path).step == 19
     with pytest.raises(ChatmagicError, match="of a run of 40 steps, and this one has 80"):
         fit(adalora(), tmp_path, epochs=20, resume=True)
     run(tmp_path, resume=False)
-    assert newest_state(tmp_path)["finished"]
+    assert newest_state(tmp_path).finished
 
 
 def test_a_state_of_an_earlier_version_is_no_obstacle(tmp_path):
@@ -246,14 +246,14 @@ def test_a_readers_own_folders_are_left(tmp_path):
     for folder in kept:
         shutil.copytree(tmp_path / "last-000040", folder)
     (tmp_path / "last-000013" / "notes.txt").write_text("keep")
-    assert newest_state(tmp_path)["step"] == 40
+    assert newest_state(tmp_path).step == 40
     fit(adalora(), tmp_path)
     assert all(len([*folder.iterdir()]) >= 4 for folder in kept)
     (tmp_path / "last-000013").rename(tmp_path / "last-000012")  # where a state is to go
     with pytest.raises(ChatmagicError, match="last-000012 holds notes.txt.*move it"):
         fit(adalora(), tmp_path)
     assert (tmp_path / "last-000012" / "notes.txt").read_text() == "keep"
-    assert newest_state(tmp_path)["step"] == 8
+    assert newest_state(tmp_path).step == 8
 
 
 def test_the_adapter_is_peft_s_and_pruned(tmp_path):

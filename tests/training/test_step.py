@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from chatmagic.accel.allocator import rank_allocator
+from chatmagic.accel.attention import ROWS, attending_by
 from chatmagic.models.parts import trainable
 from chatmagic.training import KerasModel, StepRunner
 from tiny_runs import adalora, fit, loader, lora, rows, uneven_rows
@@ -39,8 +40,8 @@ def test_replayed_labels_hold_the_model_to_its_base():
     assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_batch_without_its_padding_is_the_same_step(monkeypatch):
-    """Loss and gradients are those of the padded batch, which was the only way once."""
+def test_a_batch_without_its_padding_is_the_same_step():
+    """Loss and gradients are those of the padded batch."""
     rows, columns = torch.arange(4)[:, None], torch.arange(12)
     there = columns < torch.tensor([[5], [12], [8], [9]])
     batch = next(iter(loader(uneven_rows(4), batch_size=4)))
@@ -57,12 +58,11 @@ def test_a_batch_without_its_padding_is_the_same_step(monkeypatch):
             if "lora_E" in name:
                 torch.nn.init.constant_(param, 0.5)
         model.get_base_model().model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
-        if not flatten:
-            monkeypatch.setattr("chatmagic.training.step.may_be_flattened", lambda model, inputs: False)
         optimizer = torch.optim.SGD([param for _, param in trainable(model)], lr=1.0)
         accelerator = Accelerator(cpu=True)
         runner = StepRunner(model, None, accelerator, "train", {}, accelerator.prepare(optimizer))
-        log = runner(batch)[1]
+        with attending_by(ROWS if flatten else "sdpa", model):
+            log = runner(batch)[1]
         results.append([torch.tensor([log["train_loss"], log["grad_norm"]]), *(param for _, param in trainable(model))])
     # the base reads the two rows with replays alone, up to the last one
     assert seen == [(1, 34), (1, 19), (4, 12), (2, 11)]

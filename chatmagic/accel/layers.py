@@ -5,46 +5,46 @@ adds the layer's output in three passes; here the scale goes into the few column
 with B adds to the output at once. `benchmarks/train_step.py` and `train_step_embedded.py` measure it.
 """
 
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch.nn.functional import dropout, linear, pad, rms_norm
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
 from ..models.parts import activations, free_memory
 from ..models.quantize import linears_4bit
+from .attention import ROWS, attending_by
+from .patched import patched
 
 
 @contextmanager
-def fast_layers(model):
+def fast_layers(model) -> Iterator[None]:
     """For a while, give every AdaLoRA layer on a linear layer, quantised or not, the forward below; on a GPU every
-    RMSNorm the one of a single kernel; and where the GPU has memory to spare, every 4-bit layer its weight
-    dequantised once, not twice a step."""
-    changed = {}
+    RMSNorm the one of a single kernel; where the GPU has memory to spare, every 4-bit layer its weight dequantised
+    once, not twice a step; and on the CPU the attention that takes batches without their padding."""
+    changes = []
     for layer in model.modules():
         if isinstance(layer, AdaLoraLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear):
             (name,) = layer.active_adapters
-            layer.update_scale = layer.scaling[name] / (layer.ranknum[name].item() + 1e-5)
-            changed[layer] = partial(forward, layer)
+            scale = layer.scaling[name] / (layer.ranknum[name].item() + 1e-5)
+            changes += [(layer, "update_scale", scale), (layer, "forward", partial(forward, layer))]
         elif type(layer).__name__.endswith("RMSNorm") and hasattr(layer, "variance_epsilon") and layer.weight.is_cuda:
-            changed[layer] = partial(normalise, layer)
+            changes.append((layer, "forward", partial(normalise, layer)))
     four_bit = list(linears_4bit(model))
     size = 2 * sum(layer.in_features * layer.out_features for layer in four_bit)
     if size and (free := free_memory(model)) and size + activations(model) < free:
         for layer in four_bit:
             weight = dequantize_4bit(layer.weight, layer.weight.quant_state)
-            changed[layer] = partial(linear, weight=weight, bias=layer.bias)
-    for layer, function in changed.items():
-        layer.forward = function
-    try:
+            changes.append((layer, "forward", partial(linear, weight=weight, bias=layer.bias)))
+    with ExitStack() as stack:
+        stack.enter_context(patched(changes))
+        if may_be_flattened(model):
+            stack.enter_context(attending_by(ROWS, model.get_base_model()))
         yield
-    finally:
-        for layer in changed:
-            del layer.forward
-            vars(layer).pop("update_scale", None)
 
 
 def forward(layer, x: torch.Tensor) -> torch.Tensor:
@@ -76,39 +76,42 @@ def factors(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return layer.lora_A[name], layer.lora_B[name], layer.lora_E[name].squeeze(1) * layer.update_scale
 
 
-@contextmanager
+RANK_SIDES = ((0, 0, 0, 1), (0, 1), (0, 1))
+"""Where torch's pad makes the rank of A, of B and of E larger by one."""
+
+
 def gathered(model, dtype: torch.dtype):
-    """For a while, cast the factors of all layers at once, in one tensor a shape, instead of each by itself at each
-    pass; their ranks padded with zeros to a multiple of 8, as tensor cores take them. Gradients reach the
-    parameters."""
+    """A context in which the factors of all layers are cast at once, instead of each by itself at each pass. Gradients
+    reach the parameters."""
     layers = [layer for layer in model.modules() if "update_scale" in vars(layer)]
-    for layer in layers:
-        layer.gathered = []
-    for padding, which in zip(((0, 0, 0, 1), (0, 1), (0, 1)), zip(*map(factors, layers))):  # all A, then B, then E
-        groups = {}
-        for layer, factor in zip(layers, which):
-            groups.setdefault(factor.shape, []).append((layer, factor))
-        for shape, group in groups.items():
-            stacked = torch.stack([factor for _, factor in group]).to(dtype)
-            missing = -min(shape) % 8  # the rank is the least of a factor's sizes
-            for (layer, _), factor in zip(group, pad(stacked, [missing * side for side in padding]).unbind()):
-                layer.gathered.append(factor)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.gathered
+    kinds = zip(*map(factors, layers))  # all A, all B, all E
+    cast = [cast_together(kind, dtype, side) for kind, side in zip(kinds, RANK_SIDES)]
+    return patched((layer, "gathered", its_factors) for layer, its_factors in zip(layers, zip(*cast)))
+
+
+def cast_together(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, rank_side: tuple) -> list[torch.Tensor]:
+    """Factors of one kind in another dtype, cast in one tensor a shape; their rank, the least of their sizes, padded
+    with zeros to a multiple of 8, as tensor cores take it."""
+    by_shape, result = {}, list(tensors)
+    for index, tensor in enumerate(tensors):
+        by_shape.setdefault(tensor.shape, []).append(index)
+    for shape, indices in by_shape.items():
+        stacked = torch.stack([tensors[index] for index in indices]).to(dtype)
+        missing = -min(shape) % 8
+        for index, tensor in zip(indices, pad(stacked, [missing * side for side in rank_side]).unbind()):
+            result[index] = tensor
+    return result
 
 
 FLATTENED = ("glm", "llama", "qwen2")  # where the tests compare; elsewhere a state or a window may run through all rows
 
 
-def may_be_flattened(model, inputs: dict) -> bool:
+def may_be_flattened(model) -> bool:
     """On the CPU, where a product takes as long as it has rows, for models that look their attention up by name, and do
     so once: a backward that recomputes it would find the plain one."""
     base = model.get_base_model()
     return (
-        "attention_mask" in inputs
+        isinstance(base, PreTrainedModel)
         and base.device.type == "cpu"
         and base.config.model_type in FLATTENED
         and base.config._attn_implementation == "sdpa"
@@ -117,40 +120,24 @@ def may_be_flattened(model, inputs: dict) -> bool:
     )
 
 
-@contextmanager
-def flattened(inputs: dict):
-    """For a forward: a padded batch as one row without padding, and where in it a (row, column) of the batch is, int64
-    (batch, length). Each row attends to itself alone, as with transformers' DataCollatorWithFlattening."""
+def takes_rows(model) -> bool:
+    """Whether `fast_layers` has made the model one that `flattened` batches are for."""
+    return model.get_base_model().config._attn_implementation == ROWS
+
+
+def flattened(inputs: dict) -> tuple[dict, torch.Tensor]:
+    """A padded batch as one row without padding, and where in it a (row, column) of the batch is, int64 (batch,
+    length). Each row attends to itself alone, as with transformers' DataCollatorWithFlattening."""
     there = inputs["attention_mask"].bool()
+    lengths = there.sum(1).tolist()
+    future = torch.full((max(lengths), max(lengths)), -torch.inf).triu(1)
     one = {
         "input_ids": inputs["input_ids"][there][None],
         "position_ids": (there.cumsum(1) - 1)[there][None],
-        "attention_mask": there[:1, None, None, :1],  # of four dimensions: taken as it is, and not read below
+        "attention_mask": there[:1, None, None, :1],  # of four dimensions: taken as it is, and not read
+        "rows": (lengths, future),
     }
-    lengths = there.sum(1).tolist()
-    future = torch.full((max(lengths), max(lengths)), -torch.inf).triu(1)
-
-    def attention(module, query, key, value, mask, scaling, dropout=0.0, **options):
-        rows = zip(*(each[0].split(lengths, dim=1) for each in (query * scaling, key, value)))
-        return torch.cat([attend(*row, future.to(query.dtype), dropout) for row in rows])[None], None
-
-    plain, ALL_ATTENTION_FUNCTIONS["sdpa"] = ALL_ATTENTION_FUNCTIONS["sdpa"], attention
-    try:
-        yield one, (there.flatten().cumsum(0) - 1).view(there.shape)
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
-
-
-def attend(query, key, value, future, dropout_p: float) -> torch.Tensor:
-    """Causal attention of n tokens, (n, heads, size), from query (heads, n, size) and key and value (fewer heads, n,
-    size). torch's flash attention takes twice the time on the CPU, most of it in its backward; its plain one looks for
-    rows that see nothing, and copies the keys for each head of a group."""
-    heads, n, size = query.shape
-    scores = query.reshape(len(key), -1, size) @ key.mT
-    weights = (scores.view(heads, n, n) + future[:n, :n]).softmax(-1)
-    if dropout_p:
-        weights = dropout(weights, dropout_p)
-    return (weights.view(len(key), -1, n) @ value).view(heads, n, size).transpose(0, 1)
+    return one, (there.flatten().cumsum(0) - 1).view(there.shape)
 
 
 def normalise(layer, x: torch.Tensor) -> torch.Tensor:

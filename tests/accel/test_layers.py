@@ -8,7 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chatmagic import find_all_linear_names
-from chatmagic.accel.fast import attend, drop, fast_layers, flattened, gathered, may_be_flattened
+from chatmagic.accel.attention import attend
+from chatmagic.accel.layers import drop, fast_layers, flattened, gathered, may_be_flattened, takes_rows
 from tiny_runs import lora
 
 
@@ -32,7 +33,7 @@ def test_the_fast_forward_is_pefts(linear, bias, precision, tolerance):
 
     expected = outputs()
     with fast_layers(model):
-        assert layer.forward.func.__module__ == "chatmagic.accel.fast"
+        assert layer.forward.func.__module__ == "chatmagic.accel.layers"
         found = outputs()
         with gathered(model, precision):
             assert [factor.shape for factor in layer.gathered] == [(8, 64), (64, 8), (8,)]
@@ -93,32 +94,33 @@ def test_a_flattened_batch_has_the_logits_of_the_padded_one(family):
     base, *_ = family
     settings = {"task_type": "CAUSAL_LM", "target_modules": find_all_linear_names(base)}
     model, inputs = get_peft_model(base, LoraConfig(**settings)).eval(), padded(base.config.vocab_size)
-    if base.config.model_type == "baichuan_alibi":
-        assert not may_be_flattened(model, inputs)
-        return
-    plain, there = ALL_ATTENTION_FUNCTIONS["sdpa"], inputs["attention_mask"].bool()
-    assert may_be_flattened(model, inputs)
+    there, plain = inputs["attention_mask"].bool(), ALL_ATTENTION_FUNCTIONS["sdpa"]
     with torch.no_grad():
         expected = model(**inputs, use_cache=False).logits
-        with flattened(inputs) as (one, places):
+        with fast_layers(model):
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+            if base.config.model_type == "baichuan_alibi":
+                assert not takes_rows(model)
+                return
+            one, places = flattened(inputs)
             logits = model(**one, use_cache=False).logits
+            as_ever = model(**inputs, use_cache=False).logits
     assert one["input_ids"].shape == (1, 25)
     assert one["position_ids"].tolist() == [[*range(5), *range(12), *range(8)]]
     torch.testing.assert_close(logits[0, places[there]], expected[there], rtol=1e-4, atol=1e-5)
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+    assert torch.equal(as_ever, expected) and base.config._attn_implementation == "sdpa" and not takes_rows(model)
 
 
 def test_what_keeps_a_batch_as_it_is():
-    model, inputs = lora(), padded(64)
-    assert may_be_flattened(model, inputs)
-    assert not may_be_flattened(model, {"input_ids": inputs["input_ids"]})
+    model = lora()
+    assert may_be_flattened(model)
     for name, value in (("model_type", "falcon"), ("_attn_implementation", "eager"), ("sliding_window", 4)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model.get_base_model().config, name, value, raising=False)
-            assert not may_be_flattened(model, inputs)
-    assert may_be_flattened(model, inputs)
+            assert not may_be_flattened(model)
+    assert may_be_flattened(model)
     model.gradient_checkpointing_enable()
-    assert not may_be_flattened(model, inputs)
+    assert not may_be_flattened(model)
 
 
 def test_attention_of_grouped_heads():
