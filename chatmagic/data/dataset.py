@@ -7,11 +7,8 @@ from pathlib import Path
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
 from ..files import write
-from ..prompts.labels import encode_conversation
-
-
-class DataError(ChatmagicError):
-    """A file or a batch that cannot be trained on."""
+from ..prompts.labels import IGNORE, LabelsError, encode_conversation
+from .rows import DataError, existing
 
 
 def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[str, str]]]:
@@ -24,7 +21,7 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
     """
     from tqdm.auto import tqdm
 
-    path = Path(path).expanduser()
+    path = existing(path)
     with (
         path.open("rb") as file,
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
@@ -78,14 +75,26 @@ def _messages(row) -> list[dict]:
     return system + [{"role": _ROLES.get(role, role), "content": text} for role, text in turns]
 
 
-def encode_example(messages: Sequence[dict], tokenizer) -> dict[str, list]:
+def encode_example(
+    messages: Sequence[dict], tokenizer, max_length: int | None = None, drop_oldest: bool = False
+) -> dict[str, list]:
     """A conversation as `input_ids`, `labels` and `replayed`, lists of the same length.
 
-    replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations`
-    marks the base model's own: StepRunner keeps the model there as the base is. Errors as for
-    `build_inputs_labels`.
+    labels: -100 also at an answer whose message says `"weight": 0`, as `read_conversations` marks what is not to be
+    trained. replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations`
+    marks the base model's own: StepRunner keeps the model there as the base is. max_length and drop_oldest, and errors,
+    as for `build_inputs_labels`; they name the line where the messages know it.
     """
-    return vars(encode_conversation(messages, tokenizer))
+    where = getattr(messages, "where", "")
+    try:
+        row = encode_conversation(messages, tokenizer, max_length=max_length, drop_oldest=drop_oldest)
+        if set(row.labels) == {IGNORE}:
+            raise LabelsError("Nothing is trained: each answer has weight 0.")
+    except ChatmagicError as error:
+        asked = [message["role"] for message in messages if message["role"] != "system"]
+        way_out = " Leave its greeting out, or put it into the system text." if asked[:1] == ["assistant"] else ""
+        raise type(error)(f"{where}: {error}{way_out}".removeprefix(": ")) from error
+    return vars(row)
 
 
 class DataCollator:

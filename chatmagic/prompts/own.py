@@ -64,7 +64,7 @@ class OwnTemplate:
         spans, start = [], 0
         for index, answer in zip(turns, answers, strict=True):
             last = index + 1 == len(hidden)
-            trained, replayed = is_trained(last, multi_rounds), hidden[index].get("replayed", False)
+            trained, replayed = is_trained(last, multi_rounds, hidden[index]), hidden[index].get("replayed", False)
             cut = answer and self._cut(full, answer, hidden[: index + 1], last)
             if trained and cut is None:
                 raise TemplateError(

@@ -38,9 +38,10 @@ class EndOfTurn(Span):
     """An ending token that the model must say here but that the format leaves out of the history."""
 
 
-def is_trained(last: bool, multi_rounds: bool | None) -> bool:
-    """Whether an answer is trained: all are, with `multi_rounds=False` the last turn, with None nothing."""
-    return bool(multi_rounds) or multi_rounds is False and last
+def is_trained(last: bool, multi_rounds: bool | None, message: dict | None = None) -> bool:
+    """Whether an answer is trained: all are, with `multi_rounds=False` the last turn, with None nothing; never one whose
+    message says `"weight": 0`, as OpenAI's fine-tuning files do."""
+    return bool((message or {}).get("weight", 1)) and (bool(multi_rounds) or multi_rounds is False and last)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Template:
                 if add_generation_prompt or not last:
                     spans.append(Span(self.prompt))
                 continue
-            trained, replayed = is_trained(last, multi_rounds), messages[index].get("replayed", False)
+            trained, replayed = is_trained(last, multi_rounds, messages[index]), messages[index].get("replayed", False)
             if trained and self.joint is not None:
                 raise TemplateError(
                     f"Message {index} (assistant) cannot be trained: template {self.name!r} writes a turn "
