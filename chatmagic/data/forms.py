@@ -32,10 +32,10 @@ _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split
 # Keys whose values decide. What a text cannot stand for is refused by name, unless it is empty.
 _TOOLS = "tools functions tool_calls function_call tool_call_id available_tools".split()
 _MEDIA = "images image image_url image_path videos video audios audio audio_url speech objects bbox".split()
-_PREFERENCE = "chosen rejected rejected_response rejected_responses rejected_messages rejected_output".split()
+_PREFERENCE = re.compile("chosen|reject", re.IGNORECASE)
 _VERDICTS = ["label", "kto_tag"]  # false: a bad answer, as in KTO
 _WEIGHTS = "weight loss loss_weight loss_scale train".split()  # 0 or false: an answer that is not trained
-_DECIDE = {*_TOOLS, *_MEDIA, *_PREFERENCE, *_VERDICTS, *_WEIGHTS}
+_DECIDE = {*_TOOLS, *_MEDIA, *_VERDICTS, *_WEIGHTS}
 _OFF, _ON = (False, "0", "0.0", "false", "no"), (True, "1", "1.0", "true", "yes")  # 0 == False
 
 # As LLaMA-Factory, ms-swift and role-play cards write them. Code is left as it is.
@@ -121,19 +121,25 @@ class Forms:
             plan = self._plan(tuple(key for key, value in row.items() if not _is_empty(value)))
         if "messages" in plan.read and _is_nothing(row[plan.read["messages"]]):
             plan = self._plan(tuple(key for key, value in row.items() if not _is_nothing(value)))
-        self.unused.update(plan.unused)
+        for key in plan.unused:
+            self.unused[key] += 1
         for key in plan.decide:
             self._decide(key, row[key], row)
         read = {part: row[key] for part, key in plan.read.items()}
         if "messages" in read:
-            talk = self._turns(_unpacked(plan.read["messages"], read["messages"]))
+            listed = _unpacked(key := plan.read["messages"], read["messages"])
+            if key in _WEAK and any(isinstance(turn, dict) and not {"role", "from"} & turn.keys() for turn in listed):
+                raise DataError(f"the rows seem to lie under {key!r}. Save that list as a file by itself.")
+            talk = self._turns(listed)
             if not talk:
                 raise DataError(f"{plan.read['messages']!r} is empty; expected at least one message.")
         else:
             talk = self._asked(plan.read, read)
         if "answer" in read:
             talk = self._answered(talk, plan.read["answer"], read["answer"], read.get("reasoning_content"))
-        system = _text(read.get("system"), plan.read.get("system"))
+        if "system" not in read:
+            return talk
+        system = _text(read["system"], plan.read["system"])
         if system and talk and talk[0]["role"] == "system":
             if talk[0]["content"] not in ("", system):
                 raise DataError("there are two system texts, one in the messages and one beside them. Leave one.")
@@ -142,15 +148,21 @@ class Forms:
 
     def _asked(self, keys: dict[str, str], read: dict) -> list[dict]:
         """The history and the question."""
-        talk = self._turns(_unpacked("history", read.get("history") or []))
+        talk = self._turns(_unpacked("history", read["history"])) if read.get("history") else []
         if isinstance(read["question"], list):  # a prompt of messages, whose answers TRL does not train
             asked = self._turns(read["question"])
             return talk + [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in asked]
-        parts = [_text(read[part], keys[part]) for part in ("question", "input") if part in read]
-        return [*talk, {"role": "user", "content": "\n".join(part for part in parts if part.strip())}]
+        asked, more = _text(read["question"], keys["question"]), read.get("input")
+        if more and (more := _text(more, keys["input"])).strip():
+            asked = f"{asked}\n{more}" if asked.strip() else more
+        talk.append({"role": "user", "content": asked})
+        return talk
 
     def _answered(self, talk: list[dict], key: str, answer, reasoning) -> list[dict]:
         """What was said, with the answer: a text, a message, or messages, which may be the whole conversation."""
+        if isinstance(answer, str) and reasoning is None:
+            talk.append({"role": "assistant", "content": answer})
+            return talk
         if isinstance(answer, dict):
             answer = [answer]
         if (
@@ -216,7 +228,7 @@ class Forms:
                     kept["reasoning_content"] = _text(value, f"Message {index}: {key}")
             elif key == "replayed":
                 kept[key] = value
-            elif key in _DECIDE:
+            elif key in _DECIDE or _PREFERENCE.search(key):
                 try:
                     self._decide(key, value, turn)
                 except DataError as error:
@@ -238,11 +250,11 @@ class Forms:
         elif key in _TOOLS:
             raise DataError(f"it has {key!r}. {_NO_TOOLS}")
         elif key in _MEDIA:
-            raise DataError(f"it has {key!r}: pictures, sound and the like cannot be trained here. Leave the row out.")
+            raise DataError(f"it has {key!r}: pictures, sound and the like cannot be trained here.")
         elif {"answer", "messages", "question"} & set(self.names.values()):
             self.unused[key] += 1
         else:
-            raise DataError(_preference([key for key in row if key in _PREFERENCE]))
+            raise DataError(_preference([key for key in row if _PREFERENCE.search(key)]))
 
     def _make_plan(self, keys: tuple) -> Plan:
         """What the keys of a row are. Raises DataError where they are no conversation, Ambiguous for two of a kind."""
@@ -262,9 +274,9 @@ class Forms:
             question, answer = found["question"], found["answer"]
             if found["input"] and not question:
                 question, found["input"] = found["input"], []
-            preferred = [key for key in keys if key in _PREFERENCE and key not in self.names]
+            preferred = [key for key in keys if _PREFERENCE.search(str(key)) and key not in self.names]
             if not question or not answer or "context" in keys and "output" not in keys and "context" not in self.names:
-                raise DataError(_preference(preferred) if preferred and question else _unknown(keys, question, answer))
+                raise DataError(_preference(preferred) if preferred else _unknown(keys, question, answer))
             if found["input"] and str(question[0]).lower() != "instruction" and question[0] not in self.names:
                 question = question + found["input"]
             for part, candidates in (("query", question), ("response", answer)):
@@ -276,7 +288,8 @@ class Forms:
             read |= {part: found[part][0] for part in ("input", "reasoning_content") if found[part]}
             read |= {"question": question[0], "answer": answer[0]}
         left = [key for key in keys if key not in read.values()]
-        return Plan(read, [key for key in left if key in _DECIDE], [str(key) for key in left if key not in _DECIDE])
+        decide = [key for key in left if key in _DECIDE or _PREFERENCE.search(str(key))]
+        return Plan(read, decide, [str(key) for key in left if key not in decide])
 
     def _filled(self, match: re.Match) -> str:
         field = (match[1] or match[2] or "").lower()
@@ -292,7 +305,7 @@ class Forms:
 
 
 _WEAK = ("data", "items", "turns", "chat")  # what else may be called so
-_NO_TOOLS = 'Tool calls cannot be trained here. Leave the row out, with on_error="skip" for all of them.'
+_NO_TOOLS = "Tool calls cannot be trained here."
 
 
 def _named(columns: Mapping[str, str] | Iterable[str] | None) -> dict[str, str]:
@@ -334,10 +347,11 @@ def _unknown(keys: tuple, question: list, answer: list) -> str:
 
 
 def _preference(keys: list) -> str:
-    way = '{"chosen": "response"}' if "rejected" in keys or "chosen" in keys else '{"messages": "messages"}'
+    good = next((key for key in keys if "chosen" in key.lower() and "score" not in key.lower()), "messages")
+    part = "messages" if "messages" in good else "response"
     return (
         f"preference data ({', '.join(keys)}): one of two answers is the bad one. To learn the good ones alone, name "
-        f"their column: columns={way}."
+        f'their column: columns={{"{good}": "{part}"}}.'
     )
 
 
@@ -362,10 +376,11 @@ def _text(value, name: str | None) -> str:
     if _is_nothing(value):
         return ""
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        for part in value:
-            if not isinstance(part.get("text"), str) or part.get("type", "text") not in _TEXT_PARTS:
+        texts = [part.get("text", part.get("value")) for part in value]
+        for part, text in zip(value, texts):
+            if not isinstance(text, str) or part.get("type", "text") not in _TEXT_PARTS:
                 raise DataError(f"{name} has a part of type {part.get('type')!r}; only texts can be trained here.")
-        return "".join(part["text"] for part in value)
+        return "".join(texts)
     raise DataError(f"{name} has content of type {_kind(value)}; expected a string.")
 
 

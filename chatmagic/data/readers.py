@@ -9,13 +9,20 @@ from .rows import DataError, existing, read_rows
 
 
 class Conversation(list):
-    """A list of messages that knows where it stood: what fails later can name the place."""
+    """A list of messages that knows where it stood, so that what fails later can name it.
 
-    __slots__ = ("where",)
+    place: (the file's name, the line, the number of the row).
+    """
 
-    def __init__(self, messages: Iterable[dict], where: str = ""):
-        super().__init__(messages)
-        self.where = where
+    __slots__ = ("place",)
+
+    @property
+    def where(self) -> str:
+        return named(*self.place)
+
+
+def named(name: str, line: int, row: int) -> str:
+    return f"{name}, line {line}" if line == row else f"{name}, line {line} (row {row})"
 
 
 class Summary:
@@ -66,32 +73,26 @@ class Conversations(Iterator[Conversation]):
         summary.unused = forms.unused
         for line, row in read_rows(path, encoding):
             summary.rows += 1
-            where = (
-                f"{path.name}, line {line}"
-                if line == summary.rows
-                else f"{path.name}, line {line} (row {summary.rows})"
-            )
+            place = path.name, line, summary.rows
             try:
                 if isinstance(row, DataError):
                     raise row
-                messages = forms.messages(row)
-            except LeftOut as reason:
-                summary.leave_out(str(reason), line)
-                first = first or f"{where}: {reason}"
-            except DataError as error:
-                if on_error == "stop":
-                    raise DataError(f'{where}: {error} (on_error="skip" goes on without such rows.)') from None
+                conversation = Conversation(forms.messages(row))
+            except (DataError, LeftOut) as error:
+                if on_error == "stop" and isinstance(error, DataError):
+                    raise DataError(f'{named(*place)}: {error} (on_error="skip" goes on without such rows.)') from None
                 summary.leave_out(str(error), line)
-                first = first or f"{where}: {error}"
-            else:
-                summary.conversations += 1
-                for message in messages:
-                    if message["role"] == "assistant":
-                        if message.get("weight", 1):
-                            summary.answers += 1
-                        else:
-                            summary.masked += 1
-                yield Conversation(messages, where)
+                first = first or f"{named(*place)}: {error}"
+                continue
+            conversation.place = place
+            for message in conversation:
+                if message["role"] == "assistant":
+                    if message.get("weight", 1):
+                        summary.answers += 1
+                    else:
+                        summary.masked += 1
+            summary.conversations += 1
+            yield conversation
         summary.unanswered = forms.unanswered
         if not summary.conversations:
             raise DataError(

@@ -113,7 +113,7 @@ def _text_rows(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Row
         raise DataError(f"{path.name} is empty.")
     if suffix not in (".csv", ".tsv") and (begin[:1] in b"{[" or suffix.startswith(".json")):
         yield from (_lines if _is_lines(begin, encoding) else _values)(file, encoding)
-    elif suffix in (".csv", ".tsv") or suffix == ".txt" and re.search(rb"[,;\t]", begin.split(b"\n", 1)[0]):
+    elif suffix in (".csv", ".tsv") or suffix == ".txt" and b"\t" in begin.split(b"\n", 1)[0]:
         yield from _table(io.TextIOWrapper(file, encoding, newline=""), path.name)
     else:
         start = begin[:30].decode(encoding, "replace")

@@ -182,11 +182,13 @@ def test_the_oldest_rounds_that_do_not_fit_take_their_marks_along(tokenizer):
 
 
 def test_what_cannot_be_encoded_is_named_by_its_line(tokenizer):
-    long = Conversation([{"role": "user", "content": "a" * 500}, TALK[1]], "a.jsonl, line 7")
+    long = Conversation([{"role": "user", "content": "a" * 500}, TALK[1]])
+    long.place = "a.jsonl", 7, 7
     with pytest.raises(LabelsError, match="^a.jsonl, line 7: The conversation is .* message 0 .user. goes beyond"):
         encode_example(long, tokenizer, max_length=100)
-    greeting = Conversation([TALK[1], *TALK], "a.jsonl, line 8")
+    greeting = Conversation([TALK[1], *TALK])
+    greeting.place = "a.jsonl", 8, 7
     with pytest.raises(
-        MessagesError, match="^a.jsonl, line 8: Message 0 has role 'assistant'.* Leave its greeting out"
+        MessagesError, match="^a.jsonl, line 8 .row 7.: Message 0 has role 'assistant'.* Leave its greeting out"
     ):
         encode_example(greeting, tokenizer)
