@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .course.persona import Persona
 from .course.profile import get_profile
-from .course.thread import Course, CourseError, resume
+from .course.thread import MIXES, Course, CourseError, OwnData, resume
 from .errors import ChatmagicError
 from .files import make_folder, remove, write
 from .machine import share_cores, short
@@ -172,7 +172,19 @@ def chosen(args) -> Course:
         last = Course(get_profile(), Persona(), auto=True)
     said = {field.name: getattr(args, field.name) for field in fields(Persona) if field.name in args}
     profile = get_profile(args.profile) if args.profile else last.profile
-    return Course(profile, replace(last.persona, **said), last.auto and not args.profile)
+    own = own_data(args) if getattr(args, "data", None) is not None else last.own
+    return Course(profile, replace(last.persona, **said), last.auto and not args.profile, own)
+
+
+def own_data(args) -> OwnData | None:
+    """What the arguments say of the reader's own data; none for an empty name."""
+    if not args.data:
+        return None
+    path = Path(args.data).expanduser()
+    said = {field.name: getattr(args, field.name) for field in fields(OwnData) if field.name in args}
+    if "columns" in said:
+        said["columns"] = dict(said["columns"])
+    return OwnData(str(path.resolve()) if path.exists() else args.data, **said)
 
 
 def train(args) -> None:
@@ -234,6 +246,18 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--save-every", type=int, metavar="STEPS", help="how often to save a state, beside every epoch"
     )
+    own = training.add_argument_group("data of your own", "in place of the course's; docs/data.md")
+    own.add_argument(
+        "--data", metavar="FILE", help="or OWNER/NAME of a data set on a hub; '' for the course's own again"
+    )
+    own.add_argument(
+        "--mix", choices=MIXES, default=argparse.SUPPRESS, help="what is trained beside it; default: replay"
+    )
+    own.add_argument("--columns", nargs="+", metavar="THEIRS=OURS", default=argparse.SUPPRESS, type=pair)
+    own.add_argument("--encoding", default=argparse.SUPPRESS)
+    own.add_argument("--on-error", choices=("stop", "skip"), default=argparse.SUPPRESS, help="at a row that is bad")
+    own.add_argument("--samples", type=int, default=argparse.SUPPRESS, help="drawn an epoch; default: each once")
+    own.add_argument("--max-length", type=int, metavar="TOKENS", default=argparse.SUPPRESS, help="the oldest rounds go")
     for added in (training, evaluation):
         added.add_argument("profile", nargs="?", help="of profiles.toml; default: that of the course started last")
         who = added.add_argument_group("who the model becomes", "what is left out is as in the course started last")
@@ -245,6 +269,13 @@ def parser() -> argparse.ArgumentParser:
     for name in ("base", "adapter", "output"):
         added.add_argument(name, type=Path)
     return top
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair; for example content=query")
+    return name, value
 
 
 def main(argv: list[str] | None = None) -> int:

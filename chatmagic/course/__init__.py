@@ -21,6 +21,11 @@ _HOME = {
     "resume": "course.thread",
     "start": "course.thread",
     "ask": "course.evaluate",
+    "known": "course.own",
+    "held_out_loss": "course.own",
+    "make_own_data": "course.own",
+    "role_play": "course.own",
+    "OwnData": "course.thread",
     "own_replies": "course.replies",
 }
 __all__ = sorted(_HOME)

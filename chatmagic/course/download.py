@@ -55,7 +55,7 @@ def snapshot_download(model: str, cache_dir=None, revision: str | None = None, s
         _from_gguf(known, folder, source)
     else:
         id, huggingface = (known.id, known.huggingface) if known else (model, None)
-        _first_answer(id, folder, _hubs(id, huggingface, folder, revision, source), source)
+        first_answer(id, folder, _hubs(id, huggingface, folder, revision, source), source)
         write(whole, revision)
     return folder
 
@@ -81,7 +81,7 @@ def _hubs(id: str, huggingface: str | None, folder: Path, revision: str, source:
     return {"modelscope": modelscope, "huggingface": hugging_face}
 
 
-def _first_answer(name: str, folder: Path, ways: dict[str, Callable], source: str):
+def first_answer(name: str, folder: Path, ways: dict[str, Callable], source: str):
     """What the first way that works returns, or the one that `source` names; DownloadError with what all answered."""
     said = []
     for way in ways if source == "auto" else [source]:
@@ -142,7 +142,7 @@ def _from_gguf(profile: Profile, folder: Path, source: str) -> None:
     )
     with new_folder(folder, hint=hint) as model:
         with tempfile.TemporaryDirectory(dir=model, prefix=".download-") as fetched:
-            gguf = _first_answer(profile.name, folder, _gguf_sources(profile, Path(fetched)), source)
+            gguf = first_answer(profile.name, folder, _gguf_sources(profile, Path(fetched)), source)
             from ..models.unpack import unpack_gguf
 
             unpack_gguf(gguf, model)

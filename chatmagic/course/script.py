@@ -19,11 +19,12 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_cosine_schedule_with_warmup
 
-from ..data.dataset import DataCollator, encode_example, read_jsonl, write_jsonl
+from ..data.dataset import ConversationFile, DataCollator, Examples, read_jsonl, write_jsonl
 from ..errors import ChatmagicError
 from ..models.load import load_model
 from ..training.plots import pictures
 from ..training.runtime import lost_peer
+from .own import make_own_data, used
 from .persona import make_conversations
 from .replies import own_replies
 from .thread import Course, fetch
@@ -68,6 +69,9 @@ def load(course: Course):
 
 def make_data(course: Course) -> None:
     """What 03-dataset leaves: conversations to train on and to validate with."""
+    if course.own:
+        make_own_data(course, lambda: own_replies(*load(course)))
+        return
     if course.train.is_file():  # perhaps the reader's own: never written over
         if not course.val.is_file():
             write_jsonl(hold_out([*read_jsonl(course.train, progress=False)], course.train), course.val)
@@ -97,11 +101,15 @@ def train(course: Course, **settings):
     torch.manual_seed(0)
     model, tokenizer = load(course)
 
-    held_out = [*read_jsonl(course.val, progress=False)]
-    learnt = (messages for messages in read_jsonl(course.train, progress=False) if messages not in held_out)
-    train_data, val_data = ([encode_example(each, tokenizer) for each in part] for part in (learnt, held_out))
+    held_out = ConversationFile(course.val)
+    learnt, own = ConversationFile(course.train, without=held_out), course.own
+    cut = {"max_length": own.max_length, "drop_oldest": True} if own and own.max_length else {}
+    train_data, val_data = (Examples(part, tokenizer, **cut) for part in (learnt, held_out))
+    samples = (own.samples or len(train_data)) if own else profile.samples
+    if own and state.is_main_process:
+        print(f"{used(course, samples)}; {train_data}.", flush=True)
     collator = DataCollator(tokenizer)
-    drawn = RandomSampler(train_data, num_samples=profile.samples)
+    drawn = RandomSampler(train_data, num_samples=samples)
     train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)
     val_loader = DataLoader(val_data, profile.batch_size, collate_fn=collator)
     lean = any(gather_object([prepare(model)]))  # one for all: by different optimizers the processes would drift apart

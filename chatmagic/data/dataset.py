@@ -1,12 +1,15 @@
 """From files of conversations to padded batches."""
 
 import json
-from collections.abc import Iterator, Sequence
+import random
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import nlargest
 from pathlib import Path
 
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
-from ..files import write
+from ..files import writing
 from ..prompts.labels import IGNORE, LabelsError, encode_conversation
 from .rows import DataError, existing
 
@@ -22,29 +25,126 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
     from tqdm.auto import tqdm
 
     path = existing(path)
-    with (
-        path.open("rb") as file,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
-    ):
+    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar:
+        for size, messages in _read_lines(path):
+            bar.update(size)
+            if messages is not None:
+                yield messages
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, list[dict] | None]]:
+    """(bytes, conversation) of each line of a file; None for an empty one."""
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            bar.update(len(line))
-            if not line.strip():
-                continue
-            try:
-                messages = _messages(json.loads(line.decode("utf-8-sig")))
-                validate_messages(messages)
-            except (ValueError, TypeError, AttributeError, MessagesError) as error:
-                raise DataError(f"{path.name}, line {number}: {error}") from error
-            yield messages
+            yield len(line), _of_line(line, path.name, number) if line.strip() else None
 
 
-def write_jsonl(conversations: Sequence[list[dict]], path: str | Path) -> None:
+def _of_line(line: bytes, name: str, number: int) -> "Conversation":
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        messages = _messages(row)
+        validate_messages(messages)
+        conversation = Conversation(messages)
+        if "place" in row:
+            conversation.place = tuple(row["place"])
+    except (ValueError, TypeError, AttributeError, MessagesError) as error:
+        raise DataError(f"{name}, line {number}: {error}") from error
+    return conversation
+
+
+def write_jsonl(conversations: Iterable[list[dict]], path: str | Path) -> None:
     """One conversation a line, as `read_jsonl` reads it. Raises WriteError where the file cannot be written."""
-    write(path, as_jsonl(conversations))
+    with writing(path) as file:
+        file.writelines(as_line(messages).encode() for messages in conversations)
 
 
-def as_jsonl(conversations: Sequence[list[dict]]) -> str:
-    return "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations)
+def as_line(messages: list[dict]) -> str:
+    """A conversation as a line of a file, with the place where it stood if it knows one."""
+    place = {"place": messages.place} if hasattr(messages, "place") else {}
+    return json.dumps({"messages": messages} | place, ensure_ascii=False) + "\n"
+
+
+class Conversation(list):
+    """A list of messages that knows where it stood, so that what fails later can name it.
+
+    place: (the file's name, the line, the number of the row).
+    """
+
+    __slots__ = ("place",)
+
+    @property
+    def where(self) -> str:
+        return named(*self.place)
+
+
+def named(name: str, line: int, row: int) -> str:
+    return f"{name}, line {line}" if line == row else f"{name}, line {line} (row {row})"
+
+
+class ConversationFile(Sequence):
+    """The conversations of a file as `read_jsonl` reads it, each read when it is asked for.
+
+    The file is run through once, so that a bad line is found before training; of each line its place, number and bytes
+    are kept. `without`: conversations that are passed over. Raises DataError as `read_jsonl` does.
+    """
+
+    def __init__(self, path: str | Path, without: Iterable[list[dict]] = ()):
+        self.path, self.starts, self.numbers, self.lengths = existing(path), array("q"), array("q"), array("q")
+        passed_over = {json.dumps(messages) for messages in without}
+        start = 0
+        for number, (size, messages) in enumerate(_read_lines(self.path), 1):
+            if messages is not None and not (passed_over and json.dumps(messages) in passed_over):
+                self.starts.append(start)
+                self.numbers.append(number)
+                self.lengths.append(size)
+            start += size
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Conversation:
+        with self.path.open("rb") as file:
+            file.seek(self.starts[index])
+            conversation = _of_line(file.readline(), self.path.name, self.numbers[index])
+        if not hasattr(conversation, "place"):
+            conversation.place = self.path.name, self.numbers[index], self.numbers[index]
+        return conversation
+
+
+class Examples(Sequence):
+    """Conversations as examples, each encoded when it is drawn: a map-style dataset for torch's DataLoader.
+
+    conversations: a list of them, or a ConversationFile. The rest as for `encode_example`.
+    """
+
+    def __init__(
+        self, conversations: Sequence[list[dict]], tokenizer, max_length: int | None = None, drop_oldest: bool = False
+    ):
+        self.conversations, self.tokenizer = conversations, tokenizer
+        self.cut = {"max_length": max_length, "drop_oldest": drop_oldest}
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict[str, list]:
+        return encode_example(self.conversations[index], self.tokenizer, **self.cut)
+
+    def __str__(self) -> str:
+        """The tokens that are trained, of a thousand examples scaled up where there are more, and the longest row.
+
+        Raises LabelsError, with its line, for a conversation that is too long. Only those that have more bytes than the
+        context has tokens can be; they are encoded here and now.
+        """
+        sizes, limit = self.conversations.lengths, self.cut["max_length"] or self.tokenizer.model_max_length
+        every = range(len(self))
+        drawn = every if len(self) <= 1000 else random.Random(0).sample(every, 1000)
+        trained = sum(label != IGNORE for index in drawn for label in self[index]["labels"]) * len(self) // len(drawn)
+        longest = {index for index in every if sizes[index] > limit} | {*nlargest(8, every, key=sizes.__getitem__)}
+        tokens, index = max((len(self[index]["input_ids"]), index) for index in longest)
+        about = "" if len(drawn) == len(self) else "about "
+        context = "" if limit > 10**9 else f" of {limit:,}"
+        where = self.conversations[index].where
+        return f"{about}{trained:,} tokens trained, the longest row has {tokens:,}{context} ({where})"
 
 
 # What ShareGPT files call the roles, next to their proper names.

@@ -4,25 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from .dataset import Conversation, named
 from .forms import Forms, LeftOut
 from .rows import DataError, existing, read_rows
-
-
-class Conversation(list):
-    """A list of messages that knows where it stood, so that what fails later can name it.
-
-    place: (the file's name, the line, the number of the row).
-    """
-
-    __slots__ = ("place",)
-
-    @property
-    def where(self) -> str:
-        return named(*self.place)
-
-
-def named(name: str, line: int, row: int) -> str:
-    return f"{name}, line {line}" if line == row else f"{name}, line {line} (row {row})"
 
 
 class Summary:

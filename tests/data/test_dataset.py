@@ -5,8 +5,7 @@ import torch
 
 from chatmagic import DataCollator, load_model, read_jsonl
 from chatmagic.conversation.messages import MessagesError
-from chatmagic.data.dataset import DataError, encode_example
-from chatmagic.data.readers import Conversation
+from chatmagic.data.dataset import Conversation, DataError, encode_example
 from chatmagic.prompts.labels import LabelsError
 
 
