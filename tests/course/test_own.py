@@ -78,7 +78,7 @@ def test_how_many_are_kept(count, kept):
 def test_with_who_the_model_is(tmp_path):
     run = made(mine(tmp_path), mix="identity")
     said = [message["content"] for row in lines(run.train) for message in row["messages"]]
-    assert sum(run.persona.name in text for text in said) > 5
+    assert all(answer in said for answer in run.persona.answers.values()) and len(lines(run.train)) == 36 + 9 + 18
 
 
 def test_it_is_read_again_only_when_the_file_changed(tmp_path, capsys):
