@@ -4,10 +4,10 @@
 
 --read: files of 300 MB are made (JSON lines of two sizes of row, a JSON array, Parquet, CSV), each read by
 `read_conversations` in a process of its own: MB/s, rows, how much that process's resident memory grew. --mix: the
-course's role-play set in Chinese is trained on the profile's model by `chatmagic train`'s own function, with none, a
-quarter and as many of the base's own replies beside it: loss on what was held out, how many of the retention list's
-questions that the base knew are still answered, and how many of those answers speak in the part's voice. Prints
-tables and writes benchmarks/results/own_data.json.
+course's role-play set in Chinese is trained on the profile's model by `chatmagic train`'s own function, without and
+with a quarter as many of the base's own replies beside it, in as many steps as the notebook's: loss on what was held
+out, how many of the retention list's questions that the base knew are still answered, and how many of those answers
+speak in the part's voice. Prints tables and writes benchmarks/results/own_data.json.
 """
 
 import argparse
@@ -134,12 +134,14 @@ def mixing(profile: str, epochs: int) -> dict[str, dict]:
         }
 
     found, base = {}, None
-    for share in (0, own.REPLAYED, 1.0):
+    for share in (0, own.REPLAYED):
         own.REPLAYED = share
         mix = "replay" if share else "nothing"
         course = start(profile)
         course = replace(
-            course, own=OwnData(str(role_play("zh")), mix=mix), profile=replace(course.profile, epochs=epochs)
+            course,
+            own=OwnData(str(role_play("zh")), mix=mix, samples=48),
+            profile=replace(course.profile, epochs=epochs),
         )
         for left in ("train.jsonl", "val.jsonl", "own.json"):
             (course.folder / left).unlink(missing_ok=True)

@@ -18,6 +18,8 @@ _HOME = {
     "show_labels": "prompts.picture",
     "DataCollator": "data.dataset",
     "encode_example": "data.dataset",
+    "ConversationFile": "data.dataset",
+    "Examples": "data.dataset",
     "read_conversations": "data.readers",
     "read_jsonl": "data.dataset",
     "write_jsonl": "data.dataset",

@@ -24,8 +24,8 @@ _HOME = {
     "known": "course.own",
     "held_out_loss": "course.own",
     "make_own_data": "course.own",
+    "used": "course.own",
     "role_play": "course.own",
-    "OwnData": "course.thread",
     "own_replies": "course.replies",
 }
 __all__ = sorted(_HOME)

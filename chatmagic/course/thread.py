@@ -80,6 +80,10 @@ class Course:
             raise AttributeError(name)
         return self.folder / LEFT[name][0].split("/")[0]
 
+    def learning(self, file: str | Path, **settings) -> "Course":
+        """The same course with data of one's own: `settings` are OwnData's. The notebooks' own course stays as it is."""
+        return replace(self, own=OwnData(str(file), **settings))
+
     def save_json(self, name: str, value) -> None:
         """Write `value` beside the rest."""
         write(self.folder / name, json.dumps(value, ensure_ascii=False, indent=1))
