@@ -110,6 +110,10 @@ def reading(size: int) -> dict[str, dict]:
 
 
 def mixing(profile: str, epochs: int) -> dict[str, dict]:
+    from chatmagic.course import share_cores
+
+    share_cores()  # before torch is imported
+
     from peft import PeftModel
     from torch.utils.data import DataLoader
 

@@ -81,7 +81,7 @@ class Course:
         return self.folder / LEFT[name][0].split("/")[0]
 
     def learning(self, file: str | Path, **settings) -> "Course":
-        """The same course with data of one's own: `settings` are OwnData's. The notebooks' own course stays as it is."""
+        """The same course with data of one's own, in a folder of its own; `settings` are OwnData's."""
         return replace(self, own=OwnData(str(file), **settings))
 
     def save_json(self, name: str, value) -> None:

@@ -39,8 +39,8 @@ class EndOfTurn(Span):
 
 
 def is_trained(last: bool, multi_rounds: bool | None, message: dict | None = None) -> bool:
-    """Whether an answer is trained: all are, with `multi_rounds=False` the last turn, with None nothing; never one whose
-    message says `"weight": 0`, as OpenAI's fine-tuning files do."""
+    """Whether an answer is trained: all are, with `multi_rounds=False` the last turn, with None nothing; but never one
+    whose message says `"weight": 0`, as OpenAI's fine-tuning files do."""
     return bool((message or {}).get("weight", 1)) and (bool(multi_rounds) or multi_rounds is False and last)
 
 

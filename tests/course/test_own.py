@@ -6,6 +6,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -186,9 +187,8 @@ def test_examples_are_encoded_when_they_are_drawn(tmp_path, tokenizer, monkeypat
         ConversationFile(path)  # read_jsonl's own forms
     conversations = list(read_conversations(path))
     encoded = []
-    monkeypatch.setattr(
-        "chatmagic.data.dataset.build_inputs_labels", lambda *a, **k: encoded.append(a) or ([1, 2], [-100, 2])
-    )
+    row = SimpleNamespace(input_ids=[1, 2], labels=[-100, 2], replayed=[False, False])
+    monkeypatch.setattr("chatmagic.data.dataset.encode_conversation", lambda *a, **k: encoded.append(a) or row)
     examples = Examples(conversations, tokenizer)
     assert len(examples) == 50 and not encoded
     assert examples[7]["labels"] == [-100, 2] and len(encoded) == 1

@@ -153,7 +153,8 @@ def test_an_answer_of_weight_0_is_not_trained(tiny_models, folder, masked):
     for index in masked:
         talk[2 * index + 1] = talk[2 * index + 1] | {"weight": 0}
     example = encode_example(talk, tokenizer)
-    assert example["input_ids"] == whole["input_ids"]
+    # Where the history leaves the ending out, the last answer has one only if it is trained.
+    assert example["input_ids"] == whole["input_ids"][: len(example["input_ids"])]
     learnt = tokenizer.decode([label for label in example["labels"] if label != -100])
     assert [word in learnt for word in words] == [index not in masked for index in range(3)]
     same = [new == old for new, old in zip(example["labels"], whole["labels"]) if new != -100]
