@@ -20,9 +20,8 @@ from chatmagic import adalora_to_lora, load_model, merge_adapter
 from chatmagic.files import WriteError
 from chatmagic.models.checkpoint import CheckpointError
 from chatmagic.models.merge import PROVENANCE, MergeError, base_fingerprint
+from published import MODELS
 
-FAMILIES = ["baichuan2-7b-chat", "baichuan2-13b-chat", "qwen-7b-chat", "qwen-14b-chat", "internlm-chat-7b"]
-FAMILIES += ["chatglm2-6b", "llama-2-13b-chat"]
 IDS = torch.tensor([[5, 17, 3, 250, 9, 9, 41, 2]])
 
 
@@ -130,7 +129,7 @@ def test_the_merged_folder_is_a_whole_checkpoint_in_the_shards_of_the_base(tmp_p
     assert_same_but_for_rounding(load(merged), PeftModel.from_pretrained(load(base), adapter), load(base))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_a_published_family_merges_into_a_native_checkpoint(tmp_path, tiny_models, family):
     base = tiny_models / family
     model, tokenizer = load_model(base, dtype=torch.bfloat16)
