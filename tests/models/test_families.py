@@ -116,6 +116,7 @@ for folder, prompt in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_native_and_plain_transformers_reads_it(loaded, tmp_path):
     """In a process of its own, which has never seen this package until it reaches Baichuan2-13B, the last."""
     names = sorted(MODELS, key="baichuan2-13b-chat".__eq__)
@@ -233,6 +234,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_no_other_library_is_needed_to_read_them(tiny_models, loaded):
     """Those that the tests compare with are there only for the tests."""
     folders = [tiny_models / name for name in TOKENIZERS]

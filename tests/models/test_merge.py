@@ -286,6 +286,7 @@ def test_folders_that_are_no_model_or_no_adapter(tmp_path, base, adapter):
         merge_adapter(base, adapter, tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_host_memory_stays_below_twice_the_largest_shard(tmp_path):
     """Four shards of 64 MiB in tensors of 1 MiB: a merge that held two shards would be seen."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
