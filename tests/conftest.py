@@ -138,6 +138,27 @@ def model(tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(scope="module")
+def tokenizers_built_once():
+    """Building one takes a second or more, and it never changes: each folder's is built at its first load only."""
+    from chatmagic.models.families import FAMILIES
+
+    built = {}
+
+    def once(build):
+        def tokenizer(folder, config):
+            if folder not in built:
+                built[folder] = build(folder, config)
+            return built[folder]
+
+        return tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        for family in FAMILIES.values():
+            patch.setattr(family, "tokenizer", once(family.tokenizer))
+        yield
+
+
 @pytest.fixture(scope="session")
 def loaded(request):
     """(name, kind) -> model in fp32 and tokenizer, each loaded once; to be left as they are."""

@@ -26,6 +26,7 @@ from chatmagic.models.load import context_limit
 from golden import golden
 from published import MODELS, PAGE, WORDS
 
+pytestmark = pytest.mark.usefixtures("tokenizers_built_once")
 every = pytest.mark.parametrize("name", MODELS)
 TOKENIZERS = list({MODELS[name].template: name for name in reversed(MODELS)}.values())  # one model of each
 

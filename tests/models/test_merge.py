@@ -129,6 +129,7 @@ def test_the_merged_folder_is_a_whole_checkpoint_in_the_shards_of_the_base(tmp_p
     assert_same_but_for_rounding(load(merged), PeftModel.from_pretrained(load(base), adapter), load(base))
 
 
+@pytest.mark.usefixtures("tokenizers_built_once")
 @pytest.mark.parametrize("family", MODELS)
 def test_a_published_family_merges_into_a_native_checkpoint(tmp_path, tiny_models, family):
     base = tiny_models / family
