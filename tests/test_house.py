@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -70,6 +71,14 @@ def test_the_contracts_name_every_package_that_is_not_pythons_own():
     others = found - sys.stdlib_module_names - {"chatmagic"}
     assert set(CONTRACTS[1]["forbidden_modules"]) == others
     assert others - set(CONTRACTS[2]["forbidden_modules"]) == {"IPython", "markdown_it", "traitlets"}
+
+
+@pytest.mark.parametrize("address", [("192.0.2.1", 9), ("pypi.example", 443)])
+def test_a_test_that_is_not_marked_network_stays_inside(address):
+    with pytest.raises(OSError, match=f"not marked `network` would reach {address[0]}"):
+        socket.create_connection(address, timeout=5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), timeout=5).close()
 
 
 def test_the_notebooks_import_from_two_places():

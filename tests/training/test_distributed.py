@@ -167,6 +167,7 @@ def script(rank, port, home):
     sys.exit(main(["train", "llama-2-13b-chat", "--name", "小明"]))
 
 
+@pytest.mark.slow
 def test_the_script_trains_in_two_processes(tmp_path, tiny_models):
     shutil.copytree(tiny_models / "llama-2-13b-chat", tmp_path / "llama-2-13b-chat")
     assert in_two(script, tmp_path) == [0, 0]
