@@ -183,7 +183,7 @@ ERRORS = {"ChatmagicError"} | {
 }
 
 
-LATER = ("accel", "backends", "conversation", "data", "notebook", "prompts", "training")
+LATER = ("backends", "conversation", "data", "notebook", "prompts")
 
 
 def test_every_public_name_tells_what_it_is_and_what_it_raises():

@@ -85,13 +85,13 @@ def linears_4bit(model: "torch.nn.Module") -> "Iterator[Linear4bit]":
     return (module for module in model.modules() if isinstance(module, Linear4bit))
 
 
-def packed_for_inference(model) -> bool:
+def packed_for_inference(model: "torch.nn.Module") -> bool:
     """Whether bitsandbytes has repacked 4-bit weights for its CPU inference kernel, which has no backward."""
     states = (getattr(module.weight, "quant_state", None) for module in linears_4bit(model))
     return any(getattr(state, "packing_format_for_cpu", False) for state in states)
 
 
-def never_packed(model) -> None:
+def never_packed(model: "torch.nn.Module") -> None:
     """Keep bitsandbytes from that during validation: it repacks at the first forward in evaluation mode.
 
     (`Linear4bit.forward`; it would go on training with gradients that stop at every such layer, in silence.)
