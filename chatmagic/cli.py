@@ -7,9 +7,11 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .course.persona import Persona
 from .course.profile import get_profile
@@ -19,8 +21,12 @@ from .files import make_folder, remove, write
 from .machine import share_cores, short
 from .text import fit
 
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
-def doctor(args) -> None:
+
+def doctor(args: argparse.Namespace) -> None:
+    """Print what this machine has, and whether the profile fits it. Raises ProfileError where it does not."""
     from .course.profile import check_machine
     from .machine import home, report
 
@@ -31,15 +37,16 @@ def doctor(args) -> None:
     print(f"{'profile':13}{profile.name}: fits this machine")
 
 
-def download(args) -> None:
+def download(args: argparse.Namespace) -> None:
+    """Print the folder of the model, downloaded if need be."""
     from .course.download import snapshot_download
 
     print(snapshot_download(args.model, revision=args.revision, source=args.source))
 
 
-def tutorial(args) -> None:
+def tutorial(args: argparse.Namespace) -> None:
     """Execute the notebooks in order, each in a fresh kernel, from the first that failed or was changed; when
-    none is left, all of them again."""
+    none is left, all of them again. Raises ChatmagicError where there are none, and for a cell that fails."""
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -127,12 +134,12 @@ def _first_to_run(notebooks: list[Path], executed: Path) -> int:
     return next((index for index, path in enumerate(notebooks) if not done(path)), 0)  # all done: a new run
 
 
-def _cells(notebook: dict) -> list[tuple[str, str]]:
+def _cells(notebook: dict[str, Any]) -> list[tuple[str, str]]:
     """What makes a notebook run again when it changes."""
     return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
 
 
-def _sealed(notebook):
+def _sealed(notebook: "NotebookNode") -> "NotebookNode":
     """The notebook, marked as written by this command: with a digest that no longer holds once anybody changes it."""
     import nbformat
 
@@ -140,7 +147,7 @@ def _sealed(notebook):
     return notebook
 
 
-def _read_sealed(path: Path) -> dict | None:
+def _read_sealed(path: Path) -> dict[str, Any] | None:
     """The notebook's JSON, if this command wrote it and nobody changed it since."""
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -149,7 +156,7 @@ def _read_sealed(path: Path) -> dict | None:
         return None
 
 
-def _digest(notebook: dict) -> str:
+def _digest(notebook: dict[str, Any]) -> str:
     metadata = {key: value for key, value in notebook["metadata"].items() if key != "chatmagic"}
     return sha256(json.dumps(notebook | {"metadata": metadata}, sort_keys=True).encode()).hexdigest()
 
@@ -164,7 +171,7 @@ def _print_replies() -> None:
         print(" | ".join(fit(text, columns) for text, columns in zip(row, (40, 48, 60))).rstrip())
 
 
-def chosen(args) -> Course:
+def chosen(args: argparse.Namespace) -> Course:
     """The course that the arguments choose; what they leave out is as in the one started last."""
     try:
         last = resume()
@@ -187,14 +194,16 @@ def own_data(args) -> OwnData | None:
     return OwnData(str(path.resolve()) if path.exists() else args.data, **said)
 
 
-def train(args) -> None:
+def train(args: argparse.Namespace) -> None:
+    """Train as the notebooks do: see `course.script.run`."""
     course = chosen(args)
     from .course.script import run
 
     run(course, args.resume, args.save_every)
 
 
-def evaluate(args) -> None:
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the table of what the model knew before and after, and write evaluation.json."""
     course = chosen(args)
     from .course.evaluate import evaluate_course
 
@@ -207,7 +216,8 @@ def evaluate(args) -> None:
     print(f"Every reply is in {short(course.folder)}/evaluation.json.")
 
 
-def merge(args) -> None:
+def merge(args: argparse.Namespace) -> None:
+    """Merge an adapter, and print the folder that it is in."""
     from .models.merge import merge_adapter
 
     print(merge_adapter(args.base, args.adapter, args.output))
@@ -219,10 +229,11 @@ EVALUATE = "a table of what the model knew before and after: who it is, and what
 
 
 def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
     top = argparse.ArgumentParser(prog="chatmagic", description=__doc__.split(":")[1].strip())
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, run, help):
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help)
         added.set_defaults(run=run)
         return added
@@ -279,6 +290,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 1 for a ChatmagicError, which is printed, 130 for Ctrl-C."""
     args = parser().parse_args(argv)
     share_cores()
     warnings.filterwarnings("ignore", module="peft|transformers")  # what they tell their own developers

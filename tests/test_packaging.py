@@ -85,6 +85,7 @@ def test_the_wheel_holds_every_module_and_the_profiles(tmp_path):
     assert held == {path.relative_to(ROOT).as_posix() for path in files}
     assert {
         "chatmagic/course/profiles.toml",
+        "chatmagic/py.typed",  # mypy and editors trust the annotations
         "chatmagic/training/__init__.py",
         "chatmagic/models/families/__init__.py",
     } <= held

@@ -4,6 +4,15 @@ What notebooks import from here is loaded on first use, as in `chatmagic` itself
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..machine import GB, home, report, share_cores, short
+    from .evaluate import ask
+    from .persona import Persona, make_conversations
+    from .profile import get_profile, profiles
+    from .replies import own_replies
+    from .thread import Course, before_after, fetch, resume, start
 
 _HOME = {
     "GB": "machine",
@@ -28,10 +37,27 @@ _HOME = {
     "role_play": "course.own",
     "own_replies": "course.replies",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "Course",
+    "GB",
+    "Persona",
+    "ask",
+    "before_after",
+    "fetch",
+    "get_profile",
+    "home",
+    "make_conversations",
+    "own_replies",
+    "profiles",
+    "report",
+    "resume",
+    "share_cores",
+    "short",
+    "start",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"..{_HOME[name]}", __name__), name)

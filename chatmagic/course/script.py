@@ -5,6 +5,8 @@ import random
 import signal
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 # First, for what is done there before the others are imported.
 from ..training import KerasModel, adalora_config, find_all_linear_names, prepare
@@ -12,13 +14,15 @@ from ..training import KerasModel, adalora_config, find_all_linear_names, prepar
 # isort: split
 
 import bitsandbytes as bnb
+import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
+from ..conversation.messages import Message
 from ..data.dataset import ConversationFile, DataCollator, Examples, read_jsonl, write_jsonl
 from ..errors import ChatmagicError
 from ..models.load import load_model
@@ -31,9 +35,9 @@ from .thread import Course, fetch
 from .thread import resume as resume_course
 
 
-def run(course: Course, resume: bool | None = None, save_every: int | None = None):
+def run(course: Course, resume: bool | None = None, save_every: int | None = None) -> pd.DataFrame:
     """Go through 00-setup to 04-train-adalora, as one process or as one of those that a launcher started; returns
-    fit's history. SIGTERM is taken as Ctrl-C is."""
+    fit's history. SIGTERM is taken as Ctrl-C is. Raises ChatmagicError where another process has ended."""
     signal.signal(signal.SIGTERM, interrupted)
     state = PartialState(
         # Without it accelerate looks for the other processes on GPUs alone.
@@ -55,13 +59,13 @@ def run(course: Course, resume: bool | None = None, save_every: int | None = Non
     return history
 
 
-def interrupted(signum, frame):
+def interrupted(signum: int, frame: FrameType | None) -> None:
     """Do what Ctrl-C does, also in a background job, which starts with that ignored."""
     ctrl_c = signal.getsignal(signal.SIGINT)
     (ctrl_c if callable(ctrl_c) else signal.default_int_handler)(signum, frame)
 
 
-def load(course: Course):
+def load(course: Course) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer), on the GPU of this process if it has one, else on the CPU."""
     quantize = None if course.profile.quantize == "no" else course.profile.quantize
     return load_model(course.model, quantize=quantize, device_map={"": PartialState().device})
@@ -86,8 +90,9 @@ def make_data(course: Course) -> None:
     course.save_data(**made)
 
 
-def hold_out(conversations: list[list[dict]], path: Path) -> list[list[dict]]:
-    """A tenth of the conversations that were read from `path`, the same each time, to validate with."""
+def hold_out(conversations: list[list[Message]], path: Path) -> list[list[Message]]:
+    """A tenth of the conversations that were read from `path`, the same each time, to validate with. Raises
+    ChatmagicError for fewer than two."""
     if len(conversations) < 2:
         raise ChatmagicError(f"{path} has {len(conversations)} conversations: two are the least, one to validate with.")
     held = random.Random(0).sample(conversations, max(1, len(conversations) // 10))
@@ -95,7 +100,7 @@ def hold_out(conversations: list[list[dict]], path: Path) -> list[list[dict]]:
     return held
 
 
-def train(course: Course, **settings):
+def train(course: Course, **settings: Any) -> pd.DataFrame:
     """What 04-train-adalora does. Each process takes batches of the profile's size; `settings` go to fit."""
     state, profile = PartialState(), course.profile
     torch.manual_seed(0)

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..conversation.messages import Message
 from ..data.dataset import as_line
 from ..errors import ChatmagicError
 from ..files import make_folder, write, writing
@@ -16,6 +18,9 @@ from ..models.checkpoint import CheckpointError, weight_files
 from .download import snapshot_download
 from .persona import Persona, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What a notebook may need of earlier ones: name -> (file or folder, the notebook that leaves it there)
 LEFT = {
@@ -80,15 +85,15 @@ class Course:
             raise AttributeError(name)
         return self.folder / LEFT[name][0].split("/")[0]
 
-    def learning(self, file: str | Path, **settings) -> "Course":
+    def learning(self, file: str | Path, **settings: object) -> "Course":
         """The same course with data of one's own, in a folder of its own; `settings` are OwnData's."""
-        return replace(self, own=OwnData(str(file), **settings))
+        return replace(self, own=OwnData(str(file), **settings: object))
 
-    def save_json(self, name: str, value) -> None:
+    def save_json(self, name: str, value: object) -> None:
         """Write `value` beside the rest."""
         write(self.folder / name, json.dumps(value, ensure_ascii=False, indent=1))
 
-    def save_data(self, **made: Iterable[list[dict]]) -> None:
+    def save_data(self, **made: Iterable[list[Message]]) -> None:
         """Write conversations to train.jsonl, val.jsonl. Raises CourseError where a file of that name is not what this
         wrote before: somebody's own data, which is never written over."""
         written = self.folder / "made.json"
@@ -119,7 +124,8 @@ class Course:
 
     def shown(self) -> list[str]:
         """The questions of the table at the end: the nine that are trained, and six general ones."""
-        return [question for _, question in self.persona.asked("trained")] + questions()["general"]["shown"]
+        general: list[str] = questions()["general"]["shown"]
+        return [question for _, question in self.persona.asked("trained")] + general
 
 
 def _digest(path: Path) -> str:
@@ -127,7 +133,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def start(profile: str = "auto", **persona) -> Course:
+def start(profile: str = "auto", **persona: str) -> Course:
     """Choose the model and who it becomes, and remember both for the notebooks that follow. "auto" says why, where it
     does not take what it would take on a larger machine."""
     auto = profile == "auto" and "CHATMAGIC_PROFILE" not in os.environ
@@ -144,15 +150,15 @@ def fetch(course: Course) -> Course:
     with suppress(CheckpointError):
         if (course.model / "config.json").is_file() and weight_files(course.model):
             return course.remember()
-    for name in AUTO[AUTO.index(course.profile.name) :] if course.auto else [course.profile.name]:
-        course = replace(course, profile=get_profile(name))
+    *larger, last = AUTO[AUTO.index(course.profile.name) :] if course.auto else [course.profile.name]
+    for name in larger:
         try:
             snapshot_download(name)
-            return course.remember()
+            return replace(course, profile=get_profile(name)).remember()
         except ChatmagicError as error:
-            if not course.auto or name == AUTO[-1]:
-                raise
             print(f"{error}\nSo the course goes on with a smaller model.")
+    snapshot_download(last)
+    return replace(course, profile=get_profile(last)).remember()
 
 
 def resume(*needs: str) -> Course:
@@ -173,7 +179,7 @@ def resume(*needs: str) -> Course:
     return course
 
 
-def before_after(before: dict[str, str], after: dict[str, str]):
+def before_after(before: dict[str, str], after: dict[str, str]) -> "pd.DataFrame":
     """A pandas DataFrame of the replies: question, before, after."""
     import pandas as pd
 
