@@ -112,7 +112,7 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
     train_data, val_data = (Examples(part, tokenizer, **cut) for part in (learnt, held_out))
     samples = (own.samples or len(train_data)) if own else profile.samples
     if own and state.is_main_process:
-        print(f"{used(course, samples)}; {train_data}.", flush=True)
+        print(f"{used(course, samples)}; {train_data.summary()}.", flush=True)
     collator = DataCollator(tokenizer)
     drawn = RandomSampler(train_data, num_samples=samples)
     train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)

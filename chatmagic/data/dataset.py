@@ -114,7 +114,7 @@ class ConversationFile(Sequence):
 class Examples(Sequence):
     """Conversations as examples, each encoded when it is drawn: a map-style dataset for torch's DataLoader.
 
-    conversations: a list of them, or a ConversationFile. The rest as for `encode_example`.
+    conversations: a list of them, or a ConversationFile, of which `summary` tells. The rest as for `encode_example`.
     """
 
     def __init__(
@@ -129,22 +129,24 @@ class Examples(Sequence):
     def __getitem__(self, index: int) -> dict[str, list]:
         return encode_example(self.conversations[index], self.tokenizer, **self.cut)
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
         """The tokens that are trained, of a thousand examples scaled up where there are more, and the longest row.
 
-        Raises LabelsError, with its line, for a conversation that is too long. Only those that have more bytes than the
-        context has tokens can be; they are encoded here and now.
+        Raises LabelsError, with its line, for a conversation that is too long: only those that have many bytes can be,
+        and they are encoded here and now.
         """
-        sizes, limit = self.conversations.lengths, self.cut["max_length"] or self.tokenizer.model_max_length
-        every = range(len(self))
+        every, sizes = range(len(self)), self.conversations.lengths
+        limit = self.cut["max_length"] or self.tokenizer.model_max_length
         drawn = every if len(self) <= 1000 else random.Random(0).sample(every, 1000)
         trained = sum(label != IGNORE for index in drawn for label in self[index]["labels"]) * len(self) // len(drawn)
-        longest = {index for index in every if sizes[index] > limit} | {*nlargest(8, every, key=sizes.__getitem__)}
-        tokens, index = max((len(self[index]["input_ids"]), index) for index in longest)
+        long = {index for index in every if sizes[index] > limit / 2} | {*nlargest(8, every, key=sizes.__getitem__)}
+        tokens, index = max((len(self[index]["input_ids"]), index) for index in long)
         about = "" if len(drawn) == len(self) else "about "
         context = "" if limit > 10**9 else f" of {limit:,}"
-        where = self.conversations[index].where
-        return f"{about}{trained:,} tokens trained, the longest row has {tokens:,}{context} ({where})"
+        return (
+            f"{about}{trained:,} tokens trained, the longest row has {tokens:,}{context} "
+            f"({self.conversations[index].where})"
+        )
 
 
 # What ShareGPT files call the roles, next to their proper names.

@@ -187,7 +187,7 @@ class Forms:
                 talk.append({"role": ("user", "assistant")[index % 2], "content": turn})
             elif isinstance(turn, list | tuple) and len(turn) == 2:
                 pair = zip(("user", "assistant"), turn)
-                talk += [{"role": role, "content": _text(text, f"a {role}'s turn")} for role, text in pair]
+                talk += [{"role": role, "content": _text(text, f"a turn ({role})")} for role, text in pair]
             else:
                 raise DataError(f"turn {index} is a {_kind(turn)}; expected a message, a text or a pair of texts.")
         return talk
@@ -244,7 +244,9 @@ class Forms:
                 why = "labelled bad" if key in _VERDICTS else "marked as not to be trained"
                 raise LeftOut(f"{why} ({key})")
             if not _is_one_of(value, _ON) and not _is_nothing(value):
-                self.unused[key] += 1
+                if "weight" in key:
+                    _weight(key, value)
+                self.unused[key] += 1  # another thing of that name: a class, a loss that was measured
         elif _is_empty(value):
             return
         elif key in _TOOLS:
@@ -332,7 +334,7 @@ def _rank(part: str, key: str) -> int:
 
 
 def _unknown(keys: tuple, question: list, answer: list) -> str:
-    found = f"found {', '.join(sorted(map(str, keys)))}"
+    found = f"found {', '.join(sorted(map(str, keys))) or 'nothing'}"
     if question and str(question[0]).lower() == "instruction":
         ways = "".join(f', {key!r}: "{name}"' for key, name in (("context", "input"),) if key in keys)
         to_type = f' Say what is what: columns={{{answer[0]!r}: "output"{ways}}}.' if answer else ""

@@ -176,8 +176,8 @@ def test_a_conversation_that_is_too_long_is_told_before_the_first_step(tmp_path,
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(LabelsError, match="^a.jsonl, line 2: The conversation is"):
-        str(Examples(ConversationFile(path), tokenizer, max_length=500))
-    assert str(Examples(ConversationFile(path), tokenizer)).endswith("(a.jsonl, line 2)")
+        Examples(ConversationFile(path), tokenizer, max_length=500).summary()
+    assert Examples(ConversationFile(path), tokenizer).summary().endswith("(a.jsonl, line 2)")
 
 
 def test_examples_are_encoded_when_they_are_drawn(tmp_path, tokenizer, monkeypatch):
