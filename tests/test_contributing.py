@@ -75,9 +75,7 @@ def test_a_notebook(notebook):
         assert f"[{notebook.removesuffix('.ipynb')}](notebooks/{notebook})" in [cells[0] for cells in rows(readme)]
     assert re.search(r"^test:.*\n\t.*--nbval-lax .*\bnotebooks\b", text("Makefile"), re.MULTILINE)
     assert "make test" in text(".ci/run"), "CI executes it"
-    assert notebook[:2] == f"{[path.name for path in NOTEBOOKS].index(notebook):02d}", (
-        "the tutorial goes by the numbers"
-    )
+    assert [path.name[:2] for path in NOTEBOOKS].count(notebook[:2]) == 1, "the tutorial goes by the numbers"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -3,10 +3,11 @@
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..conversation.messages import build_messages
+from ..conversation.messages import Message, build_messages
 from ..data.dataset import ConversationFile, write_jsonl
 from ..data.readers import read_conversations
 from ..data.rows import DataError
@@ -15,7 +16,11 @@ from ..machine import home
 from ..prompts.labels import IGNORE
 from .download import answers, first_answer, modelscope_address
 from .persona import holds, make_conversations, questions
-from .thread import Course
+from .thread import Course, CourseError, OwnData
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT = 200  # the most that are kept to validate with: each epoch asks all of them
 REPLAYED = 0.25  # replies of the base's own beside each conversation; what that buys: benchmarks/own_data.py
@@ -29,14 +34,14 @@ def make_own_data(course: Course, replies: Callable[[], Sequence[tuple[str, str]
     `replies()`, the base's own, which are asked for last. Raises DataError as `read_conversations` does, CourseError
     where the files there are not what this wrote before.
     """
-    own, path = course.own, dataset_file(course.own.file)
+    own = chosen(course)
+    path = dataset_file(own.file)
     if is_made(course, path):
         return
     every = course.folder / "own.jsonl"
     make_folder(course.folder)
-    arguments = {"columns": own.columns, "encoding": own.encoding, "on_error": own.on_error}
     try:
-        write_jsonl(read_conversations(path, persona=course.persona, **arguments), every)
+        write_jsonl(read_conversations(path, own.columns, own.encoding, own.on_error, course.persona), every)
         conversations = ConversationFile(every)
         learnt, held = split(len(conversations))
         added = [] if own.mix == "nothing" else mixed(course, replies(), len(learnt))
@@ -44,6 +49,13 @@ def make_own_data(course: Course, replies: Callable[[], Sequence[tuple[str, str]
     finally:
         remove(every)
     course.save_json("own.json", {"source": source(path), "conversations": len(conversations), "mixed": len(added)})
+
+
+def chosen(course: Course) -> OwnData:
+    """The course's own data. Raises CourseError where it has none."""
+    if course.own is None:
+        raise CourseError("This course has no data of one's own: course.learning(FILE) is one that has.")
+    return course.own
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
@@ -55,7 +67,7 @@ def split(count: int) -> tuple[list[int], list[int]]:
     return [index for index in range(count) if index not in kept], held
 
 
-def mixed(course: Course, replies: Sequence[tuple[str, str]], count: int) -> list[list[dict]]:
+def mixed(course: Course, replies: Sequence[tuple[str, str]], count: int) -> list[list[Message]]:
     """What is trained beside `count` conversations: a quarter as many of the base's own replies, each marked
     `"replayed": True`; with the mix "identity" also the course's conversations of who the persona is.
 
@@ -66,18 +78,18 @@ def mixed(course: Course, replies: Sequence[tuple[str, str]], count: int) -> lis
     for query, reply in rng.sample(list(replies), min(len(replies), round(count * REPLAYED))):
         added.append(build_messages(history=[(query, reply)]))
         added[-1][-1]["replayed"] = True
-    if course.own.mix == "identity":
+    if chosen(course).mix == "identity":
         number = min(profile.conversations, max(profile.samples, count // 2))
         added += make_conversations(course.persona, replies, number, general=profile.general)
     return added
 
 
-def _drawn(conversations: ConversationFile, indices: list[int], added: list[list[dict]]) -> Iterator[list[dict]]:
+def _drawn(conversations: ConversationFile, indices: list[int], added: list[list[Message]]) -> Iterator[list[Message]]:
     yield from (conversations[index] for index in indices)
     yield from added
 
 
-def source(path: Path) -> list:
+def source(path: Path) -> list[str | int]:
     """What tells that a file is the one that was read."""
     found = path.stat()
     return [str(path.resolve()), found.st_size, found.st_mtime_ns]
@@ -87,7 +99,7 @@ def is_made(course: Course, path: Path) -> bool:
     """Whether train.jsonl and val.jsonl were made of the file as it is now."""
     if not all(each.is_file() for each in (path, course.folder / "own.json", course.train, course.val)):
         return False
-    return json.loads((course.folder / "own.json").read_text(encoding="utf-8"))["source"] == source(path)
+    return bool(json.loads((course.folder / "own.json").read_text(encoding="utf-8"))["source"] == source(path))
 
 
 def used(course: Course, drawn: int) -> str:
@@ -146,7 +158,7 @@ def role_play(language: str = "zh") -> Path:
     return Path(__file__).with_name(names[language])
 
 
-def known(model, tokenizer) -> list[str]:
+def known(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The questions of the course's retention list that the model answers rightly, asked alone, decoded greedily."""
     from .evaluate import ask
 
@@ -155,13 +167,13 @@ def known(model, tokenizer) -> list[str]:
     return [query for (query, *facts), reply in zip(asked, replies) if holds(reply, facts)]
 
 
-def held_out_loss(model, batches) -> float:
+def held_out_loss(model: "PreTrainedModel", batches: Iterable[dict[str, "torch.Tensor"]]) -> float:
     """The mean cross-entropy of the trained tokens of a DataLoader's batches: what `fit` calls val_loss, where nothing
     is replayed."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    loss = count = 0
+    loss, count = 0.0, 0
     with torch.inference_mode():
         for batch in batches:
             labels = batch["labels"][:, 1:].to(model.device)

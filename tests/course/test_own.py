@@ -123,6 +123,7 @@ def with_model(home, tiny_models):
     shutil.copytree(tiny_models / NAME, home / NAME)
 
 
+@pytest.mark.slow
 def test_the_command(with_model, tmp_path, capsys, monkeypatch):
     """From a file to an adapter; a second time, the same data; what the course had before is as it was."""
     identity = course.start(NAME)
