@@ -224,7 +224,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.cli train, over several
-nodes with CHATMAGIC_HOME on a disk that they share"""
+nodes with CHATMAGIC_HOME and CHATMAGIC_COURSE on a disk that they share"""
 EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
 
 
