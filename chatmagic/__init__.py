@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .conversation.llm import ChatLLM
     from .conversation.messages import build_messages, validate_messages
     from .course.download import snapshot_download
-    from .data.dataset import DataCollator, encode_example, read_jsonl, write_jsonl
+    from .data.dataset import ConversationFile, DataCollator, Examples, encode_example, read_jsonl, write_jsonl
+    from .data.readers import read_conversations
     from .errors import ChatmagicError
     from .models.checkpoint import open_weights
     from .models.load import load_model
@@ -60,7 +61,9 @@ _HOME = {
 __all__ = [
     "ChatLLM",
     "ChatmagicError",
+    "ConversationFile",
     "DataCollator",
+    "Examples",
     "KerasModel",
     "StepRunner",
     "adalora_config",
@@ -79,6 +82,7 @@ __all__ = [
     "plot_importance",
     "plot_ranks",
     "prepare",
+    "read_conversations",
     "read_jsonl",
     "show_labels",
     "snapshot_download",

@@ -183,7 +183,7 @@ def chosen(args: argparse.Namespace) -> Course:
     return Course(profile, replace(last.persona, **said), last.auto and not args.profile, own)
 
 
-def own_data(args) -> OwnData | None:
+def own_data(args: argparse.Namespace) -> OwnData | None:
     """What the arguments say of the reader's own data; none for an empty name."""
     if not args.data:
         return None
@@ -283,6 +283,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def pair(text: str) -> tuple[str, str]:
+    """The two sides of "content=query"."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is no pair; for example content=query")

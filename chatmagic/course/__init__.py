@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..machine import GB, home, report, share_cores, short
     from .evaluate import ask
+    from .own import held_out_loss, known, make_own_data, role_play, used
     from .persona import Persona, make_conversations
     from .profile import get_profile, profiles
     from .replies import own_replies
@@ -45,15 +46,20 @@ __all__ = [
     "before_after",
     "fetch",
     "get_profile",
+    "held_out_loss",
     "home",
+    "known",
     "make_conversations",
+    "make_own_data",
     "own_replies",
     "profiles",
     "report",
     "resume",
+    "role_play",
     "share_cores",
     "short",
     "start",
+    "used",
 ]
 
 

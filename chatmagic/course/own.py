@@ -3,8 +3,9 @@
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..conversation.messages import build_messages
 from ..data.dataset import ConversationFile, write_jsonl
@@ -16,6 +17,10 @@ from ..prompts.labels import IGNORE
 from .download import answers, first_answer, modelscope_address
 from .persona import holds, make_conversations, questions
 from .thread import Course
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT = 200  # the most that are kept to validate with: each epoch asks all of them
 REPLAYED = 0.25  # replies of the base's own beside each conversation; what that buys: benchmarks/own_data.py
@@ -47,7 +52,8 @@ def make_own_data(course: Course, replies: Callable[[], Sequence[tuple[str, str]
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
-    """(indices to train, indices to validate): a tenth of `count` for the second, the same each time."""
+    """(indices to train, indices to validate): a tenth of `count` for the second, the same each time. Raises DataError
+    for fewer than two."""
     if count < 2:
         raise DataError(f"There is {count} conversation: two are the least, one to validate with.")
     held = sorted(random.Random(0).sample(range(count), min(HELD_OUT, max(1, count // 10))))
@@ -146,7 +152,7 @@ def role_play(language: str = "zh") -> Path:
     return Path(__file__).with_name(names[language])
 
 
-def known(model, tokenizer) -> list[str]:
+def known(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The questions of the course's retention list that the model answers rightly, asked alone, decoded greedily."""
     from .evaluate import ask
 
@@ -155,7 +161,7 @@ def known(model, tokenizer) -> list[str]:
     return [query for (query, *facts), reply in zip(asked, replies) if holds(reply, facts)]
 
 
-def held_out_loss(model, batches) -> float:
+def held_out_loss(model: "PreTrainedModel", batches: Iterable[dict[str, "Tensor"]]) -> float:
     """The mean cross-entropy of the trained tokens of a DataLoader's batches: what `fit` calls val_loss, where nothing
     is replayed."""
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..conversation.messages import Message
 from ..data.dataset import as_line
@@ -85,9 +85,9 @@ class Course:
             raise AttributeError(name)
         return self.folder / LEFT[name][0].split("/")[0]
 
-    def learning(self, file: str | Path, **settings: object) -> "Course":
+    def learning(self, file: str | Path, **settings: Any) -> "Course":
         """The same course with data of one's own, in a folder of its own; `settings` are OwnData's."""
-        return replace(self, own=OwnData(str(file), **settings: object))
+        return replace(self, own=OwnData(str(file), **settings))
 
     def save_json(self, name: str, value: object) -> None:
         """Write `value` beside the rest."""
