@@ -224,7 +224,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.cli train, over several
-nodes with CHATMAGIC_HOME on a disk that they share"""
+nodes with CHATMAGIC_HOME and CHATMAGIC_COURSE on a disk that they share"""
 EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
 
 
@@ -283,6 +283,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def pair(text: str) -> tuple[str, str]:
+    """The two sides of "content=query"."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is no pair; for example content=query")

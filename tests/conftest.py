@@ -57,6 +57,12 @@ def pytest_runtest_protocol(item):
         _kept_inside = False
 
 
+@pytest.fixture(autouse=True)
+def course_of_a_test(tmp_path, monkeypatch):
+    """No test writes to the courses of whoever runs it."""
+    monkeypatch.setenv("CHATMAGIC_COURSE", str(tmp_path / "home" / "course"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of golden data. Absent elsewhere: skipped there, but a failure where CI demands it."""

@@ -19,7 +19,7 @@ from .persona import holds, make_conversations, questions
 from .thread import Course, CourseError, OwnData
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT = 200  # the most that are kept to validate with: each epoch asks all of them
@@ -59,7 +59,8 @@ def chosen(course: Course) -> OwnData:
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
-    """(indices to train, indices to validate): a tenth of `count` for the second, the same each time."""
+    """(indices to train, indices to validate): a tenth of `count` for the second, the same each time. Raises DataError
+    for fewer than two."""
     if count < 2:
         raise DataError(f"There is {count} conversation: two are the least, one to validate with.")
     held = sorted(random.Random(0).sample(range(count), min(HELD_OUT, max(1, count // 10))))
@@ -167,7 +168,7 @@ def known(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> lis
     return [query for (query, *facts), reply in zip(asked, replies) if holds(reply, facts)]
 
 
-def held_out_loss(model: "PreTrainedModel", batches: Iterable[dict[str, "torch.Tensor"]]) -> float:
+def held_out_loss(model: "PreTrainedModel", batches: Iterable[dict[str, "Tensor"]]) -> float:
     """The mean cross-entropy of the trained tokens of a DataLoader's batches: what `fit` calls val_loss, where nothing
     is replayed."""
     import torch

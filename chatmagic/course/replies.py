@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..conversation.messages import build_messages
 from ..files import make_folder, write
-from ..machine import home
+from ..machine import courses
 from ..models.merge import base_fingerprint
 from .evaluate import ask
 from .persona import questions
@@ -30,12 +30,12 @@ TOKENS, BATCH = 64, 16
 def own_replies(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str]]:
     """(question, reply) for each general question that is replayed: the base model's own words, at most 64 tokens.
 
-    They depend on nobody's name: those of the embedded model come with the package, others are kept below `home()`
-    after each batch, by the fingerprint of the model's folder. What is there is not asked again.
+    They depend on nobody's name: those of the embedded model come with the package, others are kept beside the
+    courses after each batch, by the fingerprint of the model's folder. What is there is not asked again.
     """
     folder = Path(model.name_or_path)
     asked, replies = questions()["general"]["replay"], shipped(folder)
-    kept = home() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.json"
+    kept = courses() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.json"
     if kept.is_file():
         replies |= json.loads(kept.read_text(encoding="utf-8"))
     missing = sorted((query for query in asked if query not in replies), key=len)  # a batch is as slow as its longest

@@ -13,7 +13,7 @@ from ..conversation.messages import Message
 from ..data.dataset import as_line
 from ..errors import ChatmagicError
 from ..files import make_folder, write, writing
-from ..machine import home
+from ..machine import courses, home
 from ..models.checkpoint import CheckpointError, weight_files
 from .download import snapshot_download
 from .persona import Persona, questions
@@ -77,7 +77,7 @@ class Course:
     def folder(self) -> Path:
         """Where what the notebooks make lies: data, adapter, merged model."""
         who = asdict(self.persona) | ({"own": asdict(self.own)} if self.own else {})
-        return home() / "course" / f"{self.profile.name}-{hashlib.sha256(json.dumps(who).encode()).hexdigest()[:6]}"
+        return courses() / f"{self.profile.name}-{hashlib.sha256(json.dumps(who).encode()).hexdigest()[:6]}"
 
     def __getattr__(self, name: str) -> Path:
         """`before`, `train`, `val`, `adapter`, `merged`: the file or folder of that name."""
@@ -119,7 +119,7 @@ class Course:
         make_folder(self.folder)
         chosen = {"profile": self.profile.name, "auto": self.auto, "persona": asdict(self.persona)}
         chosen |= {"own": asdict(self.own)} if self.own else {}
-        write(home() / "course" / "course.json", json.dumps(chosen, ensure_ascii=False, indent=1))
+        write(courses() / "course.json", json.dumps(chosen, ensure_ascii=False, indent=1))
         return self
 
     def shown(self) -> list[str]:
@@ -164,7 +164,7 @@ def fetch(course: Course) -> Course:
 def resume(*needs: str) -> Course:
     """The course that 00-setup started. Raises CourseError, naming the notebook to run, if one of `needs` (names
     in LEFT) is not there yet."""
-    chosen = home() / "course" / "course.json"
+    chosen = courses() / "course.json"
     if not chosen.is_file():
         raise CourseError(f"No course is started: there is no {chosen}. Run 00-setup.ipynb first, from its first cell.")
     saved = json.loads(chosen.read_text(encoding="utf-8"))

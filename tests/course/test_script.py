@@ -25,7 +25,7 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04-train-adalora.ipynb"
 
 def train(home, *arguments, runner=None) -> int:
     """`chatmagic train` of a tiny model in sixteen steps, eight an epoch."""
-    os.environ["CHATMAGIC_HOME"] = str(home)
+    os.environ |= {"CHATMAGIC_HOME": str(home), "CHATMAGIC_COURSE": str(home / "course")}
     profiles()[NAME] = replace(
         profiles()[NAME], quantize="no", conversations=24, samples=16, epochs=2, learning_rate=1e-2
     )
