@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 import pytest
 
 from chatmagic.course.profile import profiles
+from chatmagic.data.forms import PARTS
 from chatmagic.models import families
 from golden import golden
 from published import MODELS
@@ -41,7 +42,7 @@ def rows(document: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", [name for name, module in MODULES.items() if hasattr(module, "recognises")])
 def test_a_family(name, tiny_models):
     module = MODULES[name]
-    assert module in families.FAMILIES.values(), "chatmagic/models/families/__init__.py does not know it"
+    assert module in families.FAMILIES.values(), "it has no NAME"
     configs = {model: json.loads((tiny_models / model / "config.json").read_text()) for model in MODELS}
     read = [model for model in MODELS if families.find_family(configs[model], tiny_models / model) is module]
     assert read, "tests/helpers/published.py makes no checkpoint of it"
@@ -67,6 +68,15 @@ def test_a_profile(name):
         (cells,) = [cells for cells in rows(readme) if f"`{name}`" in cells[0]]
         sizes = dict(zip(re.findall("`([^`]+)`", cells[0]), re.findall(r"([\d.]+) GB", cells[1]), strict=True))
         assert float(sizes[name]) == round(profile.bytes / 1e9, len(sizes[name].partition(".")[2])) and cells[2]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_data_format(part):
+    """What a part of a row may be called, in a case and in the docs; tests/data/test_readers.py wants what becomes of
+    every case."""
+    cases = b"".join(path.read_bytes() for path in (ROOT / "tests/data/cases").iterdir())
+    assert any(f'"{name}"'.encode() in cases for name in PARTS[part])
+    assert any(re.search(f'[`"]{name}[`"]', text("docs/data.md")) for name in PARTS[part])
 
 
 @pytest.mark.parametrize("notebook", [path.name for path in NOTEBOOKS])
