@@ -146,7 +146,7 @@ def state(source, monkeypatch):
     model = adalora()
 
     def act(where, version):
-        saved = {"step": 3, "params": torch.full((9999,), float(version))}
+        saved = states.RunState(step=3, params={"factor": torch.full((9999,), float(version))})
         states.save_state(changed(model, version), saved, where / "run")
 
     return act
