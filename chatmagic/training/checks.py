@@ -4,6 +4,7 @@ A check is a function of the KerasModel whose fit is about to begin; it returns 
 or None. They run in the order of CHECKS, before anything is written.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..errors import ChatmagicError
 from ..models.parts import trainable
 from ..models.quantize import packed_for_inference
+from .states import RunState
 from .step import StepRunner
 
 if TYPE_CHECKING:
@@ -109,3 +111,67 @@ def refuse_what_cannot_train(run: "KerasModel") -> None:
     for check in CHECKS:
         if problem := check(run):
             raise ChatmagicError(problem)
+
+
+# --- whether a state is of this run
+
+
+def run_settings(run, train_data) -> dict:
+    """What makes a run the one that it is: plain values by their names."""
+    config = run.net.peft_config[run.net.active_adapter].to_dict()
+    adapter = {name: value for name, value in config.items() if type(value) in (int, float, bool)}
+    optimizer, scheduler = run.optimizer, run.lr_scheduler
+    return {
+        "rows": len(train_data.dataset) if hasattr(train_data.dataset, "__len__") else None,
+        "batch_size": train_data.batch_size,
+        "batches": len(run.train_loader),
+        "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
+        "epochs": run.epochs,
+        "monitor": run.monitor,
+        "mode": run.mode,
+        "optimizer": type(optimizer).__name__,
+        "learning_rate": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
+        "lr_scheduler": scheduler and schedule_settings(scheduler),
+        "adapter": {name: value for name, value in adapter.items() if name != "inference_mode"},
+    }
+
+
+def schedule_settings(scheduler) -> dict:
+    """The class of a torch scheduler and the plain values that it was made with."""
+    names = inspect.signature(type(scheduler).__init__).parameters.keys() - {"last_epoch"}
+    made_with = {name: value for name, value in vars(scheduler).items() if name in names}
+    for function in getattr(scheduler, "lr_lambdas", []):  # as transformers' get_cosine_schedule_with_warmup makes it
+        made_with |= getattr(function, "keywords", {})
+    plain = {name: value for name, value in made_with.items() if type(value) in (int, float, bool, str)}
+    return {"class": type(scheduler).__name__} | plain
+
+
+def refuse_another_run(state: RunState, run) -> None:
+    """Raise ChatmagicError if `run` cannot go on with the state. It may have another patience, precision or device;
+    and more or fewer epochs where no schedule goes by them."""
+    processes, params = len(state.rng), dict(trainable(run.net))
+    where = f"The state in {run.ckpt_path} is"
+    if processes != run.accelerator.num_processes:
+        raise ChatmagicError(
+            f"{where} of {processes} processes, this run has {run.accelerator.num_processes}. Resume with as many: "
+            f"accelerate launch --num_processes {processes}."
+        )
+    if {name: param.shape for name, param in params.items()} != {n: param.shape for n, param in state.params.items()}:
+        raise ChatmagicError(f"{where} of an adapter on other layers than this model's, or of other ranks.")
+    now, then = flat(run.settings), flat(state.settings or {})
+    if not state.settings and state.of not in (None, run.steps):  # of an earlier version
+        now, then = {"steps": run.steps}, {"steps": state.of}
+    free = {"epochs"} if run.allocator is None and run.lr_scheduler is None else set()
+    names = dict.fromkeys([*now, *then] if then else [])
+    others = [name for name in names if name not in free and now.get(name) != then.get(name)]
+    if others:
+        told = ", ".join(f"{name} {then.get(name)}, now {now.get(name)}" for name in others)
+        raise ChatmagicError(
+            f"{where} of another run: {told}. Give fit what it had then, or start anew with fit(..., resume=False)."
+        )
+
+
+def flat(settings: dict) -> dict:
+    """Settings within settings by names with a dot."""
+    parts = (({f"{n}.{k}": v for k, v in s.items()} if isinstance(s, dict) else {n: s}) for n, s in settings.items())
+    return {name: value for part in parts for name, value in part.items()}

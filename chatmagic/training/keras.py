@@ -31,7 +31,7 @@ from ..accel.layers import fast_layers
 from ..errors import ChatmagicError
 from ..models.parts import trainable
 from . import functional
-from .checks import refuse_what_cannot_train
+from .checks import refuse_another_run, refuse_what_cannot_train, run_settings
 from .plots import EpochLines, pictures
 from .runtime import Batches, best_precision, get_rng, lost_peer, noted_interrupt, seeded, set_rng
 from .states import STATE, RunState, load_adapter, newest_state, save_adapter, save_state, state_folder
@@ -67,9 +67,13 @@ class KerasModel(kerasmodel.KerasModel):
         """Write the adapter to `ckpt_path`, by default fit's: see `states.save_adapter`."""
         save_adapter(self.net, ckpt_path or self.ckpt_path)
 
-    def load_ckpt(self, ckpt_path: str | Path | None = None) -> None:
-        """Take the adapter from `ckpt_path`, by default fit's: see `states.load_adapter`."""
-        load_adapter(self.net, ckpt_path or self.ckpt_path)
+    def load_ckpt(self, ckpt_path=None):
+        """Take a saved adapter up: its factors, and its ranks for as long as it is trained on. What the model was
+        before counts no more: the next fit is of a run of its own."""
+        pattern = load_adapter(self.net, ckpt_path or self.ckpt_path)
+        if pattern and (allocator := rank_allocator(self.net)):
+            allocator.settle(pattern)
+        BEGINNINGS.pop(self.net, None)
 
     def fit(
         self,
@@ -129,12 +133,15 @@ class KerasModel(kerasmodel.KerasModel):
         refuse_what_cannot_train(self)
         resume = self._resumes(resume)
         rng = gather_object([get_rng(self.samplers)])
-        self.state = RunState(of=self.steps, epoch_rng=rng, rng=rng)
+        self.settings = run_settings(self, train_data)
+        self.state = RunState(of=self.steps, settings=self.settings, epoch_rng=rng, rng=rng)
         self.callbacks = [*([*pictures(), VisProgress()] if plot else [EpochLines()]), *(callbacks or [])]
         try:
             self._place()
             if resume:
-                self._load_state(newest_state(self.ckpt_path))
+                state = newest_state(self.ckpt_path)
+                refuse_another_run(state, self)
+                self._restore(replace(state, of=self.steps, settings=self.settings))
             else:
                 self._start()
             self.captured = self._capture()
@@ -149,7 +156,7 @@ class KerasModel(kerasmodel.KerasModel):
             if self.best is None:
                 warnings.warn("No epoch ended with final ranks: the adapter is the last one, not the best.")
                 self._on_main(self.save_ckpt, ckpt_path, accelerator=self.accelerator)
-            self.load_ckpt(ckpt_path)
+            load_adapter(self.net, self.ckpt_path)
             self._call_back("on_fit_end")
         except RuntimeError as error:
             if not lost_peer(error, self.accelerator.num_processes):
@@ -195,18 +202,24 @@ class KerasModel(kerasmodel.KerasModel):
         return bool(resume) and state is not None
 
     def _has_steps(self) -> bool:
-        """Whether the optimizer has made steps, or the adapter is on its way through its ranks."""
-        return bool(self.optimizer.state) or bool(self.allocator and self.allocator.step)
+        """Whether the optimizer has made steps, the adapter is on its way through its ranks, or it is not what it was
+        when a fit began with it."""
+        if self.optimizer.state or (self.allocator and self.allocator.step):
+            return True
+        if self.net not in BEGINNINGS:
+            return False
+        params = RunState.read(io.BytesIO(BEGINNINGS[self.net])).params
+        return any(not torch.equal(param.cpu(), params[name]) for name, param in trainable(self.net))
 
     def _start(self) -> None:
         """From the beginning: the model's own, if it has made steps since."""
         if not self._has_steps():
             BEGINNINGS[self.net] = self._snapshot().to_bytes()
         elif self.net in BEGINNINGS:
-            state = replace(RunState.read(io.BytesIO(BEGINNINGS[self.net])), of=self.steps)
+            state = RunState.read(io.BytesIO(BEGINNINGS[self.net]))
             if not self.optimizer.state:  # made again since, perhaps with another rate
                 state = replace(state, optimizer=None, lr_scheduler=None)
-            self._load_state(state)
+            self._restore(replace(state, of=self.steps, settings=self.settings))
         else:
             raise ChatmagicError("This model was trained elsewhere. To start anew, make it, and its optimizer, again.")
         self._save_state()
@@ -264,10 +277,14 @@ class KerasModel(kerasmodel.KerasModel):
             optimizer=self.optimizer if training else None,
             lr_scheduler=self.lr_scheduler if training else None,
         )
+        loader = self.train_loader if training else self.val_loader
+        self.runner.tokenizer = getattr(loader.collate_fn, "tokenizer", None)
+        self.runner.epoch = self.state.epoch
         if training:
-            self.runner.captured = self.captured
-            self.runner.sums = self.state.sums or [0.0, 0.0]
+            self.runner.captured, self.runner.batch = self.captured, self.state.batch
+            self.runner.sums, self.runner.skipped = self.state.sums or [0.0, 0.0], self.state.skipped
         log = self.EpochRunner(self.runner, quiet=True)(batches)
+        self.state.skipped = getattr(self.runner, "skipped", 0) if training else self.state.skipped
         for name, value in (({"epoch": self.state.epoch} if training else {}) | log).items():
             self.state.history.setdefault(name, []).append(value)
 
@@ -276,6 +293,7 @@ class KerasModel(kerasmodel.KerasModel):
 
     def _after_step(self, batch: int) -> None:
         self.state.batch, self.state.sums = batch, getattr(self.runner, "sums", None)
+        self.state.skipped = getattr(self.runner, "skipped", 0)
         if self.accelerator.sync_gradients:
             self._between_steps(save_due=bool(self.save_every) and self.step % self.save_every == 0)
 
@@ -326,27 +344,13 @@ class KerasModel(kerasmodel.KerasModel):
         )
 
     @torch.no_grad()
-    def _load_state(self, state: RunState) -> None:
-        processes, params = len(state.rng), dict(trainable(self.net))
-        if processes != self.accelerator.num_processes:
-            raise ChatmagicError(
-                f"The state in {self.ckpt_path} is of {processes} processes, this run has "
-                f"{self.accelerator.num_processes}. Resume with as many: accelerate launch --num_processes {processes}."
-            )
-        if state.of not in (self.steps, None):
-            raise ChatmagicError(
-                f"The state in {self.ckpt_path} is of a run of {state.of} steps, and this one has {self.steps}: the "
-                "schedule would be another. Give fit the data, the batch size and the epochs of then, or start anew "
-                "with fit(..., resume=False)."
-            )
-        if params.keys() != state.params.keys():
-            raise ChatmagicError(f"The state in {self.ckpt_path} is of an adapter on other layers than this model's.")
-        for name, param in params.items():
+    def _restore(self, state: RunState):
+        for name, param in trainable(self.net):
             param.copy_(state.params[name])
         for part in ("allocator", "optimizer", "lr_scheduler"):
             if (its_state := getattr(state, part)) is not None:
                 getattr(self, part).load_state_dict(its_state)
-        if state.scaler is not None:
+        if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.state = state
         self.train_loader.iteration = state.epoch - 1  # a dataset or sampler may have a set_epoch
