@@ -113,10 +113,23 @@ def load_adapter(model, folder: str | Path) -> dict[str, list[bool]]:
 def saved_names(model) -> dict[str, torch.nn.Parameter]:
     """The parameters that are trained, by the names that PEFT saves them under."""
     adapter = model.active_adapter
-    return {
-        name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", ""): param
-        for name, param in trainable(model)
-    }
+
+    def saved_name(name: str) -> str:
+        name = name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "")
+        return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name  # DoRA's
+
+    return {saved_name(name): param for name, param in trainable(model)}
+
+
+def peft_tensors(model) -> dict[str, torch.Tensor]:
+    """What is trained, as PEFT would save it."""
+    name, factors = model.active_adapter, {name: param.detach() for name, param in trainable(model)}
+    config = model.peft_config[name]
+    pattern = getattr(config, "rank_pattern", None)
+    # "auto" would ask the hub whether the base's vocabulary has grown.
+    tensors = get_peft_model_state_dict(model, factors, name, save_embedding_layers=False)
+    config.rank_pattern = pattern  # its layers have been renamed
+    return tensors
 
 
 def state_folder(ckpt_path: str | Path, step: int) -> Path:
@@ -161,17 +174,12 @@ def newest_state(ckpt_path: str | Path, read: bool = True) -> RunState | None:
 
 def adapter_files(model: PeftModel) -> dict[str, bytes]:
     """The files of a PEFT adapter folder, by name. Raises ChatmagicError for factors that are no numbers any more."""
-    name = model.active_adapter
-    config = model.peft_config[name]
-    pattern_of_now = getattr(config, "rank_pattern", None)
-    factors = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
-    # "auto" would ask the hub whether the base's vocabulary has grown.
-    tensors = get_peft_model_state_dict(model, factors, name, save_embedding_layers=False)
-    saved = copy.copy(config)
-    saved.inference_mode = True
-    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in saved.to_dict().items()}
-    config.rank_pattern = pattern_of_now  # get_peft_model_state_dict has renamed its layers
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    config = copy.copy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    if pattern := fields.get("rank_pattern"):
+        fields["rank_pattern"] = {name.replace(f".{model.active_adapter}", ""): kept for name, kept in pattern.items()}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in peft_tensors(model).items()}
     check_finite(tensors, "in the adapter")
     base = Path(config.base_model_name_or_path or "")
     return {

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..accel.allocator import rank_allocator
 from ..accel.layers import flattened, takes_rows
 from ..errors import ChatmagicError
+from ..models.load import context_limit
 from ..models.parts import trainable
 from ..models.quantize import never_packed
 from .functional import add_up, base_at, clip, logits_at, summed_loss, take_step
@@ -64,6 +65,7 @@ class StepRunner:
         self.tokens = 0.0
         self.started = time.perf_counter()
         self.log = {f"{stage}_loss": math.nan}
+        self.context, self.context_reason = context_limit(net)
         # What fit knows:
         self.captured = None  # a CapturedStep
         self.epoch, self.batch = 1, 0  # where the run is: batches of this epoch so far
@@ -73,6 +75,7 @@ class StepRunner:
 
     def __call__(self, batch):
         self.batch += 1
+        self._refuse_beyond_context(batch)
         batch = self._without_repeated(batch)
         self.since_step[self.batch] = batch
         try:
@@ -138,6 +141,18 @@ class StepRunner:
             inputs, places = flattened(inputs)
             return inputs, places[rows, columns]
         return inputs, rows * inputs["input_ids"].shape[1] + columns
+
+    def _refuse_beyond_context(self, batch: dict) -> None:
+        """Where a row is longer than what the model can place: it would be trained on noise, or end in an index error
+        of the device."""
+        if self.context is None or batch["input_ids"].shape[1] <= self.context:
+            return
+        lengths = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1).tolist()
+        if (longest := max(lengths)) > self.context:
+            raise ChatmagicError(
+                f"Row {lengths.index(longest)} of batch {self.batch} has {longest} tokens, and the model's context "
+                f"ends at {self.context}, since {self.context_reason}. Shorten such rows, or leave them out."
+            )
 
     @torch.no_grad()
     def _suspects(self) -> str:
