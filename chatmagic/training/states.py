@@ -24,7 +24,7 @@ from ..accel.allocator import rank_allocator
 from ..errors import ChatmagicError
 from ..files import new_folder, remove, write, write_together
 from ..models.checkpoint import first_not_finite
-from ..models.merge import PROVENANCE, base_fingerprint
+from ..models.merge import BASE, PROVENANCE, base_fingerprint
 from ..models.parts import trainable
 
 ADAPTER, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
@@ -184,7 +184,7 @@ def adapter_files(model: PeftModel) -> dict[str, bytes]:
     base = Path(config.base_model_name_or_path or "")
     return {
         ADAPTER: save(tensors, metadata={"format": "pt"}),
-        PROVENANCE: json.dumps({"base": base_fingerprint(base) if (base / "config.json").is_file() else None}).encode(),
+        PROVENANCE: json.dumps({BASE: base_fingerprint(base) if (base / "config.json").is_file() else None}).encode(),
         CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
     }
 
