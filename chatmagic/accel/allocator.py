@@ -147,7 +147,8 @@ class RankAllocator(PeftRankAllocator):
         return {name % "lora_E": kept for name, kept in zip(self.name_set, keep.tolist())}
 
     @torch.no_grad()
-    def mask_using_rank_pattern(self, model, rank_pattern):
+    def mask_using_rank_pattern(self, model: torch.nn.Module | None, rank_pattern: dict[str, list[bool]]) -> None:
+        """Zero the E of the triplets that the pattern, or the last allocation, let go."""
         if self.masks is None:  # a resumed run whose ranks are final, or an adapter taken up again
             kept = [
                 torch.tensor(rank_pattern[name % "lora_E"], device=E.device) for name, E in zip(self.name_set, self.E)
@@ -156,7 +157,7 @@ class RankAllocator(PeftRankAllocator):
         else:
             torch._foreach_mul_(self.E, self.masks)
 
-    def _mask(self, keep: list[torch.Tensor]):
+    def _mask(self, keep: list[torch.Tensor]) -> None:
         self.masks = [kept.unsqueeze(-1).to(self.E[0].dtype) for kept in keep]
         torch._foreach_mul_(self.E, self.masks)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from accelerate.tracking import get_available_trackers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from ..errors import ChatmagicError
 from ..models.load import context_limit
@@ -67,7 +69,8 @@ def repacked_weights(run: "KerasModel") -> str | None:
         )
 
 
-def adapter_on_an_adapter(run) -> str | None:
+def adapter_on_an_adapter(run: "KerasModel") -> str | None:
+    """get_peft_model called twice."""
     wrapped = sum(isinstance(module, PeftModel) for module in run.net.modules())
     if wrapped > 1 or any(isinstance(getattr(each, "base_layer", None), BaseTunerLayer) for each in run.net.modules()):
         return (
@@ -76,7 +79,8 @@ def adapter_on_an_adapter(run) -> str | None:
         )
 
 
-def not_saved(run) -> str | None:
+def not_saved(run: "KerasModel") -> str | None:
+    """Parameters that would be trained and lost."""
     ours, theirs = saved_names(run.net).keys(), peft_tensors(run.net).keys()
     if lost := sorted(ours ^ theirs):
         return (
@@ -85,7 +89,8 @@ def not_saved(run) -> str | None:
         )
 
 
-def no_steps(run) -> str | None:
+def no_steps(run: "KerasModel") -> str | None:
+    """No batch, or no epoch."""
     if not len(run.train_loader) and (rows := size(run.train_loader)):
         return (
             f"{rows} rows are fewer than a batch of {run.settings['batch_size']}, and drop_last leaves such a batch "
@@ -95,24 +100,26 @@ def no_steps(run) -> str | None:
         return f"{run.epochs} epochs of {len(run.train_loader)} batches: there is nothing to train on."
 
 
-def nothing_to_validate_on(run) -> str | None:
+def nothing_to_validate_on(run: "KerasModel") -> str | None:
+    """Validation data without a batch."""
     if run.val_loader is not None and not len(run.val_loader):
         rows = size(run.val_loader)
         why = f"fewer than a batch, which drop_last leaves out: {rows} rows" if rows else "empty"
         return f"val_data is {why}. Give it rows, or leave it out and use monitor='train_loss'."
 
 
-def size(loader) -> int:
+def size(loader: DataLoader) -> int:
     """The rows of a loader's dataset, 0 where it cannot tell."""
     return len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0
 
 
-def unknown_mode(run) -> str | None:
+def unknown_mode(run: "KerasModel") -> str | None:
+    """A mode that is none."""
     if run.mode not in ("min", "max"):
         return f"mode={run.mode!r} is neither 'min' nor 'max'{did_you_mean(run.mode, ('min', 'max'))}"
 
 
-def unknown_monitor(run) -> str | None:
+def unknown_monitor(run: "KerasModel") -> str | None:
     """Where it can be known: a StepRunner of somebody's may report more."""
     columns = ["train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "peak_memory"]
     columns += ["train_penalty", "val_penalty", "rank_budget"] if run.allocator else []
@@ -120,7 +127,7 @@ def unknown_monitor(run) -> str | None:
         return f"monitor={run.monitor!r} is nothing that fit measures{did_you_mean(run.monitor, columns)}"
 
 
-def rows_beyond_the_context(run) -> str | None:
+def rows_beyond_the_context(run: "KerasModel") -> str | None:
     """Of datasets that are lists; others make their rows as they are asked for, and the step looks at each."""
     limit, reason = context_limit(run.net)
     for name, loader in {"train_data": run.train_loader, "val_data": run.val_loader}.items():
@@ -133,13 +140,15 @@ def rows_beyond_the_context(run) -> str | None:
             )
 
 
-def tracker_not_there(run) -> str | None:
+def tracker_not_there(run: "KerasModel") -> str | None:
+    """A tracker that is not installed."""
     if run.log_with and run.log_with not in (here := [str(tracker) for tracker in get_available_trackers()]):
         installed = f"Installed are: {', '.join(here)}." if here else "None is installed."
         return f"log_with={run.log_with!r}: there is no such tracker here. {installed} pip install {run.log_with}"
 
 
-def monitor_without_validation(run) -> str | None:
+def monitor_without_validation(run: "KerasModel") -> str | None:
+    """A score to watch that nothing gives."""
     if run.monitor.startswith("val_") and run.val_loader is None:
         return f"monitor={run.monitor!r} needs val_data. Give it, or use monitor='train_loss'."
 
@@ -179,7 +188,7 @@ OF_THE_RUN: list[Callable[..., str | None]] = [
 ]
 
 
-def refuse(checks: list[Callable[..., str | None]], run) -> None:
+def refuse(checks: list[Callable[..., str | None]], run: "KerasModel") -> None:
     """Raise ChatmagicError with what the first of the checks that finds something says."""
     for check in checks:
         if problem := check(run):
@@ -189,7 +198,7 @@ def refuse(checks: list[Callable[..., str | None]], run) -> None:
 # --- whether a state is of this run
 
 
-def run_settings(run, train_data) -> dict:
+def run_settings(run: "KerasModel", train_data: DataLoader) -> dict:
     """What makes a run the one that it is: plain values by their names."""
     config = run.net.peft_config[run.net.active_adapter].to_dict()
     adapter = {name: value for name, value in config.items() if type(value) in (int, float, bool)}
@@ -209,7 +218,7 @@ def run_settings(run, train_data) -> dict:
     }
 
 
-def schedule_settings(scheduler) -> dict:
+def schedule_settings(scheduler: LRScheduler) -> dict:
     """The class of a torch scheduler and the plain values that it was made with."""
     names = inspect.signature(type(scheduler).__init__).parameters.keys() - {"last_epoch"}
     made_with = {name: value for name, value in vars(scheduler).items() if name in names}
@@ -219,7 +228,7 @@ def schedule_settings(scheduler) -> dict:
     return {"class": type(scheduler).__name__} | plain
 
 
-def refuse_another_run(state: RunState, run) -> None:
+def refuse_another_run(state: RunState, run: "KerasModel") -> None:
     """Raise ChatmagicError if `run` cannot go on with the state. It may have another patience, precision or device;
     and more or fewer epochs where no schedule goes by them."""
     processes, params = len(state.rng), dict(trainable(run.net))

@@ -78,7 +78,7 @@ class KerasModel(kerasmodel.KerasModel):
         """Write the adapter to `ckpt_path`, by default fit's: see `states.save_adapter`."""
         save_adapter(self.net, ckpt_path or self.ckpt_path)
 
-    def load_ckpt(self, ckpt_path=None):
+    def load_ckpt(self, ckpt_path: str | Path | None = None) -> None:
         """Take a saved adapter up: its factors, and its ranks for as long as it is trained on. What the model was
         before counts no more: the next fit is of a run of its own."""
         pattern = load_adapter(self.net, ckpt_path or self.ckpt_path)
@@ -384,7 +384,7 @@ class KerasModel(kerasmodel.KerasModel):
         )
 
     @torch.no_grad()
-    def _restore(self, state: RunState):
+    def _restore(self, state: RunState) -> None:
         for name, param in trainable(self.net):
             param.copy_(state.params[name])
         for part in ("allocator", "optimizer", "lr_scheduler"):

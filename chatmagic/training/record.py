@@ -6,17 +6,22 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from torch.utils.data import DataLoader
 
 from ..files import write
+
+if TYPE_CHECKING:
+    from .keras import KerasModel
 
 RUN, HISTORY = "run.json", "history.csv"
 PACKAGES = ("chatmagic", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchkeras")
 
 
-def write_run(run, about: dict) -> None:
+def write_run(run: "KerasModel", about: dict) -> None:
     """Write run.json to the run's ckpt_path. about: what the caller knows of it besides, plain values."""
     config, net = run.net.config, run.net.get_base_model()
     quantised = getattr(config, "quantization_config", None)
@@ -50,7 +55,7 @@ def write_history(history: dict[str, list], folder: Path) -> None:
     write(folder / HISTORY, pd.DataFrame(history).to_csv(index=False))
 
 
-def data_hash(loader) -> str | None:
+def data_hash(loader: DataLoader | None) -> str | None:
     """A SHA-256 of the ids and labels of a dataset that is a list; None for any other, which may draw its rows."""
     rows = getattr(loader, "dataset", None)
     if not isinstance(rows, list):

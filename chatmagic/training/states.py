@@ -75,7 +75,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 
 
 @torch.no_grad()
-def load_adapter(model, folder: str | Path) -> dict[str, list[bool]]:
+def load_adapter(model: PeftModel, folder: str | Path) -> dict[str, list[bool]]:
     """Put a saved adapter into the live factors of a PEFT model with the same targets, in place; returns its rank
     pattern, {} where it has none.
 
@@ -110,7 +110,7 @@ def load_adapter(model, folder: str | Path) -> dict[str, list[bool]]:
     return pattern
 
 
-def saved_names(model) -> dict[str, torch.nn.Parameter]:
+def saved_names(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """The parameters that are trained, by the names that PEFT saves them under."""
     adapter = model.active_adapter
 
@@ -121,7 +121,7 @@ def saved_names(model) -> dict[str, torch.nn.Parameter]:
     return {saved_name(name): param for name, param in trainable(model)}
 
 
-def peft_tensors(model) -> dict[str, torch.Tensor]:
+def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     """What is trained, as PEFT would save it."""
     name, factors = model.active_adapter, {name: param.detach() for name, param in trainable(model)}
     config = model.peft_config[name]

@@ -73,7 +73,7 @@ class StepRunner:
         self.tokenizer = None  # to show what a batch says
         self.since_step: dict[int, dict] = {}  # the batches of the step that is being made, by their number
 
-    def __call__(self, batch):
+    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict[str, float]]:
         self.batch += 1
         self._refuse_beyond_context(batch)
         batch = self._without_repeated(batch)
@@ -83,7 +83,7 @@ class StepRunner:
         except NotFinite as error:
             raise NotFinite(f"{error} {self._suspects()}") from None
 
-    def _step(self, batch):
+    def _step(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict[str, float]]:
         if self._may_be_captured() and (numbers := self.captured(batch)):
             refuse_not_finite(numbers.loss, numbers.grad_norm)
             self.log |= {"train_penalty": numbers.penalty} if self.allocator else {}
