@@ -67,7 +67,7 @@ class KerasModel(kerasmodel.KerasModel):
         super().__init__(net, loss_fn, optimizer=optimizer, lr_scheduler=lr_scheduler)
 
     def fit_ddp(self, *args: object, **kwargs: object) -> None:
-        """Refused: see the message."""
+        """Refused with a ChatmagicError, which names the ways there are."""
         raise ChatmagicError(
             "torchkeras' fit_ddp would train on another way than fit, and save what no one can load. Several GPUs: "
             "accelerate launch --multi_gpu --num_processes N -m chatmagic.training PROFILE, or fit in a script of your "
