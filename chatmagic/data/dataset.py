@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import nlargest
 from pathlib import Path
+from typing import Any
 
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
@@ -71,6 +72,7 @@ class Conversation(list):
     """
 
     __slots__ = ("place",)
+    place: tuple[str, int, int]
 
     @property
     def where(self) -> str:
@@ -88,7 +90,7 @@ class ConversationFile(Sequence):
     are kept. `without`: conversations that are passed over. Raises DataError as `read_jsonl` does.
     """
 
-    def __init__(self, path: str | Path, without: Iterable[list[dict]] = ()):
+    def __init__(self, path: str | Path, without: Iterable[list[dict]] = ()) -> None:
         self.path, self.starts, self.numbers, self.lengths = existing(path), array("q"), array("q"), array("q")
         passed_over = {json.dumps(messages) for messages in without}
         start = 0
@@ -159,7 +161,7 @@ _ROLES = {
 }
 
 
-def _messages(row) -> list[dict]:
+def _messages(row: Any) -> list[dict]:
     """The messages of one line, not yet validated."""
     keys = set(row) if isinstance(row, dict) else set()
     if "messages" in keys:
