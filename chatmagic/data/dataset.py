@@ -6,12 +6,16 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import nlargest
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
 from ..files import writing
 from ..prompts.labels import IGNORE, LabelsError, encode_conversation
 from .rows import DataError, existing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[str, str]]]:
@@ -74,10 +78,12 @@ class Conversation(list):
 
     @property
     def where(self) -> str:
+        """The place in words."""
         return named(*self.place)
 
 
 def named(name: str, line: int, row: int) -> str:
+    """A place in words: the row's number too, where it is another than the line's."""
     return f"{name}, line {line}" if line == row else f"{name}, line {line} (row {row})"
 
 
@@ -118,7 +124,11 @@ class Examples(Sequence):
     """
 
     def __init__(
-        self, conversations: Sequence[list[dict]], tokenizer, max_length: int | None = None, drop_oldest: bool = False
+        self,
+        conversations: Sequence[list[dict]],
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int | None = None,
+        drop_oldest: bool = False,
     ):
         self.conversations, self.tokenizer = conversations, tokenizer
         self.cut = {"max_length": max_length, "drop_oldest": drop_oldest}
@@ -159,7 +169,7 @@ _ROLES = {
 }
 
 
-def _messages(row) -> list[dict]:
+def _messages(row: Any) -> list[dict]:
     """The messages of one line, not yet validated."""
     keys = set(row) if isinstance(row, dict) else set()
     if "messages" in keys:
@@ -178,14 +188,18 @@ def _messages(row) -> list[dict]:
 
 
 def encode_example(
-    messages: Sequence[dict], tokenizer, max_length: int | None = None, drop_oldest: bool = False
+    messages: Sequence[dict],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None = None,
+    drop_oldest: bool = False,
 ) -> dict[str, list]:
     """A conversation as `input_ids`, `labels` and `replayed`, lists of the same length.
 
     labels: -100 also at an answer whose message says `"weight": 0`, as `read_conversations` marks what is not to be
     trained. replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations`
     marks the base model's own: StepRunner keeps the model there as the base is. max_length and drop_oldest, and errors,
-    as for `build_inputs_labels`; they name the line where the messages know it.
+    as for `build_inputs_labels`, LabelsError too where every answer has weight 0; they name the line where the
+    messages know it.
     """
     where = getattr(messages, "where", "")
     try:
@@ -195,7 +209,8 @@ def encode_example(
     except ChatmagicError as error:
         asked = [message["role"] for message in messages if message["role"] != "system"]
         way_out = " Leave its greeting out, or put it into the system text." if asked[:1] == ["assistant"] else ""
-        raise type(error)(f"{where}: {error}{way_out}".removeprefix(": ")) from error
+        error.args = (f"{where}: {error}{way_out}".removeprefix(": "),)
+        raise
     return vars(row)
 
 

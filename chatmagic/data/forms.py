@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..conversation.messages import MessagesError, validate_messages
 from .rows import DataError
@@ -71,14 +71,14 @@ class Forms:
     unused: how often a key stood in a row that nothing reads. unanswered: how many rows ended with a question.
     """
 
-    def __init__(self, columns: Mapping[str, str] | Iterable[str] | None = None, persona=None):
+    def __init__(self, columns: Mapping[str, str] | Iterable[str] | None = None, persona: Any = None):
         self.names = _named(columns)
         self.filling = persona if isinstance(persona, Mapping) else vars(persona) if persona else {}
         self.unused: Counter[str] = Counter()
         self.unanswered = 0
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
 
-    def messages(self, row) -> list[dict]:
+    def messages(self, row: Any) -> list[dict]:
         """The valid messages of a row; an answer that is not to be trained has `"weight": 0`, as OpenAI says it.
 
         Raises DataError for what cannot be read, or would be trained otherwise than it is meant; LeftOut for what is
@@ -112,7 +112,7 @@ class Forms:
             raise LeftOut("no answer that is to be trained")
         return messages
 
-    def _row(self, row) -> list[dict]:
+    def _row(self, row: Any) -> list[dict]:
         if not isinstance(row, dict):
             raise DataError(f"expected an object or a list of messages; found a JSON {type(row).__name__}.")
         try:
@@ -158,7 +158,7 @@ class Forms:
         talk.append({"role": "user", "content": asked})
         return talk
 
-    def _answered(self, talk: list[dict], key: str, answer, reasoning) -> list[dict]:
+    def _answered(self, talk: list[dict], key: str, answer: Any, reasoning: Any) -> list[dict]:
         """What was said, with the answer: a text, a message, or messages, which may be the whole conversation."""
         if isinstance(answer, str) and reasoning is None:
             talk.append({"role": "assistant", "content": answer})
@@ -237,7 +237,7 @@ class Forms:
                 self.unused[f"messages.{key}"] += 1
         return kept
 
-    def _decide(self, key: str, value, row: dict) -> None:
+    def _decide(self, key: str, value: Any, row: dict) -> None:
         """Honour or refuse a key on which the meaning hangs."""
         if key in _WEIGHTS or key in _VERDICTS:
             if _is_one_of(value, _OFF):
@@ -357,7 +357,7 @@ def _preference(keys: list) -> str:
     )
 
 
-def _unpacked(key: str, value) -> list:
+def _unpacked(key: str, value: Any) -> list:
     """A list, also one that is written as JSON in a cell of a table."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -371,7 +371,7 @@ def _unpacked(key: str, value) -> list:
     return value
 
 
-def _text(value, name: str | None) -> str:
+def _text(value: Any, name: str | None) -> str:
     """A text, or the text that parts of type text are; nothing is an empty one."""
     if isinstance(value, str):
         return value
@@ -389,26 +389,26 @@ def _text(value, name: str | None) -> str:
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def _weight(key: str, value) -> bool:
+def _weight(key: str, value: Any) -> bool:
     if _is_one_of(value, _OFF) or _is_one_of(value, _ON):
         return _is_one_of(value, _ON)
     raise DataError(f"an answer has {key}: {value!r}; an answer is trained (1) or not (0), nothing between.")
 
 
-def _is_one_of(value, values: tuple) -> bool:
+def _is_one_of(value: Any, values: tuple) -> bool:
     return (value.strip().lower() if isinstance(value, str) else value) in values
 
 
-def _is_nothing(value) -> bool:
+def _is_nothing(value: Any) -> bool:
     """None, or NaN, as tables have where a cell is empty."""
     return value is None or value != value
 
 
-def _is_empty(value) -> bool:
+def _is_empty(value: Any) -> bool:
     return (
         _is_nothing(value) or value in ([], {}, False) or isinstance(value, str) and value.strip() in ("", "[]", "{}")
     )
 
 
-def _kind(value) -> str:
+def _kind(value: Any) -> str:
     return type(value).__name__

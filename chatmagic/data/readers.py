@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .dataset import Conversation, named
 from .forms import Forms, LeftOut
@@ -90,7 +91,7 @@ def read_conversations(
     columns: Mapping[str, str] | Iterable[str] | None = None,
     encoding: str | None = None,
     on_error: str = "stop",
-    persona=None,
+    persona: Any = None,
 ) -> Conversations:
     """The conversations of a file as valid lists of messages, read as they are consumed; a summary is printed last.
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import ChatmagicError
 
@@ -130,16 +130,18 @@ class _Rest(io.RawIOBase):
         self.head, self.file = head, file
 
     def readable(self) -> bool:
+        """As io.RawIOBase asks."""
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: bytearray) -> int:
+        """The next bytes into the buffer; how many."""
         part = self.head[: len(buffer)] or self.file.read(len(buffer))
         self.head = self.head[len(part) :]
         buffer[: len(part)] = part
         return len(part)
 
 
-def _rest(head: bytes, file) -> BinaryIO:
+def _rest(head: bytes, file: BinaryIO) -> BinaryIO:
     return io.BufferedReader(_Rest(head, file), CHUNK)
 
 
@@ -150,6 +152,7 @@ class _Recoded:
         self.text = io.TextIOWrapper(file, encoding, newline="")
 
     def read(self, size: int) -> bytes:
+        """So many bytes, roughly. Raises DataError where the file is not in that encoding."""
         try:
             return self.text.read(size // 4 or 1).encode("utf-8", "surrogatepass")
         except UnicodeError as error:
@@ -231,7 +234,7 @@ def _lines(file: BinaryIO, encoding: str) -> Iterator[Row]:
             yield number, row
 
 
-def _check_halves(row, text: str) -> None:
+def _check_halves(row: Any, text: str) -> None:
     """Raise DataError for half an emoji, as a text has that was cut by its length; it cannot be encoded."""
     if "\\ud" in text or "\\uD" in text:
         try:
@@ -356,7 +359,7 @@ def _values(file: BinaryIO, encoding: str) -> Iterator[Row]:
         yield line, _undecodable(error, encoding, not text.isascii())
 
 
-def _is_turn(row) -> bool:
+def _is_turn(row: Any) -> bool:
     """Whether it is a message, so that the array that begins with it is one conversation."""
     keys = row.keys() if isinstance(row, dict) else set()
     return bool({"role", "from"} & keys and {"content", "value"} & keys)
@@ -382,7 +385,7 @@ def _table(file: io.TextIOWrapper, name: str) -> Iterator[Row]:
 
 
 @contextmanager
-def _from_extra(name: str):
+def _from_extra(name: str) -> Iterator[None]:
     """DataError with the way to what reads such a file, where it is not installed."""
     try:
         yield
