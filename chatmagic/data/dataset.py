@@ -148,15 +148,21 @@ class Examples(Sequence):
         every, sizes = range(len(self)), self.conversations.lengths
         limit = self.cut["max_length"] or self.tokenizer.model_max_length
         drawn = every if len(self) <= 1000 else random.Random(0).sample(every, 1000)
-        trained = sum(label != IGNORE for index in drawn for label in self[index]["labels"]) * len(self) // len(drawn)
+        labels = (label for index in drawn for row in _rows(self[index]) for label in row["labels"])
+        trained = sum(label != IGNORE for label in labels) * len(self) // len(drawn)
         long = {index for index in every if sizes[index] > limit / 2} | {*nlargest(8, every, key=sizes.__getitem__)}
-        tokens, index = max((len(self[index]["input_ids"]), index) for index in long)
+        tokens, index = max((len(row["input_ids"]), index) for index in long for row in _rows(self[index]))
         about = "" if len(drawn) == len(self) else "about "
         context = "" if limit > 10**9 else f" of {limit:,}"
         return (
             f"{about}{trained:,} tokens trained, the longest row has {tokens:,}{context} "
             f"({self.conversations[index].where})"
         )
+
+
+def _rows(example: dict[str, list] | list[dict[str, list]]) -> list[dict[str, list]]:
+    """The rows of a conversation, of which some templates need more than one."""
+    return example if isinstance(example, list) else [example]
 
 
 # What ShareGPT files call the roles, next to their proper names.
@@ -236,8 +242,11 @@ class DataCollator:
         """The examples' `input_ids` and `labels` as int64 tensors of shape (len(examples), length), with -100
         in the labels' padding, and `attention_mask`, 0 there. Raises DataError for an example that trains the
         pad token: whoever masks labels where the id is the pad's would never teach the model to end its
-        turn. Examples that have `replayed` give a bool tensor of it too."""
+        turn. Examples that have `replayed` give a bool tensor of it too; a list of examples, as of a conversation, is
+        as many."""
         import torch
+
+        examples = [row for example in examples for row in _rows(example)]
 
         length = max(len(example["input_ids"]) for example in examples)
         shape = len(examples), -(-length // self.multiple) * self.multiple
