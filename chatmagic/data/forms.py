@@ -194,7 +194,7 @@ class Forms:
 
     def _turn(self, turn: Message, index: int) -> list[Message]:
         """The message that a dict is, or the messages of a round."""
-        role: Any = turn.get("role", turn.get("from"))
+        role: Any = turn.get("role") or turn.get("from")  # in a table of both kinds the other is null
         if role is None:
             try:
                 talk = self._row(turn)
@@ -203,8 +203,9 @@ class Forms:
             return talk[1:] if index and talk[0]["role"] == "system" else talk
         role = _ROLE_OF.get(role) or _ROLE_OF.get(str(role).strip().lower(), role)
         if role == "tool":
-            raise DataError(f"Message {index} is a tool's ({turn.get('role', turn.get('from'))}). {_NO_TOOLS}")
-        key = next((key for key in ("content", "value", "text") if key in turn), None)
+            raise DataError(f"Message {index} is a tool's ({turn.get('role') or turn.get('from')}). {_NO_TOOLS}")
+        given = [key for key in ("content", "value", "text") if key in turn]
+        key = next((key for key in given if turn[key] is not None), given[0] if given else None)
         message = {"role": role}
         if len(turn) > 2:
             message |= self._beside(turn, key, role, index)

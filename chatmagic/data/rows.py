@@ -129,6 +129,7 @@ class _Rest(io.RawIOBase):
         self.head, self.file = head, file
 
     def readable(self) -> bool:
+        """As io.RawIOBase asks."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -149,6 +150,7 @@ class _Recoded:
         self.text = io.TextIOWrapper(file, encoding, newline="")
 
     def read(self, size: int) -> bytes:
+        """So many bytes, roughly. Raises DataError where the file is not in that encoding."""
         try:
             return self.text.read(size // 4 or 1).encode("utf-8", "surrogatepass")
         except UnicodeError as error:
