@@ -99,7 +99,9 @@ def train(course: Course, **settings):
 
     held_out = [*read_jsonl(course.val, progress=False)]
     learnt = (messages for messages in read_jsonl(course.train, progress=False) if messages not in held_out)
-    train_data, val_data = ([encode_example(each, tokenizer) for each in part] for part in (learnt, held_out))
+    train_data, val_data = (
+        [row for each in part for row in encode_example(each, tokenizer)] for part in (learnt, held_out)
+    )
     collator = DataCollator(tokenizer)
     drawn = RandomSampler(train_data, num_samples=profile.samples)
     train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)

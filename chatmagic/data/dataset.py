@@ -7,7 +7,7 @@ from pathlib import Path
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
 from ..files import write
-from ..prompts.labels import encode_conversation
+from ..prompts.labels import encode_rows
 
 
 class DataError(ChatmagicError):
@@ -78,14 +78,15 @@ def _messages(row) -> list[dict]:
     return system + [{"role": _ROLES.get(role, role), "content": text} for role, text in turns]
 
 
-def encode_example(messages: Sequence[dict], tokenizer) -> dict[str, list]:
-    """A conversation as `input_ids`, `labels` and `replayed`, lists of the same length.
+def encode_example(messages: Sequence[dict], tokenizer, **options) -> list[dict[str, list]]:
+    """A conversation as rows of `input_ids`, `labels` and `replayed`, lists of the same length; `options` are those of
+    `encode_rows`. Mostly one row: several where the chat template writes a last answer otherwise than earlier ones.
 
     replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations`
     marks the base model's own: StepRunner keeps the model there as the base is. Errors as for
     `build_inputs_labels`.
     """
-    return vars(encode_conversation(messages, tokenizer))
+    return [vars(row) for row in encode_rows(messages, tokenizer, **options)]
 
 
 class DataCollator:

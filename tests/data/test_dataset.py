@@ -126,7 +126,7 @@ def test_an_example_says_which_labels_are_the_bases_own(tiny_models, folder):
     own = {"role": "assistant", "content": "Paris.", "replayed": True}
     capital = {"role": "user", "content": "Capital?"}
     for messages in [*TALK, capital, own], [capital, own, *TALK]:
-        example = encode_example(messages, tokenizer)
+        (example,) = encode_example(messages, tokenizer)
         old = [label for label, old in zip(example["labels"], example["replayed"]) if old]
         assert tokenizer.convert_ids_to_tokens(old)[-1] == "</s>" and tokenizer.decode(old[:-1]).strip() == "Paris."
         new = [label for label, old in zip(example["labels"], example["replayed"]) if label != -100 and not old]
