@@ -249,6 +249,8 @@ def learn_appending(jinja: Renderer, habits: Habits, system: bool, thinking: boo
     after = ANSWER.search(alone)
     behind = alone[after.end() :] if after else ""
     ended &= after is not None and (behind.startswith(habits.ending.rstrip()) or not behind.strip())
+    if first[:1].isspace() and prompts[0][-1:].isspace():
+        return None  # whitespace that the publisher encodes as one: no row of several answers has it like the prompts
     unclosed = habits.knows and habits.states[thinking] == "opened" and habits.closing() not in first
     if first != second or spaced not in (first, first + " ") or not ended or unclosed:
         return None

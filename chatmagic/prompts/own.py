@@ -64,7 +64,7 @@ class OwnTemplate:
         hidden = self._hide(messages)
         switches = self.habits.switches(thinking) if thinking is not None else {}
         text = self._text(hidden.messages, add_generation_prompt and messages[-1]["role"] == "user", switches)
-        return self._cut(text, hidden, thinking, ()) or split(text, hidden.shown)
+        return self._prompt(text, hidden, thinking)
 
     def render_rows(
         self, messages: Sequence[dict], multi_rounds: bool = True, thinking: bool | None = None
@@ -125,6 +125,10 @@ class OwnTemplate:
             raise NoSystemError("this chat template")
         return text
 
+    def _prompt(self, text: str, hidden: Hidden, thinking: bool | None) -> list[Span]:
+        """A prompt, cut as the rows are whose beginning it is."""
+        return self._cut(text, hidden, thinking, ()) or split(text, hidden.shown)
+
     def _cut(self, text: str, hidden: Hidden, thinking: bool | None, taught: Sequence[int]) -> list[Span] | None:
         """A conversation cut where its prompts leave off, the answers in `taught` trained; None if the template does
         more than append, or did not write these answers as learnt."""
@@ -169,7 +173,8 @@ class OwnTemplate:
         end = self._ending(full, answer.end())
         rest = full[answer.end() + len(end) :] if end else ""
         words = self._words(answer, shown, end, marks)
-        return [*split(prompt, shown), *split(lead, shown, *marks), *words, *split(rest, shown)]
+        before = self._prompt(prompt, Hidden(hidden.messages[:turn], hidden.thoughts[:turn], shown), thinking)
+        return [*before, *split(lead, shown, *marks), *words, *split(rest, shown)]
 
     def _follows(self, prompt: str, text: str) -> bool:
         """Whether what differs of the two is at most a thought that the prompt begins, or whitespace."""
