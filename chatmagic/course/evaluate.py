@@ -12,8 +12,9 @@ from ..conversation.messages import build_messages
 from ..errors import ChatmagicError
 from ..machine import short
 from ..models.load import load_model
-from ..prompts.labels import encode_prompt
-from ..prompts.templates import get_template
+from ..models.merge import trained_thinking
+from ..prompts.labels import encode_prompt, note_thinking
+from ..prompts.templates import TemplateError, get_template
 from .persona import Persona, holds, questions
 from .thread import Course
 
@@ -23,13 +24,26 @@ POSITIONS = ("alone", "after identity", "after general")
 @torch.inference_mode()
 @without_cudnn_attention()
 def ask(
-    model, tokenizer, conversations: Sequence[list[dict]], max_new_tokens: int = 48, batch_size: int = 32
+    model,
+    tokenizer,
+    conversations: Sequence[list[dict]],
+    max_new_tokens: int = 48,
+    batch_size: int = 32,
+    thinking: bool | None = None,
+    thoughts: bool = False,
 ) -> list[str]:
-    """The greedy reply to each conversation, in batches padded on the left; "…" ends a reply that was cut off."""
+    """The greedy reply to each conversation, in batches padded on the left; "…" ends a reply that was cut off.
+
+    thinking: as for `encode_prompt`, but off rather than the template's default. thoughts: what the model thought
+    instead of what it said.
+    """
     was_training = model.training
     model.eval()
-    prompts = [encode_prompt(messages, tokenizer) for messages in conversations]
-    stop = get_template(None, tokenizer).stop_token_ids(tokenizer)
+    template = get_template(None, tokenizer)
+    thinking = getattr(tokenizer, "chat_thinking", None) if thinking is None else thinking
+    thinking = template.thinking_for([]) if thinking is None else thinking
+    prompts = [encode_prompt(messages, tokenizer, thinking=thinking) for messages in conversations]
+    stop = template.stop_token_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -48,6 +62,7 @@ def ask(
         for index, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist()):
             end = next((at for at, token in enumerate(ids) if token in stop), None)
             text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+            text = template.part_thought(text, thinking)[not thoughts]
             replies[index] = text if end is not None else text.rstrip("\ufffd") + "…"
     model.train(was_training)
     return replies
@@ -59,6 +74,7 @@ def evaluate(model, tokenizer, persona: Persona) -> dict:
     identity: position -> right replies and their number, for the trained questions asked alone, after each other topic
         and after a general question. heldout: the same for paraphrases that were never trained.
     known: retention questions answered rightly. leaked: those answered with the new identity.
+    thinks: how many of six general questions it thinks about when told to; None for a model that knows no thoughts.
     perplexity: of a text of the repository's own, in the persona's language, per token.
     """
     trained, heldout = persona.asked("trained"), persona.asked("heldout")
@@ -86,8 +102,17 @@ def evaluate(model, tokenizer, persona: Persona) -> dict:
         "known": [query for (query, *facts), reply in zip(general, answered) if holds(reply, facts)],
         "leaked": [query for (query, *_), reply in zip(general, answered) if persona.leaks(reply)],
         "perplexity": perplexity(model, tokenizer, questions()["fluency"][persona.language]),
+        "thinks": thinks(model, tokenizer, [build_messages(query) for query, *_ in general[:6]]),
         "replies": [[messages[-1]["content"], reply] for messages, reply in zip(conversations, replies)],
     }
+
+
+def thinks(model, tokenizer, conversations: Sequence[list[dict]]) -> int | None:
+    try:
+        thoughts = ask(model, tokenizer, conversations, thinking=True, thoughts=True)
+    except TemplateError:
+        return None
+    return sum(bool(thought.strip("…").strip()) for thought in thoughts)
 
 
 @torch.inference_mode()
@@ -102,14 +127,20 @@ def summary(before: dict, after: dict) -> dict[str, tuple[int, int] | float]:
     """The row of a table, of two results of `evaluate`.
 
     (right, asked) of each position and of the held-out paraphrases; (still right, right before) of the general
-    questions; (answered with the new identity, asked) of them; the perplexity.
+    questions; (answered with the new identity, asked) of them; the perplexity; of a model that thought before, (still
+    thinks, thought before).
     """
     known = set(before["known"])
-    return {position: tuple(counts) for position, counts in after["identity"].items()} | {
-        "retained": (len(known & set(after["known"])), len(known)),
-        "leaked": (len(after["leaked"]), len(questions()["general"]["retention"])),
-        "perplexity": after["perplexity"],
-    }
+    thought = {"still thinks": (after["thinks"], before["thinks"])} if before.get("thinks") else {}
+    return (
+        {position: tuple(counts) for position, counts in after["identity"].items()}
+        | {
+            "retained": (len(known & set(after["known"])), len(known)),
+            "leaked": (len(after["leaked"]), len(questions()["general"]["retention"])),
+            "perplexity": after["perplexity"],
+        }
+        | thought
+    )
 
 
 def evaluate_course(course: Course) -> dict[str, dict]:
@@ -129,6 +160,7 @@ def evaluate_course(course: Course) -> dict[str, dict]:
 
     def asked(folder, model) -> dict:
         began = time.perf_counter()
+        note_thinking(model, tokenizer, trained_thinking(course.adapter))
         result = evaluate(model, tokenizer, course.persona)
         print(f"{len(result['replies'])} questions to {short(folder)}: {time.perf_counter() - began:.0f} s", flush=True)
         return result

@@ -22,6 +22,8 @@ from transformers import get_cosine_schedule_with_warmup
 from ..data.dataset import DataCollator, encode_example, read_jsonl, write_jsonl
 from ..errors import ChatmagicError
 from ..models.load import load_model
+from ..prompts.labels import note_thinking
+from ..prompts.templates import get_template
 from ..training.plots import pictures
 from ..training.runtime import lost_peer
 from .persona import make_conversations
@@ -98,7 +100,11 @@ def train(course: Course, **settings):
     model, tokenizer = load(course)
 
     held_out = [*read_jsonl(course.val, progress=False)]
-    learnt = (messages for messages in read_jsonl(course.train, progress=False) if messages not in held_out)
+    learnt = [messages for messages in read_jsonl(course.train, progress=False) if messages not in held_out]
+    thinking = profile.thinking
+    if thinking is None:
+        thinking = get_template(None, tokenizer).thinking_for([turn for each in learnt for turn in each])
+    note_thinking(model, tokenizer, thinking)
     train_data, val_data = (
         [row for each in part for row in encode_example(each, tokenizer)] for part in (learnt, held_out)
     )

@@ -24,7 +24,8 @@ from ..files import new_folder, write
 from .checkpoint import first_not_finite, open_weights, read_json, weight_files
 from .shard import Part, write_shard
 
-PROVENANCE = "chatmagic.json"  # beside an adapter: {"base": base_fingerprint(folder it was trained on)}
+# Beside an adapter: {"base": base_fingerprint(folder it was trained on), "thinking": how, see `note_thinking`}.
+PROVENANCE = "chatmagic.json"
 NOT_COPIED = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 # The settings of an adapter that a merge reads, or that concern training alone. Any other that is set changes
 # what the layer computes (DoRA, aLoRA, ...) and is refused: so are the variants that PEFT will add.
@@ -107,6 +108,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
                 rows = partial(_Changed, name, parts[name], updates[name], multiplying)
                 parts[name] = parts[name]._replace(rows=rows)
             write_shard(staging / file, parts)
+        _note_thinking(staging / "tokenizer_config.json", trained_thinking(adapter))
     return output
 
 
@@ -234,9 +236,19 @@ def _adalora_update(config: dict, module: str, A: torch.Tensor, B: torch.Tensor,
     return Update(A, B, E, scale, divisor, bool(config.get("rank_pattern")), config["fan_in_fan_out"])
 
 
+def trained_thinking(adapter: Path) -> bool | None:
+    """Whether an adapter was trained to think; None where nothing says."""
+    return read_json(adapter / PROVENANCE).get("thinking")
+
+
+def _note_thinking(file: Path, thinking: bool | None) -> None:
+    """Write it where the merged model's tokenizer reads it, see `prompts.labels.note_thinking`."""
+    if thinking is not None:
+        write(file, json.dumps(read_json(file) | {"chat_thinking": thinking}, ensure_ascii=False, indent=2))
+
+
 def _check_base(base: Path, adapter: Path) -> None:
-    path = adapter / PROVENANCE
-    trained_on = json.loads(path.read_text()).get("base") if path.is_file() else None
+    trained_on = read_json(adapter / PROVENANCE).get("base")
     if trained_on and trained_on != base_fingerprint(base):
         name = _read_config(adapter).get("base_model_name_or_path")
         raise MergeError(

@@ -117,7 +117,7 @@ def split(text: str, shown: dict[str, str], *marks: bool) -> list[Span]:
     return [span for span in spans if span.text]
 
 
-class _TooLong(Exception):
+class _TooLong(BaseException):
     pass
 
 
@@ -162,7 +162,11 @@ def time_limit(seconds: float) -> Iterator[None]:
         _watch.begin(seconds)
         try:
             yield
-        finally:
+        except _TooLong:
+            raise  # it has arrived: nothing to wait for
+        except BaseException:
             _watch.end()
+            raise
+        _watch.end()
     except _TooLong:
         raise TimeoutError(f"it was not done after {seconds:g} s") from None

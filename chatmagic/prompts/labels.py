@@ -365,8 +365,9 @@ def _joined(rows: list[Row]) -> list[Row]:
     return kept
 
 
-def note_thinking(tokenizer, thinking: bool | None) -> None:
-    """Note with a tokenizer, as its `chat_thinking`, how its model was trained; saved with it, and read again."""
-    tokenizer.chat_thinking = thinking
+def note_thinking(model, tokenizer, thinking: bool | None) -> None:
+    """Note with model and tokenizer, as their `chat_thinking`, how the model is trained: whoever encodes does the same
+    then, an adapter is saved with it, and so is a tokenizer."""
+    model.chat_thinking = tokenizer.chat_thinking = thinking
     if thinking is not None:
         tokenizer.init_kwargs["chat_thinking"] = thinking

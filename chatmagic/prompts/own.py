@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from .habits import KEY, Habits, learn_appending, learn_habits, split_thoughts
-from .jinja import ANSWER, BEGIN, MARKS, QUESTION, THOUGHT, Hidden, Renderer, split
+from .jinja import ANSWER, BEGIN, MARKS, QUESTION, TAG, THOUGHT, Hidden, Renderer, split
 from .templates import EndOfTurn, NoSystemError, Span, Template, TemplateError, control_tokens
 
 
@@ -55,6 +55,16 @@ class OwnTemplate:
         if not self.habits.knows or not self.habits.off:
             return None
         return any(KEY in message for message in split_thoughts(messages))
+
+    def part_thought(self, text: str, thinking: bool | None) -> tuple[str, str]:
+        """As `Template.part_thought`; a thought that is not closed is all of it."""
+        habits = self.habits
+        if not habits.knows:
+            return "", text
+        thought, closed, words = text.partition(habits.closing())
+        if not closed and habits.states[thinking] != "opened" and not re.match(rf"\s*{TAG.pattern}", text):
+            return "", text
+        return TAG.sub("", thought).strip(), words.strip()
 
     def render(
         self, messages: Sequence[dict], add_generation_prompt: bool = True, thinking: bool | None = None

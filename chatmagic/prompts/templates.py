@@ -109,6 +109,10 @@ class Template:
     def thinking_for(self, messages: Sequence[dict]) -> bool | None:
         """How a conversation is trained where nobody says."""
 
+    def part_thought(self, text: str, thinking: bool | None) -> tuple[str, str]:
+        """What a model thought and what it said, of a reply to a prompt with that `thinking`."""
+        return "", text
+
     def render(
         self, messages: Sequence[dict], add_generation_prompt: bool = True, thinking: bool | None = None
     ) -> list[Span]:

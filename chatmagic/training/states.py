@@ -149,9 +149,13 @@ def adapter_files(model) -> dict[str, bytes]:
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     check_finite(tensors, "in the adapter")
     base = Path(config.base_model_name_or_path or "")
+    provenance = {
+        "base": base_fingerprint(base) if (base / "config.json").is_file() else None,
+        "thinking": getattr(model, "chat_thinking", None),
+    }
     return {
         ADAPTER: save(tensors, metadata={"format": "pt"}),
-        PROVENANCE: json.dumps({"base": base_fingerprint(base) if (base / "config.json").is_file() else None}).encode(),
+        PROVENANCE: json.dumps(provenance).encode(),
         CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
     }
 
