@@ -132,9 +132,9 @@ class Encoder:
                     if run:
                         yield run
                         run = []
-                    yield span._replace(text=part)
+                    yield Span(part, *span[1:])
                 elif part:
-                    run.append(span._replace(text=part))
+                    run.append(Span(part, *span[1:]))
         if run:
             yield run
 
@@ -147,8 +147,10 @@ class Encoder:
         else:
             encoding = backend.encode(text, add_special_tokens=False)
             new = encoding.ids
-            count = bisect_left(encoding.offsets, trained, key=lambda offset: offset[0]) if trained else 0
-            count = len(new) if trained == len(text) else count
+            if trained == len(text):
+                count = len(new)
+            else:  # offsets take time
+                count = bisect_left(encoding.offsets, trained, key=lambda offset: offset[0]) if trained else 0
         row.add(new[:count], run[0])
         row.add(new[count:], Span(""))
         return len(row.input_ids) - len(new) + count
@@ -202,13 +204,14 @@ def _steps(step: dict | None) -> list[dict]:
 def get_encoder(tokenizer, model_type: str | None = None) -> Encoder:
     """The encoder of a tokenizer, kept as long as nothing that it was made from changes: neither the chat template
     nor what is a special token, and which of them is eos."""
-    special = tuple(tokenizer.special_tokens_map.items()), tuple(tokenizer.all_special_tokens), len(tokenizer)
-    named = tuple(getattr(tokenizer, name, None) for name in ("chat_family", "chat_control_tokens", "add_bos_token"))
-    return _make_encoder(tokenizer, model_type, str((tokenizer.chat_template, special, named)))
+    special = *tokenizer.special_tokens_map.items(), *tokenizer.all_special_tokens, len(tokenizer)
+    own = vars(tokenizer)  # which its own __getattr__ would search for long where there is no such attribute
+    named = own.get("chat_family"), own.get("add_bos_token"), tuple(own.get("chat_control_tokens") or ())
+    return _make_encoder(tokenizer, model_type, (str(tokenizer.chat_template), special, named))
 
 
 @lru_cache(maxsize=8)
-def _make_encoder(tokenizer, model_type: str | None, state: str) -> Encoder:
+def _make_encoder(tokenizer, model_type: str | None, state: tuple) -> Encoder:
     return Encoder(tokenizer, get_template(model_type, tokenizer))
 
 
@@ -279,7 +282,7 @@ def encode_prompt(
     if (role := messages[-1]["role"]) != "user":
         raise MessagesError(f"Message {len(messages) - 1} has role {role!r}; expected user, who asks for the answer.")
     encoder, limit = get_encoder(tokenizer, model_type), max_length or tokenizer.model_max_length
-    thinking = getattr(tokenizer, "chat_thinking", None) if thinking is None else thinking
+    thinking = vars(tokenizer).get("chat_thinking") if thinking is None else thinking
     messages = _prepare(messages, encoder, system)
 
     def encode(part: Sequence[dict]) -> list[int]:
@@ -337,7 +340,7 @@ def encode_rows(
     if last != "assistant" and not (multi_rounds and len(messages) > 2):
         raise LabelsError(f"Nothing is trained: message {len(messages) - 1} has role {last!r}; expected assistant.")
     encoder, limit = get_encoder(tokenizer, model_type), max_length or tokenizer.model_max_length
-    thinking = getattr(tokenizer, "chat_thinking", None) if thinking is None else thinking
+    thinking = vars(tokenizer).get("chat_thinking") if thinking is None else thinking
     thinking = encoder.template.thinking_for(messages) if thinking is None else thinking
     messages = _prepare(messages, encoder, system)
 
