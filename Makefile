@@ -1,5 +1,6 @@
 # make tutorial   the whole course, from a bare Python 3.11+
 # make test       the same environment, and every test, the notebooks among them
+# make quick      the same environment, and the tests that need no network, browser or GPU, in three minutes
 # make lab        JupyterLab on the notebooks
 #
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu  takes torch from PyTorch's own CPU index.
@@ -10,13 +11,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: tutorial test lab kernel notebooks clean
+.PHONY: tutorial test quick lab kernel notebooks clean
 
 tutorial: kernel
 	$(BIN)/chatmagic tutorial
 
 test: $(READY)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks tests
+
+quick: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not network and not browser and not gpu" tests
 
 lab: kernel
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks

@@ -4,6 +4,26 @@ Public names are imported on first use, so that `import chatmagic` loads neither
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from .backends.server import connect
+    from .conversation.llm import ChatLLM
+    from .conversation.messages import build_messages, validate_messages
+    from .course.download import snapshot_download
+    from .data.dataset import ConversationFile, DataCollator, Examples, encode_example, read_jsonl, write_jsonl
+    from .data.readers import read_conversations
+    from .errors import ChatmagicError
+    from .models.checkpoint import open_weights
+    from .models.load import load_model
+    from .models.merge import adalora_to_lora, merge_adapter
+    from .prompts.labels import build_inputs_labels, encode_prompt
+    from .prompts.picture import show_labels
+    from .prompts.templates import build_prompt, get_template
+    from .training import KerasModel, StepRunner, adalora_config, find_all_linear_names, prepare
+    from .training.plots import plot_importance, plot_ranks
 
 __version__ = "0.1.0"
 
@@ -18,6 +38,9 @@ _HOME = {
     "show_labels": "prompts.picture",
     "DataCollator": "data.dataset",
     "encode_example": "data.dataset",
+    "ConversationFile": "data.dataset",
+    "Examples": "data.dataset",
+    "read_conversations": "data.readers",
     "read_jsonl": "data.dataset",
     "write_jsonl": "data.dataset",
     "snapshot_download": "course.download",
@@ -35,10 +58,40 @@ _HOME = {
     "merge_adapter": "models.merge",
     "adalora_to_lora": "models.merge",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "ChatLLM",
+    "ChatmagicError",
+    "ConversationFile",
+    "DataCollator",
+    "Examples",
+    "KerasModel",
+    "StepRunner",
+    "adalora_config",
+    "adalora_to_lora",
+    "build_inputs_labels",
+    "build_messages",
+    "build_prompt",
+    "connect",
+    "encode_example",
+    "encode_prompt",
+    "find_all_linear_names",
+    "get_template",
+    "load_model",
+    "merge_adapter",
+    "open_weights",
+    "plot_importance",
+    "plot_ranks",
+    "prepare",
+    "read_conversations",
+    "read_jsonl",
+    "show_labels",
+    "snapshot_download",
+    "validate_messages",
+    "write_jsonl",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
@@ -48,14 +101,14 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-def load_ipython_extension(ipython) -> None:
+def load_ipython_extension(ipython: "InteractiveShell") -> None:
     """`%load_ext chatmagic`: register `%%chat` and its line magics."""
     from .notebook.magic import load_ipython_extension
 
     load_ipython_extension(ipython)
 
 
-def unload_ipython_extension(ipython) -> None:
+def unload_ipython_extension(ipython: "InteractiveShell") -> None:
     """`%unload_ext chatmagic`, and the first half of `%reload_ext chatmagic`."""
     from .notebook.magic import unload_ipython_extension
 

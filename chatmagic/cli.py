@@ -7,20 +7,26 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .course.persona import Persona
 from .course.profile import get_profile
-from .course.thread import Course, CourseError, resume
+from .course.thread import MIXES, Course, CourseError, OwnData, resume
 from .errors import ChatmagicError
 from .files import make_folder, remove, write
 from .machine import share_cores, short
 from .text import fit
 
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
-def doctor(args) -> None:
+
+def doctor(args: argparse.Namespace) -> None:
+    """Print what this machine has, and whether the profile fits it. Raises ProfileError where it does not."""
     from .course.profile import check_machine
     from .machine import home, report
 
@@ -31,15 +37,16 @@ def doctor(args) -> None:
     print(f"{'profile':13}{profile.name}: fits this machine")
 
 
-def download(args) -> None:
+def download(args: argparse.Namespace) -> None:
+    """Print the folder of the model, downloaded if need be."""
     from .course.download import snapshot_download
 
     print(snapshot_download(args.model, revision=args.revision, source=args.source))
 
 
-def tutorial(args) -> None:
+def tutorial(args: argparse.Namespace) -> None:
     """Execute the notebooks in order, each in a fresh kernel, from the first that failed or was changed; when
-    none is left, all of them again."""
+    none is left, all of them again. Raises ChatmagicError where there are none, and for a cell that fails."""
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -127,12 +134,12 @@ def _first_to_run(notebooks: list[Path], executed: Path) -> int:
     return next((index for index, path in enumerate(notebooks) if not done(path)), 0)  # all done: a new run
 
 
-def _cells(notebook: dict) -> list[tuple[str, str]]:
+def _cells(notebook: dict[str, Any]) -> list[tuple[str, str]]:
     """What makes a notebook run again when it changes."""
     return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
 
 
-def _sealed(notebook):
+def _sealed(notebook: "NotebookNode") -> "NotebookNode":
     """The notebook, marked as written by this command: with a digest that no longer holds once anybody changes it."""
     import nbformat
 
@@ -140,7 +147,7 @@ def _sealed(notebook):
     return notebook
 
 
-def _read_sealed(path: Path) -> dict | None:
+def _read_sealed(path: Path) -> dict[str, Any] | None:
     """The notebook's JSON, if this command wrote it and nobody changed it since."""
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -149,7 +156,7 @@ def _read_sealed(path: Path) -> dict | None:
         return None
 
 
-def _digest(notebook: dict) -> str:
+def _digest(notebook: dict[str, Any]) -> str:
     metadata = {key: value for key, value in notebook["metadata"].items() if key != "chatmagic"}
     return sha256(json.dumps(notebook | {"metadata": metadata}, sort_keys=True).encode()).hexdigest()
 
@@ -164,7 +171,7 @@ def _print_replies() -> None:
         print(" | ".join(fit(text, columns) for text, columns in zip(row, (40, 48, 60))).rstrip())
 
 
-def chosen(args) -> Course:
+def chosen(args: argparse.Namespace) -> Course:
     """The course that the arguments choose; what they leave out is as in the one started last."""
     try:
         last = resume()
@@ -172,17 +179,31 @@ def chosen(args) -> Course:
         last = Course(get_profile(), Persona(), auto=True)
     said = {field.name: getattr(args, field.name) for field in fields(Persona) if field.name in args}
     profile = get_profile(args.profile) if args.profile else last.profile
-    return Course(profile, replace(last.persona, **said), last.auto and not args.profile)
+    own = own_data(args) if getattr(args, "data", None) is not None else last.own
+    return Course(profile, replace(last.persona, **said), last.auto and not args.profile, own)
 
 
-def train(args) -> None:
+def own_data(args: argparse.Namespace) -> OwnData | None:
+    """What the arguments say of the reader's own data; none for an empty name."""
+    if not args.data:
+        return None
+    path = Path(args.data).expanduser()
+    said = {field.name: getattr(args, field.name) for field in fields(OwnData) if field.name in args}
+    if "columns" in said:
+        said["columns"] = dict(said["columns"])
+    return OwnData(str(path.resolve()) if path.exists() else args.data, **said)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train as the notebooks do: see `course.script.run`."""
     course = chosen(args)
     from .course.script import run
 
     run(course, args.resume, args.save_every)
 
 
-def evaluate(args) -> None:
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the table of what the model knew before and after, and write evaluation.json."""
     course = chosen(args)
     from .course.evaluate import evaluate_course
 
@@ -195,22 +216,24 @@ def evaluate(args) -> None:
     print(f"Every reply is in {short(course.folder)}/evaluation.json.")
 
 
-def merge(args) -> None:
+def merge(args: argparse.Namespace) -> None:
+    """Merge an adapter, and print the folder that it is in."""
     from .models.merge import merge_adapter
 
     print(merge_adapter(args.base, args.adapter, args.output))
 
 
 TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.cli train, over several
-nodes with CHATMAGIC_HOME on a disk that they share"""
+nodes with CHATMAGIC_HOME and CHATMAGIC_COURSE on a disk that they share"""
 EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
 
 
 def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
     top = argparse.ArgumentParser(prog="chatmagic", description=__doc__.split(":")[1].strip())
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, run, help):
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help)
         added.set_defaults(run=run)
         return added
@@ -234,6 +257,18 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--save-every", type=int, metavar="STEPS", help="how often to save a state, beside every epoch"
     )
+    own = training.add_argument_group("data of your own", "in place of the course's; docs/data.md")
+    own.add_argument(
+        "--data", metavar="FILE", help="or OWNER/NAME of a data set on a hub; '' for the course's own again"
+    )
+    own.add_argument(
+        "--mix", choices=MIXES, default=argparse.SUPPRESS, help="what is trained beside it; default: replay"
+    )
+    own.add_argument("--columns", nargs="+", metavar="THEIRS=OURS", default=argparse.SUPPRESS, type=pair)
+    own.add_argument("--encoding", default=argparse.SUPPRESS)
+    own.add_argument("--on-error", choices=("stop", "skip"), default=argparse.SUPPRESS, help="at a row that is bad")
+    own.add_argument("--samples", type=int, default=argparse.SUPPRESS, help="drawn an epoch; default: each once")
+    own.add_argument("--max-length", type=int, metavar="TOKENS", default=argparse.SUPPRESS, help="the oldest rounds go")
     for added in (training, evaluation):
         added.add_argument("profile", nargs="?", help="of profiles.toml; default: that of the course started last")
         who = added.add_argument_group("who the model becomes", "what is left out is as in the course started last")
@@ -247,7 +282,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def pair(text: str) -> tuple[str, str]:
+    """The two sides of "content=query"."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair; for example content=query")
+    return name, value
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 1 for a ChatmagicError, which is printed, 130 for Ctrl-C."""
     args = parser().parse_args(argv)
     share_cores()
     warnings.filterwarnings("ignore", module="peft|transformers")  # what they tell their own developers

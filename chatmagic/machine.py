@@ -16,11 +16,21 @@ AUTODL = Path("/root/autodl-tmp")
 
 
 def home() -> Path:
-    """Where models and results go: CHATMAGIC_HOME if set, else AutoDL's data disk, else the user's cache folder."""
+    """Where models go: CHATMAGIC_HOME if set, else AutoDL's data disk, else the user's cache folder."""
     if named := os.environ.get("CHATMAGIC_HOME"):
         return Path(named).expanduser().resolve()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chatmagic"
     return AUTODL if os.access(AUTODL, os.W_OK | os.X_OK) else cache  # Path.is_dir raises where /root is closed
+
+
+def courses() -> Path:
+    """Where a person's courses go: CHATMAGIC_COURSE if set, else below `home()`. But where CHATMAGIC_HOME names that,
+    others may have their models there too: then the user's data folder."""
+    if named := os.environ.get("CHATMAGIC_COURSE"):
+        return Path(named).expanduser().resolve()
+    if os.environ.get("CHATMAGIC_HOME"):
+        return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "chatmagic" / "course"
+    return home() / "course"
 
 
 def share_cores() -> None:

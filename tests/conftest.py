@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,50 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 FAMILIES = ["baichuan2-13b-chat", "chatglm2-6b", "internlm-chat-7b", "qwen-7b-chat"]
+# Checkpoints that are ours from top to bottom; where the golden data lie, also with the publishers' tokenizers.
+KINDS = ["tiny", "golden"] if SHARED.is_dir() or os.environ.get("CHATMAGIC_REQUIRE_SHARED") else ["tiny"]
+
+
+def pytest_configure():
+    """Some tests interrupt themselves; a shell that runs pytest in the background has interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """What is asked of a real model needs the network, if only once."""
+    for item in items:
+        if {"small", "embedded"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("network")
+
+
+_kept_inside = False
+
+
+def _stay_inside(event, arguments):
+    """Refuse what would leave this machine, name servers included, while a test runs that is not marked `network`."""
+    if _kept_inside and event in ("socket.connect", "socket.sendto", "socket.getaddrinfo"):
+        host = arguments[0] if event == "socket.getaddrinfo" else arguments[1][0]
+        if isinstance(host, str) and not re.match(r"127\.|::1$|localhost$|0\.0\.0\.0$|/|$", host):
+            raise OSError(f"A test that is not marked `network` would reach {host}.")
+
+
+sys.addaudithook(_stay_inside)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    global _kept_inside
+    _kept_inside = item.get_closest_marker("network") is None
+    try:
+        return (yield)
+    finally:
+        _kept_inside = False
+
+
+@pytest.fixture(autouse=True)
+def course_of_a_test(tmp_path, monkeypatch):
+    """No test writes to the courses of whoever runs it."""
+    monkeypatch.setenv("CHATMAGIC_COURSE", str(tmp_path / "home" / "course"))
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +73,20 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(shared, tmp_path_factory) -> Path:
-    """A folder with one tiny checkpoint a family, in its publisher's layout (see `shared/models`)."""
+def tiny_models(tmp_path_factory) -> Path:
+    """A folder with one tiny checkpoint a published model, in its publisher's layout, all made by us."""
+    from published import MODELS, write
+
     out = tmp_path_factory.mktemp("tiny")
+    for name in MODELS:
+        write(name, out / name)
+    return out
+
+
+@pytest.fixture(scope="session")
+def golden_models(shared, tmp_path_factory) -> Path:
+    """The same with the publishers' tokenizers, and in `golden.json` what their own code answers."""
+    out = tmp_path_factory.mktemp("golden")
     subprocess.run([sys.executable, shared / "models" / "build.py", out], check=True, stdout=subprocess.DEVNULL)
     return out
 
@@ -86,13 +144,56 @@ def model(tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request, shared, tiny_models):
-    """A published family, tiny: model, tokenizer, and cases of what its publisher's code says."""
+@pytest.fixture(scope="module")
+def tokenizers_built_once():
+    """Building one takes a second or more, and it never changes: each folder's is built at its first load only."""
+    from chatmagic.models.families import FAMILIES
+
+    built = {}
+
+    def once(build):
+        def tokenizer(folder, config):
+            if folder not in built:
+                built[folder] = build(folder, config)
+            return built[folder]
+
+        return tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        for family in FAMILIES.values():
+            patch.setattr(family, "tokenizer", once(family.tokenizer))
+        yield
+
+
+@pytest.fixture(scope="session")
+def loaded(request):
+    """(name, kind) -> model in fp32 and tokenizer, each loaded once; to be left as they are."""
     from chatmagic import load_model
 
-    model, tokenizer = load_model(tiny_models / request.param, dtype="float32")
-    if tokenizer is None:  # the 13B folder leaves it to the 7B's
-        tokenizer = load_model(tiny_models / "baichuan2-7b-chat")[1]
-    golden = shared / "models" / request.param / "golden.json"
-    return model, tokenizer, json.loads(golden.read_text("utf-8"))["cases"]
+    @cache
+    def load(name, kind="tiny"):
+        return load_model(request.getfixturevalue(f"{kind}_models") / name, dtype="float32")
+
+    return load
+
+
+@pytest.fixture(scope="module", params=[f"{kind} {name}" for kind in KINDS for name in FAMILIES])
+def family(request, loaded):
+    """A family's model, its tokenizer, and cases: messages, their ids and 24 greedy tokens, as `golden.json` has them
+    from the publisher's code; of our own, as transformers' generate says."""
+    from chatmagic import encode_prompt
+    from generation import plain
+    from golden import golden
+    from published import MODELS
+
+    kind, name = request.param.split()
+    model, tokenizer = loaded(name, kind)
+    if kind == "golden":
+        file = request.getfixturevalue("golden_models") / name / "golden.json"
+        return model, tokenizer, json.loads(file.read_text("utf-8"))["cases"]
+    cases = [{"messages": case["messages"]} for case in golden("publishers")["prompts"][MODELS[name].template]]
+    for case in cases:
+        case["prompt_ids"] = encode_prompt(case["messages"], tokenizer)
+        options = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 24}
+        case["greedy"] = plain(model, case["prompt_ids"], **options)
+    return model, tokenizer, cases

@@ -45,6 +45,7 @@ def run(tmp_path, monkeypatch, capsys):
     return tutorial
 
 
+@pytest.mark.slow
 def test_the_tutorial_goes_on_from_the_notebook_that_failed(run, tmp_path, monkeypatch):
     monkeypatch.delenv("CHATMAGIC_RESUME", raising=False)
     (tmp_path / "work").mkdir()
@@ -72,6 +73,7 @@ def test_the_tutorial_goes_on_from_the_notebook_that_failed(run, tmp_path, monke
     assert {again[name] for name in ("thesis.md", "mine.ipynb", "00.ipynb.part")} == {b"two years of work"}
 
 
+@pytest.mark.slow
 def test_a_changed_notebook_and_those_after_it_run_again(run, tmp_path):
     """With outputs in the notebooks, which are no change; nor does the seal of the copies get into them."""
     notebooks, ran = tmp_path / "notebooks", tmp_path / "notebooks/ran"

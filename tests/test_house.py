@@ -3,12 +3,16 @@
 import ast
 import json
 import re
+import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import chatmagic.course
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "chatmagic"
@@ -19,17 +23,25 @@ LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(
 
 
 @pytest.mark.parametrize(
-    "command", [("-c", LINT_IMPORTS), ("-m", "ruff", "check"), ("-m", "ruff", "format", "--check")]
+    "command", [("-c", LINT_IMPORTS), ("-m", "ruff", "check"), ("-m", "ruff", "format", "--check"), ("-m", "mypy")]
 )
 def test_the_linters_are_content(command):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def running(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those below `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from running(node)
+
+
 def imports(file: Path) -> list[str]:
-    """The modules that a file imports from anywhere in it, absolute."""
+    """The modules that a file imports from anywhere in it, absolute; not for the sake of types alone."""
     package, found = ["chatmagic", *file.relative_to(PACKAGE).parts[:-1]], []
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    for node in running(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -70,6 +82,29 @@ def test_the_contracts_name_every_package_that_is_not_pythons_own():
     others = found - sys.stdlib_module_names - {"chatmagic"}
     assert set(CONTRACTS[1]["forbidden_modules"]) == others
     assert others - set(CONTRACTS[2]["forbidden_modules"]) == {"IPython", "markdown_it", "traitlets"}
+
+
+@pytest.mark.parametrize("address", [("192.0.2.1", 9), ("pypi.example", 443)])
+def test_a_test_that_is_not_marked_network_stays_inside(address):
+    with pytest.raises(OSError, match=f"not marked `network` would reach {address[0]}"):
+        socket.create_connection(address, timeout=5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), timeout=5).close()
+
+
+@pytest.mark.parametrize("package", [chatmagic, chatmagic.course])
+def test_editors_see_what_is_imported_on_first_use(package):
+    """The imports that are for types alone name what `__all__` names, from where `__getattr__` takes it."""
+    (block,) = [node for node in ast.parse(Path(package.__file__).read_text("utf-8")).body if isinstance(node, ast.If)]
+    start = package.__name__.split(".")
+    seen = {
+        alias.name: ".".join([*start[: len(start) + 1 - node.level], node.module])
+        for node in block.body
+        for alias in node.names
+        if node.level
+    }
+    assert seen == {name: f"chatmagic.{home}" for name, home in package._HOME.items()}
+    assert package.__all__ == sorted(seen)
 
 
 def test_the_notebooks_import_from_two_places():
@@ -127,3 +162,48 @@ def test_nothing_but_files_writes():
         if isinstance(node, ast.Call) and (name := may_write(node)) and file != PACKAGE / "files.py"
     }
     assert found == MAY_WRITE
+
+
+def public(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """The classes, functions and methods that others may call, not what is defined inside of functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield node
+        if isinstance(node, (ast.ClassDef, ast.If)):
+            yield from public(node)
+
+
+def raised(function: ast.FunctionDef) -> set[str]:
+    """The package's errors that a function raises itself."""
+    names = [
+        ast.unparse(node.exc.func)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+    ]
+    return {name for name in names if name.endswith("Error") and name in ERRORS}
+
+
+TREES = {file: ast.parse(file.read_text("utf-8")) for file in PACKAGE.rglob("*.py")}
+ERRORS = {"ChatmagicError"} | {
+    node.name
+    for tree in TREES.values()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Error") for base in node.bases)
+}
+
+
+LATER = ("backends", "conversation", "data", "notebook", "prompts")
+
+
+def test_every_public_name_tells_what_it_is_and_what_it_raises():
+    undocumented, untold = [], []
+    for file, tree in TREES.items():
+        if file.relative_to(PACKAGE).parts[0] in LATER:
+            continue
+        for node in public(tree):
+            told, name = ast.get_docstring(node) or "", f"{file.relative_to(PACKAGE)}: {node.name}"
+            if not told:
+                undocumented.append(name)
+            if isinstance(node, ast.FunctionDef):
+                untold += [f"{name} raises {error}" for error in raised(node) if error not in told]
+    assert (sorted(undocumented), sorted(untold)) == ([], [])

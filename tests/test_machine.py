@@ -24,7 +24,7 @@ def openmp_says(code: str, **environment) -> str:
     "code",
     [
         "from chatmagic.machine import share_cores; share_cores(); import torch",
-        "import chatmagic.training",
+        pytest.param("import chatmagic.training", marks=pytest.mark.slow),
         "from chatmagic.cli import main; main(['doctor', '--profile', 'smollm2-135m'])",
     ],
 )

@@ -36,13 +36,17 @@ def imported_distributions() -> dict[str, set[str]]:
 
 
 def test_every_import_is_declared_and_every_declaration_is_imported():
-    """`chatmagic tutorial` runs notebooks, and may import what the extra for notebooks declares. Triton comes with
-    torch where that has CUDA, and not elsewhere: decode.py asks for kernels.py and does without."""
+    """`chatmagic tutorial` runs notebooks, and may import what the extra for notebooks declares; rows.py reads tables
+    with what the extra for data does. Triton comes with torch where that has CUDA, and not elsewhere: decode.py asks
+    for kernels.py and does without."""
     declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
-    lab = {distribution(requirement) for requirement in EXTRAS["lab"]}
+    lab, data = ({distribution(requirement) for requirement in EXTRAS[extra]} for extra in ("lab", "data"))
     imported = imported_distributions()
-    assert {name: files for name, files in imported.items() if name not in declared | lab} == {"triton": {"kernels.py"}}
+    assert {name: files for name, files in imported.items() if name not in declared | lab | data} == {
+        "triton": {"kernels.py"}
+    }
     assert {name: files for name, files in imported.items() if name in lab and files != {"cli.py"}} == {}
+    assert {name: files for name, files in imported.items() if name in data} == {name: {"rows.py"} for name in data}
     assert declared - imported.keys() == set()
     assert {"torch", "ipython", "markdown-it-py"} <= imported.keys()
 
@@ -81,6 +85,7 @@ def test_the_wheel_holds_every_module_and_the_profiles(tmp_path):
     assert held == {path.relative_to(ROOT).as_posix() for path in files}
     assert {
         "chatmagic/course/profiles.toml",
+        "chatmagic/py.typed",  # mypy and editors trust the annotations
         "chatmagic/training/__init__.py",
         "chatmagic/models/families/__init__.py",
     } <= held

@@ -59,6 +59,7 @@ def notebook(cells, small):
     shell.reset()
 
 
+@pytest.mark.slow
 def test_the_seeds_cells_run(notebook, capsys, tmp_path, monkeypatch):
     from chatmagic.training import KerasModel
 

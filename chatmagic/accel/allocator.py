@@ -1,6 +1,9 @@
 """PEFT's rank allocation and penalty of AdaLoRA, in a few batched kernels."""
 
+from collections.abc import Iterable
+
 import torch
+from peft import AdaLoraConfig
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.adalora.layer import RankAllocator as PeftRankAllocator
@@ -17,7 +20,7 @@ class RankAllocator(PeftRankAllocator):
     log: one `(step, importance)` an allocation, the importance summed over the triplets of each layer.
     """
 
-    def __init__(self, model, config, adapter_name):
+    def __init__(self, model: torch.nn.Module, config: AdaLoraConfig, adapter_name: str) -> None:
         super().__init__(model, config, adapter_name)
         named = dict(model.named_parameters())
         self.params = [named[name % factor] for factor in ("lora_A", "lora_B", "lora_E") for name in self.name_set]
@@ -79,17 +82,19 @@ class RankAllocator(PeftRankAllocator):
         names = ("step", "budget", "log", "exp_avg_ipt", "exp_avg_unc")
         return {name: getattr(self, name) for name in names} | {"rank_pattern": self.peft_config.rank_pattern}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
+        """Back to a state of `state_dict`, on the devices of the factors."""
         self.step, self.budget, self.log = state["step"], state["budget"], state["log"]
         for name in ("exp_avg_ipt", "exp_avg_unc"):
             setattr(self, name, [average.to(param.device) for average, param in zip(state[name], self.params)])
         self.peft_config.rank_pattern, self.masks = state["rank_pattern"], None
 
-    def reset_ipt(self):
+    def reset_ipt(self) -> None:
+        """Forget the importance: no allocation comes any more."""
         self.exp_avg_ipt, self.exp_avg_unc = [], []
 
     @torch.no_grad()
-    def update_ipt(self, model):
+    def update_ipt(self, model: torch.nn.Module | None) -> None:
         """Smooth the sensitivity |p·grad| and its uncertainty, for every entry of every factor."""
         if not self.exp_avg_ipt:
             self.exp_avg_ipt = [torch.zeros_like(param) for param in self.params]
@@ -104,7 +109,7 @@ class RankAllocator(PeftRankAllocator):
     def importance(self) -> torch.Tensor:
         """The importance of every triplet, float32 (layers, init_r), layers in the order of `name_set`."""
 
-        def score(indices):
+        def score(indices: Iterable[int]) -> torch.Tensor:
             ipt, unc = (torch.stack([avg[i] for i in indices]) for avg in (self.exp_avg_ipt, self.exp_avg_unc))
             return ipt * unc
 
@@ -114,7 +119,7 @@ class RankAllocator(PeftRankAllocator):
         return total
 
     @torch.no_grad()
-    def mask_to_budget(self, model, budget) -> dict[str, list[bool]]:
+    def mask_to_budget(self, model: torch.nn.Module | None, budget: int) -> dict[str, list[bool]]:
         """Zero the E of all but the `budget` most important triplets; returns PEFT's rank pattern."""
         importance = self.importance()
         keep = importance > importance.flatten().kthvalue(self.init_bgt - budget).values
@@ -124,18 +129,19 @@ class RankAllocator(PeftRankAllocator):
         return {name % "lora_E": kept for name, kept in zip(self.name_set, keep.tolist())}
 
     @torch.no_grad()
-    def mask_using_rank_pattern(self, model, rank_pattern):
+    def mask_using_rank_pattern(self, model: torch.nn.Module | None, rank_pattern: dict[str, list[bool]]) -> None:
+        """Zero the E of the triplets that the pattern, or the last allocation, let go."""
         if self.masks is None:  # a resumed run whose ranks are final
             self._mask(torch.tensor([rank_pattern[name % "lora_E"] for name in self.name_set], device=self.E[0].device))
         else:
             torch._foreach_mul_(self.E, self.masks)
 
-    def _mask(self, keep: torch.Tensor):
+    def _mask(self, keep: torch.Tensor) -> None:
         self.masks = list(keep.unsqueeze(-1).to(self.E[0].dtype).unbind())
         torch._foreach_mul_(self.E, self.masks)
 
 
-def rank_allocator(model) -> RankAllocator | None:
+def rank_allocator(model: torch.nn.Module) -> RankAllocator | None:
     """The allocator of an AdaLoRA model, made batched on the first call; None for any other model."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AdaLoraModel):

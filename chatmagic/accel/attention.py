@@ -4,8 +4,9 @@ ROWS: rows of different lengths in one, each of which attends to itself alone. C
 attention while it captures a forward.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch.nn.functional import dropout as torch_dropout
@@ -34,13 +35,23 @@ def without_cudnn_attention() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def attending_by(name: str, model):
+def attending_by(name: str, model: torch.nn.Module) -> AbstractContextManager[None]:
     """A context in which `model` attends by the function registered as `name`, in all its parts."""
     configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
     return patched((config, "_attn_implementation_internal", name) for config in configs.values())
 
 
-def rows_attention(module, query, key, value, mask, scaling=None, dropout=0.0, rows=None, **options):
+def rows_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    rows: tuple[list[int], torch.Tensor] | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
     """Causal attention in a batch of one that `layers.flattened` made. rows: the rows' lengths, and float32 (longest,
     longest), -inf where a token is ahead; without it the plain attention of any other batch."""
     if rows is None:
@@ -50,7 +61,9 @@ def rows_attention(module, query, key, value, mask, scaling=None, dropout=0.0, r
     return torch.cat([attend(*row, future.to(query.dtype), dropout) for row in each])[None], None
 
 
-def attend(query, key, value, future, dropout: float) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, future: torch.Tensor, dropout: float
+) -> torch.Tensor:
     """Causal attention of n tokens, (n, heads, size), from query (heads, n, size) and key and value (fewer heads, n,
     size). torch's flash attention takes twice the time on the CPU, most of it in its backward; its plain one looks for
     rows that see nothing, and copies the keys for each head of a group."""
@@ -62,7 +75,7 @@ def attend(query, key, value, future, dropout: float) -> torch.Tensor:
     return (weights.view(len(key), -1, n) @ value).view(heads, n, size).transpose(0, 1)
 
 
-def register(name: str, function) -> None:
+def register(name: str, function: Callable) -> None:
     """Let models be set to attend by `function`, which is given the masks of sdpa."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)

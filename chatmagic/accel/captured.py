@@ -5,11 +5,14 @@ for in return, that every replay has the same shapes and reads nothing back, is 
 lengths, and so is the list of positions that have labels. `benchmarks/train_step.py` measures it.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from peft import PeftModel
 from torch.autograd.graph import increment_version
 from torch.nn.functional import pad
 
@@ -20,7 +23,7 @@ from .layers import gathered
 INPUTS = {"input_ids", "labels", "attention_mask", "replayed"}
 
 
-def why_not(model, optimizer, accelerator) -> str | None:
+def why_not(model: PeftModel, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> str | None:
     """What keeps the step of a PEFT model from being captured, None if nothing does."""
     kinds = {type(module).__name__ for module in model.modules()}
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -74,7 +77,14 @@ class CapturedStep:
     off: why nothing is captured, after a capture failed, else None.
     """
 
-    def __init__(self, functions, model, optimizer, accelerator, max_grad_norm: float):
+    def __init__(
+        self,
+        functions: ModuleType,
+        model: PeftModel,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        max_grad_norm: float,
+    ) -> None:
         self.functions, self.model, self.optimizer, self.accelerator = functions, model, optimizer, accelerator
         self.max_grad_norm, self.off = max_grad_norm, None
         self.allocator = rank_allocator(model)
@@ -107,7 +117,7 @@ class CapturedStep:
         increment_version(self.params)  # as in-place steps do, for whoever keeps what the adapter has computed
         return StepNumbers(*numbers.tolist())
 
-    def run(self, key: Hashable, function, inputs: dict) -> torch.Tensor | None:
+    def run(self, key: Hashable, function: Callable[[dict], torch.Tensor | None], inputs: dict) -> torch.Tensor | None:
         """What a function returns: called at first, as the warm-up that capturing wants, then captured, then
         replayed."""
         if key not in self.recordings or self.off:
@@ -126,7 +136,8 @@ class CapturedStep:
         recording.graph.replay()
         return recording.result
 
-    def capture(self, function, inputs: dict) -> Recording:
+    def capture(self, function: Callable[[dict], torch.Tensor | None], inputs: dict) -> Recording:
+        """Record what the function does with inputs of these shapes; nothing is run. Raises what CUDA raises."""
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         inputs = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -154,7 +165,7 @@ class CapturedStep:
         counts = loss.detach(), labelled, inputs["attention_mask"].sum()
         self.counts.copy_(torch.stack([count.float() for count in counts]))
 
-    def update(self, _) -> torch.Tensor:
+    def update(self, _: dict) -> torch.Tensor:
         """Step by the `sums` of all processes; float32 (6,), the StepNumbers."""
         for param, grad in zip(self.params, self.grads):
             param.grad = grad

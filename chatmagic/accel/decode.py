@@ -14,9 +14,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
@@ -32,7 +33,7 @@ class NoGraph(Exception):
     """Why a model's forward cannot be captured: the rest of the sentence that begins with it."""
 
 
-def capture(model, token: torch.Tensor, cache: DynamicCache) -> "GraphedForward":
+def capture(model: PreTrainedModel, token: torch.Tensor, cache: DynamicCache) -> "GraphedForward":
     """A GraphedForward of `model`. Raises NoGraph where there can be none.
 
     It is tried on `token`, int64 (1, 1), after a `cache` that is not empty, which is left as it was. The logits
@@ -42,13 +43,13 @@ def capture(model, token: torch.Tensor, cache: DynamicCache) -> "GraphedForward"
         raise NoGraph(reason)
     length = cache.get_seq_length()
 
-    def tried(forward):
+    def tried(forward: Callable[[torch.Tensor, DynamicCache], torch.Tensor]) -> torch.Tensor:
         try:
             return forward(token, cache).clone()
         finally:
             cut(cache, length)
 
-    def plain(token, cache):
+    def plain(token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
 
     expected, layers = tried(plain), nullcontext
@@ -67,7 +68,7 @@ def capture(model, token: torch.Tensor, cache: DynamicCache) -> "GraphedForward"
     return graphed
 
 
-def obstacle(model, cache: DynamicCache) -> str | None:
+def obstacle(model: PreTrainedModel, cache: DynamicCache) -> str | None:
     """What is known beforehand to keep `model` from being captured."""
     if model.device.type != DEVICE:
         return NOT_ON_A_GPU
@@ -96,12 +97,12 @@ def cut(cache: DynamicCache, length: int) -> None:
 
 
 @contextmanager
-def fused_layers(model) -> Iterator[None]:
+def fused_layers(model: PreTrainedModel) -> Iterator[None]:
     """Give the layers of `model` that normalise, or rotate query and key, by Llama's very code the kernels of
     kernels.py, for forwards of one token. Raises ImportError without Triton."""
     from .kernels import normalise, rotate
 
-    def like(function, llamas) -> bool:
+    def like(function: Callable | None, llamas: Callable) -> bool:
         code, other = getattr(function, "__code__", None), llamas.__code__
         return code is not None and (code.co_code, code.co_names) == (other.co_code, other.co_names)
 
@@ -131,7 +132,7 @@ class Segment:
 class GraphedForward:
     """A captured forward of one token; valid while the model's weights stay where they are."""
 
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel) -> None:
         self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self.position = torch.zeros_like(self.token)
         self.attention: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -171,16 +172,24 @@ class GraphedForward:
         self._last.replay()
         return self.logits
 
-    def _begin(self):
+    def _begin(self) -> None:
         self._open = torch.cuda.CUDAGraph()
         self._open.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
-    def _end(self):
+    def _end(self) -> torch.cuda.CUDAGraph:
         graph, self._open = self._open, None
         graph.capture_end()
         return graph
 
-    def _pause(self, module, query, key, value, attention_mask, **options):
+    def _pause(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
         """In place of attention while capturing: one query and its own key, so a boolean mask says nothing."""
         graph = self._end()
         if attention_mask is not None and attention_mask.dtype != torch.bool:
@@ -197,11 +206,14 @@ class GraphedForward:
 class _NewOnly(DynamicCache):
     """The cache while capturing: empty, and what a layer gives it is all that it gives back."""
 
-    def __init__(self, forward: GraphedForward, config):
+    def __init__(self, forward: GraphedForward, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
         self._forward = forward
 
-    def update(self, key, value, layer, *args, **kwargs):
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note the new key and value of a layer, and give them back alone."""
         self._forward._new = layer, key, value
         return key, value
 
@@ -209,7 +221,7 @@ class _NewOnly(DynamicCache):
 _CAPTURING: ContextVar[GraphedForward] = ContextVar("the forward that is being captured")
 
 
-def _pause(*args, **options):
+def _pause(*args: Any, **options: Any) -> tuple[torch.Tensor, None]:
     return _CAPTURING.get()._pause(*args, **options)
 
 

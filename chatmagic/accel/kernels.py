@@ -28,7 +28,7 @@ def _scale(x, mean, weight, result, epsilon, size, BLOCK: tl.constexpr):
     tl.store(result + at, value.to(result.dtype.element_ty), there)
 
 
-def normalise(layer, x: torch.Tensor) -> torch.Tensor:
+def normalise(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`layer(x)`, of a LlamaRMSNorm, for x of (..., size)."""
     x, size = x.contiguous(), x.shape[-1]
     squares = torch.empty_like(x, dtype=torch.float32)
@@ -57,7 +57,9 @@ def _rotate(q, k, cos, sin, new_q, new_k, q_heads, size, BLOCK: tl.constexpr):
     tl.store(target + column, value.to(kind), there)
 
 
-def rotate(q, k, cos, sin, unsqueeze_dim=1):
+def rotate(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rotary_pos_emb` for one token: q and k (1, heads, 1, size), cos and sin (1, 1, size), of one dtype."""
     heads, size = q.shape[1], q.shape[-1]
     new_q, new_k = q.new_empty(q.shape), k.new_empty(k.shape)

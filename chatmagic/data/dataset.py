@@ -1,17 +1,17 @@
 """From files of conversations to padded batches."""
 
 import json
-from collections.abc import Iterator, Sequence
+import random
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import nlargest
 from pathlib import Path
 
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
-from ..files import write
-from ..prompts.labels import encode_rows
-
-
-class DataError(ChatmagicError):
-    """A file or a batch that cannot be trained on."""
+from ..files import writing
+from ..prompts.labels import IGNORE, encode_rows
+from .rows import DataError, existing
 
 
 def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[str, str]]]:
@@ -24,30 +24,134 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
     """
     from tqdm.auto import tqdm
 
-    path = Path(path).expanduser()
-    with (
-        path.open("rb") as file,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
-    ):
+    path = existing(path)
+    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar:
+        for size, messages in _read_lines(path):
+            bar.update(size)
+            if messages is not None:
+                yield messages
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, list[dict] | None]]:
+    """(bytes, conversation) of each line of a file; None for an empty one."""
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            bar.update(len(line))
-            if not line.strip():
-                continue
-            try:
-                messages = _messages(json.loads(line.decode("utf-8-sig")))
-                validate_messages(messages)
-            except (ValueError, TypeError, AttributeError, MessagesError) as error:
-                raise DataError(f"{path.name}, line {number}: {error}") from error
-            yield messages
+            yield len(line), _of_line(line, path.name, number) if line.strip() else None
 
 
-def write_jsonl(conversations: Sequence[list[dict]], path: str | Path) -> None:
+def _of_line(line: bytes, name: str, number: int) -> "Conversation":
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        messages = _messages(row)
+        validate_messages(messages)
+        conversation = Conversation(messages)
+        if "place" in row:
+            conversation.place = tuple(row["place"])
+    except (ValueError, TypeError, AttributeError, MessagesError) as error:
+        raise DataError(f"{name}, line {number}: {error}") from error
+    return conversation
+
+
+def write_jsonl(conversations: Iterable[list[dict]], path: str | Path) -> None:
     """One conversation a line, as `read_jsonl` reads it. Raises WriteError where the file cannot be written."""
-    write(path, as_jsonl(conversations))
+    with writing(path) as file:
+        file.writelines(as_line(messages).encode() for messages in conversations)
 
 
-def as_jsonl(conversations: Sequence[list[dict]]) -> str:
-    return "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations)
+def as_line(messages: list[dict]) -> str:
+    """A conversation as a line of a file, with the place where it stood if it knows one."""
+    place = {"place": messages.place} if hasattr(messages, "place") else {}
+    return json.dumps({"messages": messages} | place, ensure_ascii=False) + "\n"
+
+
+class Conversation(list):
+    """A list of messages that knows where it stood, so that what fails later can name it.
+
+    place: (the file's name, the line, the number of the row).
+    """
+
+    __slots__ = ("place",)
+
+    @property
+    def where(self) -> str:
+        return named(*self.place)
+
+
+def named(name: str, line: int, row: int) -> str:
+    return f"{name}, line {line}" if line == row else f"{name}, line {line} (row {row})"
+
+
+class ConversationFile(Sequence):
+    """The conversations of a file as `read_jsonl` reads it, each read when it is asked for.
+
+    The file is run through once, so that a bad line is found before training; of each line its place, number and bytes
+    are kept. `without`: conversations that are passed over. Raises DataError as `read_jsonl` does.
+    """
+
+    def __init__(self, path: str | Path, without: Iterable[list[dict]] = ()):
+        self.path, self.starts, self.numbers, self.lengths = existing(path), array("q"), array("q"), array("q")
+        passed_over = {json.dumps(messages) for messages in without}
+        start = 0
+        for number, (size, messages) in enumerate(_read_lines(self.path), 1):
+            if messages is not None and not (passed_over and json.dumps(messages) in passed_over):
+                self.starts.append(start)
+                self.numbers.append(number)
+                self.lengths.append(size)
+            start += size
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Conversation:
+        with self.path.open("rb") as file:
+            file.seek(self.starts[index])
+            conversation = _of_line(file.readline(), self.path.name, self.numbers[index])
+        if not hasattr(conversation, "place"):
+            conversation.place = self.path.name, self.numbers[index], self.numbers[index]
+        return conversation
+
+
+class Examples(Sequence):
+    """Conversations as examples, each encoded when it is drawn: a map-style dataset for torch's DataLoader.
+
+    conversations: a list of them, or a ConversationFile, of which `summary` tells. The rest as for `encode_example`.
+    """
+
+    def __init__(
+        self, conversations: Sequence[list[dict]], tokenizer, max_length: int | None = None, drop_oldest: bool = False
+    ):
+        self.conversations, self.tokenizer = conversations, tokenizer
+        self.cut = {"max_length": max_length, "drop_oldest": drop_oldest}
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> list[dict[str, list]]:
+        """The rows of one conversation, which DataCollator puts into the same batch."""
+        return encode_example(self.conversations[index], self.tokenizer, **self.cut)
+
+    def summary(self) -> str:
+        """The tokens that are trained, of a thousand examples scaled up where there are more, and the longest row.
+
+        Raises LabelsError, with its line, for a conversation that is too long: only those that have many bytes can be,
+        and they are encoded here and now.
+        """
+        every, sizes = range(len(self)), self.conversations.lengths
+        limit = self.cut["max_length"] or self.tokenizer.model_max_length
+        drawn = every if len(self) <= 1000 else random.Random(0).sample(every, 1000)
+        trained = (
+            sum(label != IGNORE for index in drawn for row in self[index] for label in row["labels"])
+            * len(self)
+            // len(drawn)
+        )
+        long = {index for index in every if sizes[index] > limit / 2} | {*nlargest(8, every, key=sizes.__getitem__)}
+        tokens, index = max((len(row["input_ids"]), index) for index in long for row in self[index])
+        about = "" if len(drawn) == len(self) else "about "
+        context = "" if limit > 10**9 else f" of {limit:,}"
+        return (
+            f"{about}{trained:,} tokens trained, the longest row has {tokens:,}{context} "
+            f"({self.conversations[index].where})"
+        )
 
 
 # What ShareGPT files call the roles, next to their proper names.
@@ -78,15 +182,31 @@ def _messages(row) -> list[dict]:
     return system + [{"role": _ROLES.get(role, role), "content": text} for role, text in turns]
 
 
-def encode_example(messages: Sequence[dict], tokenizer, **options) -> list[dict[str, list]]:
-    """A conversation as rows of `input_ids`, `labels` and `replayed`, lists of the same length; `options` are those of
-    `encode_rows`. Mostly one row: several where the chat template writes a last answer otherwise than earlier ones.
+def encode_example(
+    messages: Sequence[dict],
+    tokenizer,
+    max_length: int | None = None,
+    drop_oldest: bool = False,
+    thinking: bool | None = None,
+    system: str | None = None,
+) -> list[dict[str, list]]:
+    """A conversation as rows of `input_ids`, `labels` and `replayed`, lists of the same length. Mostly one: several
+    where the chat template writes a last answer otherwise than earlier ones.
 
-    replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations`
-    marks the base model's own: StepRunner keeps the model there as the base is. Errors as for
-    `build_inputs_labels`.
+    labels: -100 also at an answer whose message says `"weight": 0`, as `read_conversations` marks what is not to be
+    trained. replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations`
+    marks the base model's own: StepRunner keeps the model there as the base is. The other arguments,
+    and errors, are those of `encode_rows`; they name the line where the messages know it.
     """
-    return [vars(row) for row in encode_rows(messages, tokenizer, **options)]
+    where = getattr(messages, "where", "")
+    options = {"max_length": max_length, "drop_oldest": drop_oldest, "thinking": thinking, "system": system}
+    try:
+        rows = encode_rows(messages, tokenizer, **options)
+    except ChatmagicError as error:
+        asked = [message["role"] for message in messages if message["role"] != "system"]
+        way_out = " Leave its greeting out, or put it into the system text." if asked[:1] == ["assistant"] else ""
+        raise type(error)(f"{where}: {error}{way_out}".removeprefix(": ")) from error
+    return [vars(row) for row in rows]
 
 
 class DataCollator:
@@ -106,13 +226,14 @@ class DataCollator:
         self.pad_token, self.pad_token_id = tokenizer.pad_token, tokenizer.pad_token_id
         self.multiple = pad_to_multiple_of or 1
 
-    def __call__(self, examples: Sequence[dict]) -> dict:
-        """The examples' `input_ids` and `labels` as int64 tensors of shape (len(examples), length), with -100
+    def __call__(self, examples: Sequence[dict | list[dict]]) -> dict:
+        """The rows' `input_ids` and `labels` as int64 tensors of shape (rows, length), with -100
         in the labels' padding, and `attention_mask`, 0 there. Raises DataError for an example that trains the
         pad token: whoever masks labels where the id is the pad's would never teach the model to end its
         turn. Examples that have `replayed` give a bool tensor of it too."""
         import torch
 
+        examples = [row for each in examples for row in ([each] if isinstance(each, dict) else each)]
         length = max(len(example["input_ids"]) for example in examples)
         shape = len(examples), -(-length // self.multiple) * self.multiple
         batch = {

@@ -5,7 +5,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ChatmagicError
 
@@ -38,12 +38,13 @@ def first_not_finite(tensors: dict[str, "Tensor"]) -> str | None:
     return next((name for name, tensor in floating if not tensor.isfinite().all()), None)
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; {} where there is no such file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no such file. Raises CheckpointError where it is none."""
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON ({error}): download the model again.") from None
 
@@ -56,7 +57,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if weight_map := read_json(folder / f"{name}.index.json").get("weight_map"):
-            files = {folder / file: [] for file in dict.fromkeys(weight_map.values())}
+            files: dict[Path, list[str]] = {folder / file: [] for file in dict.fromkeys(weight_map.values())}
             for tensor, file in weight_map.items():
                 files[folder / file].append(tensor)
             if missing := [file for file in files if not file.is_file()]:
@@ -80,7 +81,7 @@ def open_weights(folder: Path) -> dict[str, Stored]:
     `.bin` files go through `torch.load(weights_only=True)`. Raises CheckpointError for a file that is
     missing, cut short, no checkpoint, lacks what its index promises, or holds anything but tensors.
     """
-    stored = {}
+    stored: dict[str, Stored] = {}
     for file, promised in weight_files(folder).items():
         tensors = _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
         for name in promised:

@@ -1,18 +1,26 @@
 """A checkpoint folder, as its publisher ships it, as a model and a tokenizer of transformers' own classes."""
 
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ChatmagicError
 from ..prompts.templates import name_family
 from .checkpoint import CheckpointError, Stored, open_weights, read_json
 from .quantize import mend_bitsandbytes, quantization_config
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 class RemoteCodeError(ChatmagicError):
     """The folder wants its own Python files to be run."""
 
 
-def load_model(path, quantize: str | None = None, dtype="auto", device_map="auto"):
+def load_model(
+    path: str | Path, quantize: str | None = None, dtype: "torch.dtype | str" = "auto", device_map: Any = "auto"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint folder; no code in it is run.
 
     quantize: "nf4" (4 bit with double quantisation) or "int8", both by bitsandbytes, on a GPU or the CPU;
@@ -21,7 +29,8 @@ def load_model(path, quantize: str | None = None, dtype="auto", device_map="auto
     device_map: as in transformers; "auto" fills the GPUs and is the CPU where there is none.
 
     Returns (model, tokenizer), the model in evaluation mode. Raises CheckpointError for a folder that is
-    missing or not whole, naming file and tensor, and RemoteCodeError for one that only its own code can read.
+    missing or not whole, naming file and tensor, RemoteCodeError for one that only its own code can read, and
+    ChatmagicError for a `quantize` or `dtype` that is not known.
     """
     if quantize not in (None, "nf4", "int8"):
         raise ChatmagicError(f"quantize={quantize!r} is not known: give 'nf4', 'int8' or None.")
@@ -48,7 +57,7 @@ def load_model(path, quantize: str | None = None, dtype="auto", device_map="auto
     return model, tokenizer
 
 
-def context_limit(model) -> tuple[int | None, str]:
+def context_limit(model: "PreTrainedModel") -> tuple[int | None, str]:
     """How many tokens, prompt and answer together, a model may be given (None: no limit known); why no more.
 
     Whoever generates refuses beyond it with the reason: some native classes depart from their originals.
@@ -103,7 +112,7 @@ def _refuse_remote_code(config: dict, folder: Path) -> None:
     )
 
 
-def _resolve_dtype(dtype, config: dict):
+def _resolve_dtype(dtype: "torch.dtype | str", config: dict) -> "torch.dtype":
     """The torch dtype to load in."""
     import torch
 
@@ -121,7 +130,9 @@ def _resolve_dtype(dtype, config: dict):
     return torch.float16 if stored is torch.bfloat16 and not bf16 else stored
 
 
-def _load_native(folder: Path, config: dict, stored: dict[str, Stored], options: dict):
+def _load_native(
+    folder: Path, config: dict, stored: dict[str, Stored], options: dict
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A checkpoint that transformers reads by itself."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -143,7 +154,9 @@ def _load_native(folder: Path, config: dict, stored: dict[str, Stored], options:
     return model, tokenizer
 
 
-def _load_family(family, folder: Path, config: dict, stored: dict[str, Stored], options: dict):
+def _load_family(
+    family: ModuleType, folder: Path, config: dict, stored: dict[str, Stored], options: dict
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A published checkpoint as its family's native class.
 
     transformers takes a state dict of its own names in place of a folder, and quantises, casts and places one

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -281,12 +283,12 @@ def _open_native(base: Path, output: Path) -> dict[str, dict[str, Part]]:
     return shards
 
 
-def _open_rows(file: Path, name: str):
+def _open_rows(file: Path, name: str) -> Any:
     """Opens the file for this tensor alone, so that what is read of it does not stay in memory."""
     return safe_open(file, framework="pt").get_slice(name)
 
 
-def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, dict[str, Part]]:
+def _open_family(family: ModuleType, base: Path, config: dict, output: Path) -> dict[str, dict[str, Part]]:
     """As _open_native, for a checkpoint in its publisher's layout, which becomes native on the way."""
     from .families.native import native_names, read_native
 
@@ -314,7 +316,7 @@ def _open_family(family, base: Path, config: dict, output: Path) -> dict[str, di
 class _Changed:
     """The rows of a weight, with what an adapter adds to them."""
 
-    def __init__(self, name: str, part: Part, update: Update, multiplying: Lock):
+    def __init__(self, name: str, part: Part, update: Update, multiplying: Lock) -> None:
         self.name, self.update, self.rows = name, update, part.rows()
         with multiplying:  # one product at a time: each takes all cores
             self.product = update.product(part.dtype)

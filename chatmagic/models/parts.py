@@ -1,20 +1,23 @@
 """What of a model is trained, and what memory a step of that wants and finds."""
 
+from collections.abc import Iterator
+
 import torch
+from transformers import PreTrainedModel
 
 
-def trainable(model):
+def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The (name, parameter) pairs of a model that are trained."""
     return ((name, param) for name, param in model.named_parameters() if param.requires_grad)
 
 
-def activations(model) -> int:
+def activations(model: PreTrainedModel) -> int:
     """Bytes that the activations of a training step of 1024 tokens take, kept from forward to backward, roughly."""
     config = model.config.get_text_config()
     return 1024 * config.num_hidden_layers * config.hidden_size * 60
 
 
-def free_memory(model) -> int:
+def free_memory(model: torch.nn.Module) -> int:
     """Bytes that torch can still have on the GPU that the model is on; 0 if it is on none."""
     device = next(model.parameters()).device
     if device.type != "cuda":

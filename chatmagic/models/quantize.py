@@ -2,6 +2,14 @@
 
 import functools
 import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
 
 # On its import on some CPUs it warns that an optional kernel of the hub was not found (bitsandbytes issue 2064), at
 # each int8 product that the input is cast to float16.
@@ -9,7 +17,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def quantization_config(quantize: str, compute_dtype):
+def quantization_config(quantize: str, compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
     """transformers' BitsAndBytesConfig for "nf4" (4 bit, double quantisation: QLoRA, arXiv:2305.14314) or for
     "int8" (arXiv:2208.07339). `compute_dtype` is the torch dtype in which 4-bit layers multiply."""
     from transformers import BitsAndBytesConfig
@@ -41,13 +49,15 @@ def mend_bitsandbytes() -> None:
     pack, unpack = modules._convert_weight_packed_for_cpu, modules._convert_weight_packed_for_cpu_inverse
     forward = Linear4bit.forward
 
-    def pack_keeping_scales(weight, state, *args):
+    def pack_keeping_scales(
+        weight: "torch.Tensor", state: "QuantState", *args: Any
+    ) -> "tuple[torch.Tensor, QuantState]":
         original = dict(vars(state))
         weight, state = pack(weight, state, *args)
         state.before_packing = original
         return weight, state
 
-    def unpack_exactly(weight, state, *args):
+    def unpack_exactly(weight: "torch.Tensor", state: "QuantState", *args: Any) -> "tuple[torch.Tensor, QuantState]":
         original = state.before_packing
         weight, state = unpack(weight, state, *args)
         vars(state).clear()
@@ -55,7 +65,7 @@ def mend_bitsandbytes() -> None:
         return weight, state
 
     @functools.wraps(forward)
-    def forward_unpacked_in_training(self, x):
+    def forward_unpacked_in_training(self: "Linear4bit", x: "torch.Tensor") -> "torch.Tensor":
         state = self.weight.quant_state
         if state.shape[0] % 32 or state.shape[1] % state.blocksize:
             self.support_avx512bf16_for_cpu = False
@@ -68,19 +78,20 @@ def mend_bitsandbytes() -> None:
     Linear4bit.forward = forward_unpacked_in_training
 
 
-def linears_4bit(model):
+def linears_4bit(model: "torch.nn.Module") -> "Iterator[Linear4bit]":
+    """The 4-bit layers of a model, by bitsandbytes."""
     from bitsandbytes.nn import Linear4bit
 
     return (module for module in model.modules() if isinstance(module, Linear4bit))
 
 
-def packed_for_inference(model) -> bool:
+def packed_for_inference(model: "torch.nn.Module") -> bool:
     """Whether bitsandbytes has repacked 4-bit weights for its CPU inference kernel, which has no backward."""
     states = (getattr(module.weight, "quant_state", None) for module in linears_4bit(model))
     return any(getattr(state, "packing_format_for_cpu", False) for state in states)
 
 
-def never_packed(model) -> None:
+def never_packed(model: "torch.nn.Module") -> None:
     """Keep bitsandbytes from that during validation: it repacks at the first forward in evaluation mode.
 
     (`Linear4bit.forward`; it would go on training with gradients that stop at every such layer, in silence.)

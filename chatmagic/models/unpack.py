@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGUFReader, dequantize, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
 from tokenizers import normalizers
 from tqdm.auto import tqdm
 from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -64,7 +64,7 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
         saved.save_pretrained(folder)
 
 
-def same(embedding, head) -> bool:
+def same(embedding: ReaderTensor, head: ReaderTensor | None) -> bool:
     """Whether a head is no other than the embedding: it is not in the file, or stands there twice."""
     return head is None or (head.tensor_type == embedding.tensor_type and np.array_equal(head.data, embedding.data))
 
@@ -72,7 +72,7 @@ def same(embedding, head) -> bool:
 class Rows:
     """The rows of a tensor of a GGUF file, dequantised as they are asked for; bfloat16."""
 
-    def __init__(self, tensor, processor):
+    def __init__(self, tensor: ReaderTensor, processor: TensorProcessor) -> None:
         self.data, self.type = np.array(tensor.data), tensor.tensor_type
         if type(processor) is not TensorProcessor:  # which reorders rows: not by the block, but these are small
             whole = processor.process(weights=dequantize(self.data, self.type), name=tensor.name).weights

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
-from .templates import EndOfTurn, NoSystemError, Span, TemplateError, control_pattern, get_template
+from .templates import EndOfTurn, Span, TemplateError, control_pattern, get_template, no_system
 
 Encoded = TypeVar("Encoded")
 IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
@@ -225,7 +225,7 @@ def _prepare(messages: Sequence[dict], encoder: Encoder, system: str | None) -> 
         first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
         return [first, *messages[2:]]
     if not encoder.template.takes_system:
-        raise NoSystemError(f"template {encoder.template.name!r}")
+        raise no_system(f"template {encoder.template.name!r}")
     return messages
 
 
@@ -251,7 +251,7 @@ def _encode_shorter(
         if (first := bisect_left(shorter, True, key=fits)) < len(shorter):
             return encode(shorter[first])
         hint = "Not even its last round fits."
-    turns = range(system + shortest - 1, len(messages))
+    turns = range(system, len(messages))
     over = turns[bisect_left(turns[:-1], True, key=lambda turn: not fits(messages[: turn + 1]))]
     raise LabelsError(
         f"The conversation is {length(encode(messages))} tokens long: message {over} "
@@ -345,14 +345,18 @@ def encode_rows(
     messages = _prepare(messages, encoder, system)
 
     def encode(part: Sequence[dict]) -> list[Row]:
+        if all(message["role"] != "assistant" for message in part):  # to tell whether the first question is too long
+            return [encoder.encode(encoder.template.render(part, True, thinking))]
         finished = part[-1]["role"] == "assistant"
         rows = encoder.template.render_rows(part, multi_rounds, thinking)
         return _joined([encoder.encode_row(spans, finished) for spans in rows])
 
     def length(rows: list[Row]) -> int:
-        return max(len(row.input_ids) for row in rows)
+        return max((len(row.input_ids) for row in rows), default=0)
 
     rows = encode(messages)
+    if all(label == IGNORE for row in rows for label in row.labels):
+        raise LabelsError("Nothing is trained: each answer has weight 0.")
     return rows if length(rows) <= limit else _encode_shorter(messages, encode, length, limit, drop_oldest, shortest=2)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from .habits import KEY, Habits, learn_appending, learn_habits, split_thoughts
 from .jinja import ANSWER, BEGIN, MARKS, QUESTION, TAG, THOUGHT, Hidden, Renderer, split
-from .templates import EndOfTurn, NoSystemError, Span, Template, TemplateError, control_tokens
+from .templates import EndOfTurn, Span, Template, TemplateError, control_tokens, no_system
 
 
 class OwnTemplate:
@@ -85,8 +85,9 @@ class OwnTemplate:
         writes of an answer cannot follow that prompt.
         """
         hidden, switches = self._hide(messages), self.habits.switches(thinking)
+        last = len(messages) - 1
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        taught = turns if multi_rounds else [turn for turn in turns if turn + 1 == len(messages)]
+        taught = [turn for turn in turns if (multi_rounds or turn == last) and messages[turn].get("weight", 1)]
         if self._joint(messages[0]["role"] == "system", thinking):
             text = self._text(hidden.messages, messages[-1]["role"] == "user", switches)
             if row := self._cut(text, hidden, thinking, taught):
@@ -129,10 +130,10 @@ class OwnTemplate:
         except TemplateError as error:
             if system:
                 self._jinja(hidden[1:], add_generation_prompt, **switches)  # raises if it is not for the system text
-                raise NoSystemError("this chat template", str(error)) from error
+                raise no_system("this chat template", str(error)) from error
             raise
         if system not in text:
-            raise NoSystemError("this chat template")
+            raise no_system("this chat template")
         return text
 
     def _prompt(self, text: str, hidden: Hidden, thinking: bool | None) -> list[Span]:

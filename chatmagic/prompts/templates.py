@@ -22,12 +22,13 @@ class TemplateError(ChatmagicError):
 class NoSystemError(TemplateError):
     """A system text for a model that knows none."""
 
-    def __init__(self, template: str, said: str = ""):
-        said = f" ({said})" if said else ""
-        super().__init__(
-            f"Message 0 has role 'system', and {template} has no place for it{said}; expected user. Put it into the "
-            'first question, or pass system="merge", which does.'
-        )
+
+def no_system(template: str, said: str = "") -> NoSystemError:
+    said = f" ({said})" if said else ""
+    return NoSystemError(
+        f"Message 0 has role 'system', and {template} has no place for it{said}; expected user. Put it into the first "
+        'question, or pass system="merge", which does.'
+    )
 
 
 class Span(NamedTuple):
@@ -154,6 +155,7 @@ class Template:
                     spans.append(Span(self.prompt))
                 continue
             trained = bool(multi_rounds) or multi_rounds is False and last
+            trained &= bool(messages[index].get("weight", 1))  # 0 in OpenAI's fine-tuning files: not to be trained
             replayed = messages[index].get("replayed", False)
             if trained and self.joint is not None:
                 raise TemplateError(

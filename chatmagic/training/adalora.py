@@ -6,10 +6,12 @@ important ones until the budget of `target_r` triplets a layer, on average, is l
 """
 
 import re
+from typing import Any
 
 import pandas as pd
 import torch
-from peft import AdaLoraConfig, TaskType
+from peft import AdaLoraConfig, PeftModel, TaskType
+from transformers import PreTrainedModel
 
 from ..accel.allocator import rank_allocator
 from ..errors import ChatmagicError
@@ -17,7 +19,7 @@ from ..errors import ChatmagicError
 SHORTEST_RUN = 10
 
 
-def find_all_linear_names(model) -> list[str]:
+def find_all_linear_names(model: PreTrainedModel) -> list[str]:
     """The last name component of every linear layer but the output head, sorted.
 
     4-bit, 8-bit and plain linears alike: bitsandbytes' classes derive from `torch.nn.Linear`.
@@ -45,7 +47,7 @@ def adalora_config(
     tinit: int | None = None,
     tfinal: int | None = None,
     deltaT: int | None = None,
-    **lora,
+    **lora: Any,
 ) -> AdaLoraConfig:
     """An AdaLoraConfig for a causal language model whose schedule fits a run of `total_steps` optimizer steps.
 
@@ -101,7 +103,7 @@ def rank_table(config: AdaLoraConfig) -> pd.DataFrame:
     return pd.DataFrame(ranks).rename_axis("layer").sort_index()
 
 
-def importance_table(model) -> pd.DataFrame:
+def importance_table(model: PeftModel) -> pd.DataFrame:
     """The importance of every adapted layer (columns, as "3.q_proj") at each allocation (rows, by step)."""
     allocator = rank_allocator(model)
     names = ["{}.{}".format(*layer_and_projection(name)) for name in allocator.name_set]

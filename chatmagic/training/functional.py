@@ -7,18 +7,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from peft import PeftModel
 from torch.distributed import all_reduce
 from torch.nn.functional import nll_loss
+
+from ..accel.allocator import RankAllocator
 
 Autocast = Callable[[], AbstractContextManager]
 
 
-def logits_at(model, inputs: dict, positions: torch.Tensor, autocast: Autocast) -> torch.Tensor:
+def logits_at(model: PeftModel, inputs: dict, positions: torch.Tensor, autocast: Autocast) -> torch.Tensor:
     """The logits at n positions of the batch, float32 (n, vocabulary); the head computes no others.
 
     positions: int64 (n,), in the batch laid flat, row after row."""
 
-    def select(_, args):
+    def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (args[0].flatten(0, 1).index_select(0, positions)[None],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
@@ -31,7 +34,7 @@ def logits_at(model, inputs: dict, positions: torch.Tensor, autocast: Autocast) 
 
 @torch.no_grad()
 def base_at(
-    model, inputs: dict, positions: torch.Tensor, autocast: Autocast, counted: torch.Tensor | None = None
+    model: PeftModel, inputs: dict, positions: torch.Tensor, autocast: Autocast, counted: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The base model's probabilities of the next token at n positions, float32 (n, vocabulary), and their entropy,
     summed over the positions. counted, bool (n,): the others' are zero.
@@ -48,7 +51,12 @@ def base_at(
     return probabilities, entropy.sum()
 
 
-def summed_loss(ours: torch.Tensor, targets: torch.Tensor, replays=None, base=None) -> torch.Tensor:
+def summed_loss(
+    ours: torch.Tensor,
+    targets: torch.Tensor,
+    replays: torch.Tensor | None = None,
+    base: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """The loss summed over label tokens, float32 (): cross-entropy, and where the base spoke the divergence from it.
 
     ours, replays: log-probabilities, float32 (n, vocabulary), of what is learnt and of what is replayed.
@@ -61,7 +69,7 @@ def summed_loss(ours: torch.Tensor, targets: torch.Tensor, replays=None, base=No
     return loss - (probabilities * replays).sum() - entropy
 
 
-def loss_at(model, inputs: dict, autocast: Autocast) -> torch.Tensor:
+def loss_at(model: PeftModel, inputs: dict, autocast: Autocast) -> torch.Tensor:
     """`summed_loss` where which positions are replayed is known to the device alone.
 
     inputs: as `accel.captured.of_fixed_shape` returns them."""
@@ -84,7 +92,9 @@ def add_up(sums: torch.Tensor, processes: int) -> None:
         all_reduce(sums)
 
 
-def clip(params: list, scale: float | torch.Tensor, allocator, max_norm: float):
+def clip(
+    params: list, scale: float | torch.Tensor, allocator: RankAllocator | None, max_norm: float
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Make gradients of a sum those of a mean, times `scale`, let the penalty's join them, and clip them all. Returns
     the penalty, None without an allocator, and the norm before clipping, both float32 ()."""
     torch._foreach_mul_([param.grad for param in params], scale)
@@ -92,7 +102,7 @@ def clip(params: list, scale: float | torch.Tensor, allocator, max_norm: float):
     return penalty, torch.nn.utils.clip_grad_norm_(params, max_norm)
 
 
-def take_step(optimizer, allocator) -> None:
+def take_step(optimizer: torch.optim.Optimizer, allocator: RankAllocator | None) -> None:
     """The optimizer's step, and what AdaLoRA learns from it, unless fp16 overflowed: then gradients say nothing."""
     optimizer.step()
     if allocator and allocator.scoring and not getattr(optimizer, "step_was_skipped", False):

@@ -4,10 +4,12 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import pandas as pd
@@ -16,6 +18,9 @@ from accelerate import Accelerator
 from accelerate.data_loader import get_sampler
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradScalerKwargs, broadcast, gather_object
+from peft import PeftModel
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from torchkeras import kerasmodel
 from torchkeras.kerascallbacks import VisProgress
 
@@ -49,19 +54,27 @@ class KerasModel(kerasmodel.KerasModel):
 
     StepRunner = StepRunner
 
-    def __init__(self, net, loss_fn=None, optimizer=None, lr_scheduler=None):
+    def __init__(
+        self,
+        net: PeftModel,
+        loss_fn: Callable | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: LRScheduler | None = None,
+    ) -> None:
         super().__init__(net, loss_fn, optimizer=optimizer, lr_scheduler=lr_scheduler)
 
-    def save_ckpt(self, ckpt_path=None, accelerator=None):
+    def save_ckpt(self, ckpt_path: str | Path | None = None, accelerator: Accelerator | None = None) -> None:
+        """Write the adapter to `ckpt_path`, by default fit's: see `states.save_adapter`."""
         save_adapter(self.net, ckpt_path or self.ckpt_path)
 
-    def load_ckpt(self, ckpt_path=None):
+    def load_ckpt(self, ckpt_path: str | Path | None = None) -> None:
+        """Take the adapter from `ckpt_path`, by default fit's: see `states.load_adapter`."""
         load_adapter(self.net, ckpt_path or self.ckpt_path)
 
     def fit(
         self,
-        train_data,
-        val_data=None,
+        train_data: DataLoader,
+        val_data: DataLoader | None = None,
         epochs: int = 10,
         ckpt_path: str | Path = "checkpoint",
         patience: int = 5,
@@ -185,7 +198,7 @@ class KerasModel(kerasmodel.KerasModel):
         """Whether the optimizer has made steps, or the adapter is on its way through its ranks."""
         return bool(self.optimizer.state) or bool(self.allocator and self.allocator.step)
 
-    def _start(self):
+    def _start(self) -> None:
         """From the beginning: the model's own, if it has made steps since."""
         if not self._has_steps():
             BEGINNINGS[self.net] = self._snapshot().to_bytes()
@@ -198,7 +211,7 @@ class KerasModel(kerasmodel.KerasModel):
             raise ChatmagicError("This model was trained elsewhere. To start anew, make it, and its optimizer, again.")
         self._save_state()
 
-    def _place(self):
+    def _place(self) -> None:
         """Device, the same adapter in all processes, loss scaling. The net is not given to accelerate, which would wrap
         its forward for good and refuse a 4-bit model on the CPU."""
         device = self.accelerator.device
@@ -221,7 +234,7 @@ class KerasModel(kerasmodel.KerasModel):
             return None
         return CapturedStep(functional, self.net, optimizer, self.accelerator, self.StepRunner.max_grad_norm)
 
-    def _run_epoch(self):
+    def _run_epoch(self) -> None:
         state = self.state
         set_rng(state.epoch_rng[self.accelerator.process_index], self.samplers)
         self._run_stage("train", Batches(self.train_loader, state.batch, self._on_skipped, self._after_step))
@@ -240,7 +253,7 @@ class KerasModel(kerasmodel.KerasModel):
         state.epoch_rng = gather_object([get_rng(self.samplers)])
         self._between_steps(save_due=True)
 
-    def _run_stage(self, stage: str, batches):
+    def _run_stage(self, stage: str, batches: Iterable[dict]) -> None:
         training = stage == "train"
         self.runner = self.StepRunner(
             net=self.net,
@@ -258,15 +271,15 @@ class KerasModel(kerasmodel.KerasModel):
         for name, value in (({"epoch": self.state.epoch} if training else {}) | log).items():
             self.state.history.setdefault(name, []).append(value)
 
-    def _on_skipped(self):
+    def _on_skipped(self) -> None:
         set_rng(self.state.rng[self.accelerator.process_index], self.samplers)
 
-    def _after_step(self, batch: int):
+    def _after_step(self, batch: int) -> None:
         self.state.batch, self.state.sums = batch, getattr(self.runner, "sums", None)
         if self.accelerator.sync_gradients:
             self._between_steps(save_due=bool(self.save_every) and self.step % self.save_every == 0)
 
-    def _between_steps(self, save_due: bool):
+    def _between_steps(self, save_due: bool) -> None:
         """With nothing half done: save if it is time or Ctrl-C was pressed; then also stop."""
         asked = torch.tensor(int(self.interrupt.is_set()), device=self.accelerator.device)
         stop = bool(self.accelerator.reduce(asked))
@@ -295,7 +308,7 @@ class KerasModel(kerasmodel.KerasModel):
         waited = self.best is not None and self.state.epoch - 1 - self.best["epoch"] >= self.patience
         return waited or self.state.epoch > self.epochs
 
-    def _save_state(self):
+    def _save_state(self) -> None:
         self._on_main(save_state, self.net, self._snapshot(), self.ckpt_path)
 
     def _snapshot(self) -> RunState:
@@ -313,7 +326,7 @@ class KerasModel(kerasmodel.KerasModel):
         )
 
     @torch.no_grad()
-    def _load_state(self, state: RunState):
+    def _load_state(self, state: RunState) -> None:
         processes, params = len(state.rng), dict(trainable(self.net))
         if processes != self.accelerator.num_processes:
             raise ChatmagicError(
@@ -338,12 +351,12 @@ class KerasModel(kerasmodel.KerasModel):
         self.state = state
         self.train_loader.iteration = state.epoch - 1  # a dataset or sampler may have a set_epoch
 
-    def _on_main(self, write, *args, **kwargs):
+    def _on_main(self, write: Callable, *args: Any, **kwargs: Any) -> None:
         if self.accelerator.is_main_process:
             write(*args, **kwargs)
         self.accelerator.wait_for_everyone()
 
-    def _call_back(self, event: str):
+    def _call_back(self, event: str) -> None:
         if self.accelerator.is_local_main_process:
             for callback in self.callbacks:
                 getattr(callback, event, lambda model: None)(model=self)

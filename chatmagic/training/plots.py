@@ -5,13 +5,19 @@ Labels are Chinese and English at once. The Chinese ones are drawn with the few 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.figure import Figure
+from peft import PeftModel
 from torchkeras.kerascallbacks import VisMetric
 
 from ..files import writing
 from .adalora import importance_table, rank_table
+
+if TYPE_CHECKING:
+    from .keras import KerasModel
 
 FONT = Path(__file__).with_name("labels.otf")
 font_manager.fontManager.addfont(FONT)
@@ -26,7 +32,8 @@ def pictures() -> list:
 class EpochLines:
     """A line an epoch, where no bar and no picture are wanted."""
 
-    def on_validation_epoch_end(self, model):
+    def on_validation_epoch_end(self, model: "KerasModel") -> None:
+        """Print the epoch's line."""
         log = {name: values[-1] for name, values in model.history.items()}
         print(f"epoch {log.pop('epoch')}/{model.epochs}", *(f"{k} {v:.4g}" for k, v in log.items()), flush=True)
 
@@ -37,15 +44,18 @@ class LiveCurve(VisMetric):
     The library's own star may stand on an epoch whose ranks were not final.
     """
 
-    def on_fit_start(self, model):
+    def on_fit_start(self, model: "KerasModel") -> None:
+        """Begin an empty curve."""
         self.save_path = model.ckpt_path / "history.png"
         super().on_fit_start(model)
 
-    def update_graph(self, model, *args, **kwargs):
+    def update_graph(self, model: "KerasModel", *args: Any, **kwargs: Any) -> None:
+        """Draw the curve anew, and save it."""
         with writing(model.ckpt_path / "history.png") as self.save_path:
             super().update_graph(model, *args, **kwargs)
 
-    def get_best_score(self, model):
+    def get_best_score(self, model: "KerasModel") -> tuple[int, float]:
+        """The epoch and score that were kept; before there are any, torchkeras' own."""
         if model.best:
             return model.best["epoch"], model.best["score"]
         return super().get_best_score(model)
@@ -54,14 +64,15 @@ class LiveCurve(VisMetric):
 class RankPictures:
     """ranks.png and importance.png beside an AdaLoRA adapter, at the end of its run."""
 
-    def on_fit_end(self, model):
+    def on_fit_end(self, model: "KerasModel") -> None:
+        """Save both pictures."""
         if model.allocator:
             for name, draw in {"ranks": plot_ranks, "importance": plot_importance}.items():
                 with writing(model.ckpt_path / f"{name}.png") as file:
                     draw(model.net).savefig(file, dpi=150)
 
 
-def plot_ranks(model):
+def plot_ranks(model: PeftModel) -> Figure:
     """A matplotlib Figure: the final rank of every layer and projection of a trained AdaLoRA model."""
     ranks = rank_table(model.peft_config[model.active_adapter])
     with plt.rc_context(STYLE):
@@ -80,7 +91,7 @@ def plot_ranks(model):
     return figure
 
 
-def plot_importance(model, layers: int = 3):
+def plot_importance(model: PeftModel, layers: int = 3) -> Figure:
     """A matplotlib Figure: the importance over time of the `layers` that end highest, in the middle and lowest."""
     table = importance_table(model)
     order = table.columns[table.iloc[-1].argsort()][::-1]

@@ -5,11 +5,18 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel
 
 from ..models.parts import activations, free_memory
+
+S = TypeVar("S", bound=Sampler)
 
 
 def best_precision(cpu: bool = False) -> str:
@@ -20,7 +27,7 @@ def best_precision(cpu: bool = False) -> str:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 
-def prepare(model) -> bool:
+def prepare(model: PreTrainedModel) -> bool:
     """Freeze a model for training an adapter. On a GPU that is short of memory, also have activations recomputed in
     the backward pass instead of kept (gradient checkpointing), and say so; returns whether it is short.
 
@@ -46,13 +53,15 @@ class Batches:
     `on_skipped` is called after the last of them; `after_step(number)` after each step but the epoch's last.
     """
 
-    def __init__(self, loader, skip: int, on_skipped, after_step):
+    def __init__(
+        self, loader: DataLoader, skip: int, on_skipped: Callable[[], None], after_step: Callable[[int], None]
+    ) -> None:
         self.loader, self.skip, self.on_skipped, self.after_step = loader, skip, on_skipped, after_step
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.loader) - self.skip
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict]:
         for number, batch in enumerate(self.loader, 1):
             if number > self.skip:
                 yield batch
@@ -62,7 +71,7 @@ class Batches:
                 self.on_skipped()
 
 
-def seeded(sampler):
+def seeded(sampler: S) -> S:
     """The sampler, with a generator of its own if it draws: one that processes share and a state can hold."""
     if getattr(sampler, "generator", "draws nothing") is None:
         sampler.generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
@@ -94,14 +103,14 @@ def set_rng(state: dict, samplers: list) -> None:
 
 
 @contextlib.contextmanager
-def noted_interrupt():
+def noted_interrupt() -> Iterator[threading.Event]:
     """Ctrl-C sets the event that this yields, for the loop to stop between two steps; a later second one interrupts."""
     asked, first = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():  # Python allows no handlers elsewhere
         yield asked
         return
 
-    def note(signum, frame):
+    def note(signum: int, frame: FrameType | None) -> None:
         nonlocal first
         if asked.is_set() and time.monotonic() - first > 1:  # a launcher in the terminal hands the first one on
             raise KeyboardInterrupt

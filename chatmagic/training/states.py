@@ -12,8 +12,10 @@ import json
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save
 from torch.utils._pytree import tree_leaves
@@ -50,25 +52,26 @@ class RunState:
     scaler: dict | None = None
 
     def to_bytes(self) -> bytes:
+        """What torch.save writes of it."""
         buffer = io.BytesIO()
         torch.save(vars(self), buffer)
         return buffer.getvalue()
 
     @classmethod
-    def read(cls, file, mmap: bool = False) -> "RunState":
+    def read(cls, file: Path | BinaryIO, mmap: bool = False) -> "RunState":
         """Of a file that `to_bytes` wrote, in this version or an earlier one. With `mmap` tensors stay on the disk."""
         known = {field.name for field in fields(cls)}
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         return cls(**{name: value for name, value in saved.items() if name in known})
 
 
-def save_adapter(model, folder: str | Path) -> None:
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write the adapter of a PEFT model to `folder`, AdaLoRA's factors pruned to their ranks. Main process only."""
     write_together(folder, adapter_files(model), HINT)  # without its config, which is the last, an adapter is not one
 
 
 @torch.no_grad()
-def load_adapter(model, folder: str | Path) -> None:
+def load_adapter(model: PeftModel, folder: str | Path) -> None:
     """Put a saved adapter into the live factors of a PEFT model with the same targets, in place.
 
     Pruned triplets get E = 0, which leaves the update that was saved. Raises ChatmagicError if there is no adapter
@@ -97,11 +100,13 @@ def load_adapter(model, folder: str | Path) -> None:
 
 
 def state_folder(ckpt_path: str | Path, step: int) -> Path:
+    """Where the state of that step lies."""
     return Path(ckpt_path) / f"last-{step:06d}"
 
 
-def save_state(model, state: RunState, ckpt_path: str | Path) -> None:
-    """Write the state and the adapter to CKPT_PATH/last-STEP, then drop older ones."""
+def save_state(model: PeftModel, state: RunState, ckpt_path: str | Path) -> None:
+    """Write the state and the adapter to CKPT_PATH/last-STEP, then drop older ones. Raises ChatmagicError where a
+    reader's own file lies there, or a tensor is not finite; WriteError where the disk is full."""
     ckpt_path, folder = Path(ckpt_path), state_folder(ckpt_path, state.step)
     leaves = [leaf for leaf in tree_leaves(vars(state)) if isinstance(leaf, torch.Tensor)]
     check_finite({f"Tensor {number} of the state": leaf for number, leaf in enumerate(leaves)}, folder)
@@ -134,7 +139,7 @@ def newest_state(ckpt_path: str | Path, read: bool = True) -> RunState | None:
     return RunState.read(newest, mmap=not read)
 
 
-def adapter_files(model) -> dict[str, bytes]:
+def adapter_files(model: PeftModel) -> dict[str, bytes]:
     """The files of a PEFT adapter folder, by name. Raises ChatmagicError for factors that are no numbers any more."""
     name = model.active_adapter
     config = model.peft_config[name]
@@ -160,7 +165,8 @@ def adapter_files(model) -> dict[str, bytes]:
     }
 
 
-def check_finite(tensors: dict[str, torch.Tensor], where) -> None:
+def check_finite(tensors: dict[str, torch.Tensor], where: str | Path) -> None:
+    """Raise ChatmagicError if one of the tensors, named, is not finite: nothing is saved of them."""
     if name := first_not_finite(tensors):
         raise ChatmagicError(
             f"{name} is not finite any more, so it is not saved ({where}); what was saved before is as it was. Lower "

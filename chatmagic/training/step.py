@@ -3,8 +3,12 @@
 import math
 import resource
 import time
+from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..accel.allocator import rank_allocator
 from ..accel.layers import flattened, takes_rows
@@ -34,7 +38,16 @@ class StepRunner:
 
     max_grad_norm = 1.0
 
-    def __init__(self, net, loss_fn, accelerator, stage="train", metrics_dict=None, optimizer=None, lr_scheduler=None):
+    def __init__(
+        self,
+        net: PeftModel,
+        loss_fn: Callable | None,
+        accelerator: Accelerator,
+        stage: str = "train",
+        metrics_dict: dict | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: LRScheduler | None = None,
+    ) -> None:
         self.net, self.accelerator, self.stage = net.train(stage == "train"), accelerator, stage
         never_packed(net)
         self.optimizer, self.lr_scheduler, self.metrics_dict = optimizer, lr_scheduler, metrics_dict
@@ -47,7 +60,7 @@ class StepRunner:
         self.log = {f"{stage}_loss": math.nan}
         self.captured = None  # a CapturedStep, from fit
 
-    def __call__(self, batch):
+    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict[str, float]]:
         batch = self._without_repeated(batch)
         if self._may_be_captured() and (numbers := self.captured(batch)):
             refuse_not_finite(numbers.loss, numbers.grad_norm)
@@ -64,7 +77,7 @@ class StepRunner:
         settling = self.allocator and self.allocator.step == self.allocator.last
         return bool(self.captured and self.optimizer.state and not settling)
 
-    def _eager(self, batch):
+    def _eager(self, batch: dict[str, torch.Tensor]) -> None:
         loss, *counts = self._loss(batch)
         self.pending += torch.stack([loss.detach(), *counts])
         if self.stage == "train":
@@ -77,7 +90,7 @@ class StepRunner:
                 self.log["val_penalty"] = self.allocator.penalty(add_gradients=False).item()
             self._add_to_log(loss, label_tokens, tokens)
 
-    def _loss(self, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The summed loss, label tokens and tokens of a batch."""
         labels = batch["labels"][:, 1:]
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
@@ -133,7 +146,7 @@ class StepRunner:
                 param.grad = grad.view_as(param).to(param.dtype)
         return pending.tolist()
 
-    def _update(self, loss: float, label_tokens: float):
+    def _update(self, loss: float, label_tokens: float) -> None:
         """The optimizer step, with gradients of the mean over the label tokens of the global batch.
 
         accelerate has divided them by the steps that are accumulated, which is undone. The penalty joins after fp16's
@@ -161,14 +174,14 @@ class StepRunner:
         if not self.accelerator.optimizer_step_was_skipped:
             self._allocate()
 
-    def _allocate(self):
+    def _allocate(self) -> None:
         if self.allocator:
             self.allocator.allocate()
             self.log["rank_budget"] = self.allocator.budget
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 
-    def _add_to_log(self, loss: float, label_tokens: float, tokens: float):
+    def _add_to_log(self, loss: float, label_tokens: float, tokens: float) -> None:
         if not math.isfinite(loss):
             raise ChatmagicError(f"The {self.stage} loss is {loss}. {CALMER}")
         self.sums = [self.sums[0] + loss, self.sums[1] + label_tokens]

@@ -31,6 +31,7 @@ def gradients(tensors, mask, dtype):
     return [tensor.grad.float() for tensor in tensors]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU, whose attention this is about")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_at_every_length(dtype):

@@ -23,6 +23,7 @@ def test_twelve_turns_are_those_of_plain_generate(model, tokenizer):
     assert max(reused[1:]) < 120 < reply.stats.tokens_in  # a turn costs its own tokens, not the history's
 
 
+@pytest.mark.slow
 def test_twelve_turns_of_a_real_model(small):
     model, tokenizer = load_model(small, dtype="float32")
     for llm, reply, ids in twelve_turns(model, tokenizer, 4):

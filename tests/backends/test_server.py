@@ -70,7 +70,7 @@ def server(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.delay, server.handle_error = 0.0, lambda *_: None  # who interrupts hangs up
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

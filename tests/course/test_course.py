@@ -194,6 +194,28 @@ def embedded_copy(tmp_path):
     return tmp_path / "copy"
 
 
+def test_two_who_share_their_models_have_a_course_each(tmp_path, monkeypatch):
+    """A shared CHATMAGIC_HOME is never written to: it may be a teacher's."""
+    monkeypatch.delenv("CHATMAGIC_COURSE")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    for student in ("a", "b"):
+        monkeypatch.setenv("HOME", str(tmp_path / student))
+        start("smollm2-135m", name=f"炉{student}")
+    for student in ("a", "b"):
+        monkeypatch.setenv("HOME", str(tmp_path / student))
+        assert resume().persona.name == f"炉{student}"
+        assert resume().model == tmp_path / "home" / "smollm2-135m"
+        assert resume().folder.is_relative_to(tmp_path / student)
+    assert not (tmp_path / "home").exists()
+    monkeypatch.setenv("CHATMAGIC_COURSE", str(tmp_path / "own"))
+    assert start("smollm2-135m").folder.parent == tmp_path / "own"
+    for name in ("CHATMAGIC_COURSE", "CHATMAGIC_HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "AUTODL", tmp_path / "none")
+    assert start("smollm2-135m").folder.parent == tmp_path / "cache" / "chatmagic" / "course"
+
+
 def test_the_course_is_found_again_and_another_persona_has_its_own_folder():
     first = start("smollm2-135m", name="小炉", author="某人")
     again = resume()

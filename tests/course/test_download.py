@@ -114,6 +114,7 @@ def test_unpacked_tensors_are_the_quantised_ones_and_equal_heads_are_tied(tmp_pa
         torch.testing.assert_close(found[f"{name}.weight"].float(), expected, rtol=0.01, atol=0.03)
 
 
+@pytest.mark.slow
 def test_the_small_model_is_as_transformers_reads_it(small, tmp_path):
     """A Llama, whose query and key rows llama.cpp reorders: bit by bit what transformers makes of the same file."""
     from transformers import AutoModelForCausalLM
@@ -126,6 +127,7 @@ def test_the_small_model_is_as_transformers_reads_it(small, tmp_path):
     assert all(torch.equal(tensor.bfloat16(), ours[name]) for name, tensor in theirs.items())
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_unpacked_in_three_gibibytes(embedded, tmp_path, monkeypatch):
     """Of the whole process; into what is there already, byte for byte."""
     monkeypatch.undo()

@@ -108,6 +108,7 @@ def surprise(model, tokenizer, query: str, reply: str) -> float:
     return max((logits[at - 1].max() - logits[at - 1, ids[at]]).item() for at in learnt)
 
 
+@pytest.mark.slow
 def test_some_of_them_are_still_what_the_model_says(embedded):
     """Made in batches, on another machine perhaps: a token may have won by rounding alone, by no more."""
     model, tokenizer = load_model(embedded)

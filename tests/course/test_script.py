@@ -25,7 +25,7 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04-train-adalora.ipynb"
 
 def train(home, *arguments, runner=None) -> int:
     """`chatmagic train` of a tiny model in sixteen steps, eight an epoch."""
-    os.environ["CHATMAGIC_HOME"] = str(home)
+    os.environ |= {"CHATMAGIC_HOME": str(home), "CHATMAGIC_COURSE": str(home / "course")}
     profiles()[NAME] = replace(
         profiles()[NAME], quantize="no", conversations=24, samples=16, epochs=2, learning_rate=1e-2
     )
@@ -72,6 +72,7 @@ def weights(home) -> bytes:
     return (adapter_of(home) / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_script_is_the_notebooks_run(trained, tmp_path, monkeypatch):
     """The cells of 04 as far as `fit`, on the same data, leave the same adapter."""
     shutil.copytree(trained, tmp_path / "home")
@@ -104,6 +105,7 @@ def train_until(home, batch, number):
 
 
 @pytest.mark.parametrize("number, code, saved", [(signal.SIGKILL, -9, 8), (signal.SIGTERM, 1, 14)])
+@pytest.mark.slow
 def test_a_run_that_was_ended_goes_on_to_the_same_adapter(home, trained, number, code, saved):
     """SIGTERM is a batch system's and a launcher's: the step is finished and the state saved. The 14th training batch
     is the 20th of all: the first epoch ended with six of validation."""
@@ -134,6 +136,7 @@ def test_each_process_loads_the_quantised_base_to_its_own_device(monkeypatch, ho
     assert script.load(course.start(NAME)) == {"quantize": "nf4", "device_map": {"": torch.device("cuda", 3)}}
 
 
+@pytest.mark.slow
 def test_what_changed_is_asked_of_the_newest(trained, tmp_path, capsys, monkeypatch):
     """The adapter, then the merged model: as good as one another."""
     shutil.copytree(trained, tmp_path / "home")

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from chatmagic import DataCollator, load_model, read_jsonl
-from chatmagic.data.dataset import DataError, encode_example
+from chatmagic.conversation.messages import MessagesError
+from chatmagic.data.dataset import Conversation, DataError, encode_example
+from chatmagic.prompts.labels import LabelsError
 
 
 class Tokenizer:
@@ -137,3 +139,56 @@ def test_a_batch_pads_what_is_replayed():
     replayed = [False, True, True], [False, False, False, False, True]
     batch = DataCollator(Tokenizer())([each | {"replayed": old} for each, old in zip(EXAMPLES, replayed)])
     assert batch["replayed"].tolist() == [[False, True, True, False, False], [False, False, False, False, True]]
+
+
+@pytest.mark.parametrize("folder", ["llama-2-13b-chat", "baichuan2-7b-chat", "qwen-7b-chat"])
+@pytest.mark.parametrize("masked", [(0,), (1,), (0, 2)])
+def test_an_answer_of_weight_0_is_not_trained(tiny_models, folder, masked):
+    tokenizer = load_model(tiny_models / folder)[1]
+    words = "Paris.", "好", "Rome."
+    talk = [
+        each for word in words for each in ({"role": "user", "content": "?"}, {"role": "assistant", "content": word})
+    ]
+    (whole,) = encode_example(talk, tokenizer)
+    for index in masked:
+        talk[2 * index + 1] = talk[2 * index + 1] | {"weight": 0}
+    (example,) = encode_example(talk, tokenizer)
+    # Where the history leaves the ending out, the last answer has one only if it is trained.
+    assert example["input_ids"] == whole["input_ids"][: len(example["input_ids"])]
+    learnt = tokenizer.decode([label for label in example["labels"] if label != -100])
+    assert [word in learnt for word in words] == [index not in masked for index in range(3)]
+    same = [new == old for new, old in zip(example["labels"], whole["labels"]) if new != -100]
+    assert same and all(same)
+
+
+def test_the_oldest_rounds_that_do_not_fit_take_their_marks_along(tokenizer):
+    talk = [
+        {"role": "user", "content": "a" * 50},
+        {"role": "assistant", "content": "one", "replayed": True},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "three", "weight": 0},
+    ]
+    short = encode_example(talk, tokenizer, max_length=100, drop_oldest=True)
+    assert short[0]["input_ids"] == encode_example(talk[2:], tokenizer)[0]["input_ids"]
+    assert not any(short[0]["replayed"])
+    assert tokenizer.decode([label for label in short[0]["labels"] if label != -100]) == "two<|im_end|>"
+    with pytest.raises(LabelsError, match="beyond the expected 100. Pass drop_oldest=True"):
+        encode_example(talk, tokenizer, max_length=100)
+    with pytest.raises(LabelsError, match="Nothing is trained: each answer has weight 0"):
+        last = len(encode_example(talk[2:4], tokenizer)[0]["input_ids"]) + 5
+        encode_example(talk, tokenizer, max_length=last, drop_oldest=True)
+
+
+def test_what_cannot_be_encoded_is_named_by_its_line(tokenizer):
+    long = Conversation([{"role": "user", "content": "a" * 500}, TALK[1]])
+    long.place = "a.jsonl", 7, 7
+    with pytest.raises(LabelsError, match="^a.jsonl, line 7: The conversation is .* message 0 .user. goes beyond"):
+        encode_example(long, tokenizer, max_length=100)
+    greeting = Conversation([TALK[1], *TALK])
+    greeting.place = "a.jsonl", 8, 7
+    with pytest.raises(
+        MessagesError, match="^a.jsonl, line 8 .row 7.: Message 0 has role 'assistant'.* Leave its greeting out"
+    ):
+        encode_example(greeting, tokenizer)

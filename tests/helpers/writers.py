@@ -58,7 +58,7 @@ def history(source, monkeypatch):
 @writer("course/thread.py")
 def course(source, monkeypatch):
     def act(where, version):
-        monkeypatch.setenv("CHATMAGIC_HOME", str(where))
+        monkeypatch.setenv("CHATMAGIC_COURSE", str(where))
         started = thread.Course(PROFILE, Persona(name="星" * 10)).remember()
         started.save_json("before.json", {"who": "answer " * 3000 * version})
         started.save_data(train=[talk(version)], val=[talk(version)])
@@ -73,7 +73,7 @@ def own_replies(source, monkeypatch):
     monkeypatch.setattr(replies, "base_fingerprint", lambda folder: "0" * 12)
 
     def act(where, version):
-        monkeypatch.setenv("CHATMAGIC_HOME", str(where))
+        monkeypatch.setenv("CHATMAGIC_COURSE", str(where))
         asked = [f"question {number}?" for number in range(3 * version)]
         monkeypatch.setattr(replies, "questions", lambda: {"general": {"replay": asked}})
         monkeypatch.setattr(replies, "BATCH", 99)
@@ -89,7 +89,7 @@ def evaluation(source, monkeypatch):
     assert evaluate.Course.save_json is thread.Course.save_json
 
     def act(where, version):
-        monkeypatch.setenv("CHATMAGIC_HOME", str(where))
+        monkeypatch.setenv("CHATMAGIC_COURSE", str(where))
         thread.Course(PROFILE, Persona()).remember().save_json("evaluation.json", ["reply" * 2000] * version)
 
     return act
@@ -146,7 +146,7 @@ def state(source, monkeypatch):
     model = adalora()
 
     def act(where, version):
-        saved = {"step": 3, "params": torch.full((9999,), float(version))}
+        saved = states.RunState(step=3, params={"factor": torch.full((9999,), float(version))})
         states.save_state(changed(model, version), saved, where / "run")
 
     return act

@@ -1,71 +1,51 @@
-"""Each published checkpoint, tiny, as its family's native class: as the publisher's own code answered."""
+"""Each published checkpoint, tiny, as its family's native class: as the publisher's own code answered, where that is at
+hand; elsewhere of our own making, and as the libraries say that they stand on."""
 
-import functools
+import base64
 import json
 import logging
 import subprocess
 import sys
 import unicodedata
 import warnings
+from functools import cache
 
 import pytest
+import tiktoken
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from peft import AdaLoraConfig, get_peft_model
 from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatmagic import load_model
-from chatmagic.models.families import FAMILIES, alibi
+from chatmagic.models.families import alibi
 from chatmagic.models.load import context_limit
+from golden import golden
+from published import MODELS, PAGE, WORDS
 
-NATIVE = {
-    "baichuan2-7b-chat": "LlamaForCausalLM",
-    "baichuan2-13b-chat": "BaichuanAlibiForCausalLM",
-    "qwen-7b-chat": "Qwen2ForCausalLM",
-    "qwen-14b-chat": "Qwen2ForCausalLM",
-    "internlm-chat-7b": "LlamaForCausalLM",
-    "chatglm2-6b": "GlmForCausalLM",
-    "llama-2-13b-chat": "LlamaForCausalLM",
-}
-every = pytest.mark.parametrize("name", NATIVE)
+pytestmark = pytest.mark.usefixtures("tokenizers_built_once")
+every = pytest.mark.parametrize("name", MODELS)
+TOKENIZERS = list({MODELS[name].template: name for name in reversed(MODELS)}.values())  # one model of each
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tokenizers_built_once():
-    """Building one takes seconds, and it never changes: each folder's is built at its first load only."""
-    built = {}
-
-    def once(build):
-        @functools.wraps(build)
-        def tokenizer(folder, config):
-            if folder not in built:
-                built[folder] = build(folder, config)
-            return built[folder]
-
-        return tokenizer
-
-    with pytest.MonkeyPatch.context() as patch:
-        for family in FAMILIES.values():
-            patch.setattr(family, "tokenizer", once(family.tokenizer))
-        yield
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_models):
-    """name -> (model in fp32, tokenizer), each loaded once."""
-    cache = {}
+@pytest.fixture(scope="session")
+def published(shared, loaded):
+    """name -> (model, tokenizer, what `golden.json` holds of it)"""
 
     def load(name):
-        if name not in cache:
-            cache[name] = load_model(tiny_models / name, dtype="float32")
-        return cache[name]
+        file = shared / "models" / name / "golden.json"
+        return *loaded(name, "golden"), json.loads(file.read_text("utf-8"))
 
     return load
 
 
-@pytest.fixture(scope="module")
-def golden(shared):
-    return lambda name: json.loads((shared / "models" / name / "golden.json").read_text())
+def prompts(tokenizer, name):
+    """The ids of four conversations, of different lengths."""
+    cases = golden("publishers")["prompts"][MODELS[name].template]
+    return [tokenizer.apply_chat_template(c["messages"], add_generation_prompt=True)["input_ids"] for c in cases]
 
 
 def logits(model, ids, **inputs):
@@ -80,10 +60,9 @@ def greedy(model, **batch):
 
 
 @every
-def test_golden_cases(loaded, golden, name):
-    model, tokenizer = loaded(name)
-    answers = golden(name)
-    assert type(model).__name__ == NATIVE[name]
+def test_golden_cases(published, name):
+    model, tokenizer, answers = published(name)
+    assert type(model).__name__ == MODELS[name].native
     for case in answers["cases"]:
         ids = tokenizer.apply_chat_template(case["messages"], add_generation_prompt=True)["input_ids"]
         assert ids == case["prompt_ids"]
@@ -93,24 +72,28 @@ def test_golden_cases(loaded, golden, name):
         assert last[-1].topk(5).indices.tolist() == [token for token, _ in case["top5"]]
         ids = torch.tensor([ids])
         assert greedy(model, input_ids=ids, attention_mask=torch.ones_like(ids)) == [case["greedy"]]
+    batch = tokenizer.pad({"input_ids": [case["prompt_ids"] for case in answers["cases"]]}, return_tensors="pt")
+    assert greedy(model, **batch) == [case["greedy"] for case in answers["cases"]]
 
 
 @every
-def test_a_batch_padded_on_the_left_answers_as_alone(loaded, golden, name):
+def test_a_batch_padded_on_the_left_answers_as_alone(loaded, name):
     model, tokenizer = loaded(name)
-    cases = golden(name)["cases"]
-    batch = tokenizer.pad({"input_ids": [case["prompt_ids"] for case in cases]}, return_tensors="pt")
+    assert type(model).__name__ == MODELS[name].native
+    batch = tokenizer.pad({"input_ids": prompts(tokenizer, name)}, return_tensors="pt")
     assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"].all()
-    assert greedy(model, **batch) == [case["greedy"] for case in cases]
+    alone = [torch.tensor([ids]) for ids in prompts(tokenizer, name)]
+    alone = [greedy(model, input_ids=ids, attention_mask=torch.ones_like(ids))[0] for ids in alone]
+    assert greedy(model, **batch) == alone and len(set(map(tuple, alone))) == len(alone)
 
 
 @every
-def test_nf4_saved_and_loaded_gives_the_same_logits(tiny_models, golden, tmp_path, name):
-    model, _ = load_model(tiny_models / name, quantize="nf4")
+def test_nf4_saved_and_loaded_gives_the_same_logits(tiny_models, tmp_path, name):
+    model, tokenizer = load_model(tiny_models / name, quantize="nf4")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
-    ids = golden(name)["cases"][0]["prompt_ids"]
+    ids = prompts(tokenizer, name)[0]
     assert torch.equal(logits(model, ids), logits(again, ids))
 
 
@@ -134,17 +117,18 @@ for folder, prompt in json.load(sys.stdin):
 """
 
 
-def test_what_is_saved_is_native_and_plain_transformers_reads_it(loaded, golden, tmp_path):
+@pytest.mark.slow
+def test_what_is_saved_is_native_and_plain_transformers_reads_it(loaded, tmp_path):
     """In a process of its own, which has never seen this package until it reaches Baichuan2-13B, the last."""
-    names = sorted(NATIVE, key="baichuan2-13b-chat".__eq__)
+    names = sorted(MODELS, key="baichuan2-13b-chat".__eq__)
     for name in names:
         model, tokenizer = loaded(name)
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
-        assert "auto_map" not in config and config["architectures"] == [NATIVE[name]]
+        assert "auto_map" not in config and config["architectures"] == [MODELS[name].native]
         assert not list((tmp_path / name).glob("*.py"))
-    asked = [(str(tmp_path / name), golden(name)["cases"][-1]["prompt_ids"]) for name in names]
+    asked = [(str(tmp_path / name), prompts(loaded(name)[1], name)[-1]) for name in names]
     run = subprocess.run(
         [sys.executable, "-c", PLAIN], input=json.dumps(asked), capture_output=True, text=True, check=False
     )
@@ -152,15 +136,17 @@ def test_what_is_saved_is_native_and_plain_transformers_reads_it(loaded, golden,
     answers = [json.loads(line) for line in run.stdout.splitlines()]
     assert answers.pop(-2) == "unknown" and len(answers) == len(names)
     for name, (best, ids, eos, pad) in zip(names, answers, strict=True):
-        cases, tokenizer = golden(name)["cases"], loaded(name)[1]
-        torch.testing.assert_close(torch.tensor(best), torch.tensor(cases[-1]["top5"]), rtol=0, atol=1e-4)
-        assert (ids, eos, pad) == (cases[0]["prompt_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id)
+        model, tokenizer = loaded(name)
+        top = logits(model, prompts(tokenizer, name)[-1])[-1].topk(5)
+        assert [token for token, _ in best] == top.indices.tolist()
+        torch.testing.assert_close(torch.tensor([value for _, value in best]), top.values, rtol=0, atol=1e-4)
+        assert (ids, eos, pad) == (prompts(tokenizer, name)[0], tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 @every
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_one_adalora_step_changes_the_adapter_alone(tiny_models, golden, tmp_path, name, quantize):
-    model, _ = load_model(tiny_models / name, quantize=quantize, dtype="float32")
+def test_one_adalora_step_changes_the_adapter_alone(tiny_models, tmp_path, name, quantize):
+    model, tokenizer = load_model(tiny_models / name, quantize=quantize, dtype="float32")
     torch.manual_seed(0)
     config = AdaLoraConfig(
         task_type="CAUSAL_LM",
@@ -174,7 +160,7 @@ def test_one_adalora_step_changes_the_adapter_alone(tiny_models, golden, tmp_pat
     model = get_peft_model(model, config).train()
     assert model.peft_config["default"].base_model_name_or_path == str(tiny_models / name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    ids = torch.tensor([golden(name)["cases"][0]["prompt_ids"]])
+    ids = torch.tensor([prompts(tokenizer, name)[0]])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
@@ -190,13 +176,13 @@ def test_one_adalora_step_changes_the_adapter_alone(tiny_models, golden, tmp_pat
 
 # The second sizes have the tokenizer of the first; Llama-2 has no column of strings, but its prompts are golden.
 @pytest.mark.parametrize("name", ["baichuan2-7b-chat", "chatglm2-6b", "internlm-chat-7b", "qwen-7b-chat"])
-def test_tokens_are_the_publishers(loaded, shared, tmp_path, name):
+def test_tokens_are_the_publishers(published, shared, tmp_path, name):
     """To ChatGLM2's and InternLM's own tokenizers control tokens in a text are text; <eoa> is none."""
     column = name.split("-")[0]
     vectors = json.loads((shared / "vectors" / "tokens.json").read_text())
     modes = [(column, column in ("internlm", "chatglm2"))]
     modes += [("qwen, control tokens in text kept as text", True)] * (column == "qwen")
-    tokenizer = loaded(name)[1]
+    tokenizer = published(name)[1]
     tokenizer.save_pretrained(tmp_path)
     for reader in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         for mode, as_text in modes:
@@ -207,23 +193,68 @@ def test_tokens_are_the_publishers(loaded, shared, tmp_path, name):
         assert reader.get_added_vocab() == tokenizer.get_added_vocab()
 
 
+TEXTS = [
+    "你好，世界！ Two  spaces,\n\n　１２３ 🙂🏳️‍🌈 café ꧁ def f(x):\n\treturn x",
+    *(" 炉子 ", "", " ", "\n", "\t \n ", "。。。......", "it's THE teacher's", "12345 3.14"),
+    *("\x00\x7f\u200b\ufeff", "e\u0301", PAGE),
+]
+
+
+@cache
+def reference(folder):
+    """text -> ids, by the library that the publisher's tokenizer stands on; control tokens in the text are text."""
+    if (folder / "tokenizer.model").is_file():
+        return SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode
+    lines = map(bytes.split, (folder / "qwen.tiktoken").read_bytes().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    encoding = tiktoken.Encoding("qwen", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+    return lambda text: encoding.encode(unicodedata.normalize("NFC", text))
+
+
+SPELT = st.sampled_from([*PAGE.split(), *PAGE[:400], *TEXTS[:-1], "<reserved_106>", "<eoa>", "<0x0A>", "<unused 3>"])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(text=st.lists(SPELT, max_size=12).map("".join))
+@example(text="".join(TEXTS))
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokens_are_those_of_sentencepiece_and_tiktoken(tiny_models, loaded, name, text):
+    """SentencePiece finds Baichuan2's and InternLM's user-defined pieces in any text."""
+    tokenizer = loaded(name)[1]
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=name != "baichuan2-7b-chat").input_ids
+    assert ids == reference(tiny_models / name)(text)
+    assert tokenizer.decode(ids) == (unicodedata.normalize("NFC", text) if "qwen" in name else text)
+
+
+READ_ALONE = """
+import json, sys
+sys.modules |= dict.fromkeys(["sentencepiece", "tiktoken", "google", "google.protobuf"])  # not to be imported
+from chatmagic import load_model
+for folder in sys.argv[1:]:
+    print(json.dumps(load_model(folder)[1]("你好").input_ids))
+"""
+
+
+@pytest.mark.slow
+def test_no_other_library_is_needed_to_read_them(tiny_models, loaded):
+    """Those that the tests compare with are there only for the tests."""
+    folders = [tiny_models / name for name in TOKENIZERS]
+    done = subprocess.run([sys.executable, "-c", READ_ALONE, *folders], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [*map(json.loads, done.stdout.splitlines())] == [loaded(name)[1]("你好").input_ids for name in TOKENIZERS]
+
+
 def test_control_tokens_and_their_ids(loaded):
     def facts(name):
         t = loaded(name)[1]
-        return (
-            t.bos_token_id,
-            t.eos_token_id,
-            t.pad_token_id,
-            t.padding_side,
-            t.model_max_length,
-            t("你好").input_ids,
-        )
+        lead = t("你好").input_ids[: -len(t("你好", add_special_tokens=False).input_ids)]
+        return (t.bos_token_id, t.eos_token_id, t.pad_token_id, t.padding_side, t.model_max_length, lead)
 
-    assert facts("baichuan2-7b-chat") == (1, 2, 0, "left", 4096, [16829])
-    assert facts("qwen-7b-chat") == (None, 151645, 151643, "left", 8192, [108386])
-    assert facts("internlm-chat-7b") == (1, 2, 2, "left", 2048, [1, 76379])
-    assert facts("chatglm2-6b") == (None, 2, 0, "left", 32768, [64790, 64792, 36474, 54591])
-    assert facts("llama-2-13b-chat") == (1, 2, 0, "left", 4096, [1, 29871, 30919, 31076])
+    assert facts("baichuan2-7b-chat") == (1, 2, 0, "left", 4096, [])
+    assert facts("qwen-7b-chat") == (None, 151645, 151643, "left", 8192, [])
+    assert facts("internlm-chat-7b") == (1, 2, 2, "left", 2048, [1])
+    assert facts("chatglm2-6b") == (None, 2, 0, "left", 32768, [64790, 64792])
+    assert facts("llama-2-13b-chat") == (1, 2, 0, "left", 4096, [1])
     assert loaded("qwen-7b-chat")[1]("<|extra_0|><|extra_204|>").input_ids == [151646, 151850]
     glm = loaded("chatglm2-6b")[1]
     assert glm("[gMASK]sop", add_special_tokens=False).input_ids == [64790, 64792]
@@ -237,8 +268,8 @@ def test_chatglm2_has_no_place_for_a_system_text(loaded):
 
 
 @every
-def test_the_published_generation_config_is_honoured_without_a_warning(tiny_models, loaded, golden, caplog, name):
-    model, _ = loaded(name)
+def test_the_published_generation_config_is_honoured_without_a_warning(tiny_models, loaded, caplog, name):
+    model, tokenizer = loaded(name)
     config = model.generation_config.to_dict()
     published = json.loads((tiny_models / name / "generation_config.json").read_text())
     for key in "temperature", "top_k", "top_p", "repetition_penalty", "do_sample", "max_new_tokens":
@@ -249,15 +280,8 @@ def test_the_published_generation_config_is_honoured_without_a_warning(tiny_mode
         "user_token_id",
         "assistant_token_id",
     }
-    stops = {
-        "baichuan2": [2],
-        "qwen": [151645, 151643, 151644],
-        "internlm": [103028, 2],
-        "chatglm2": [2],
-        "llama": [2],
-    }
-    assert (config["eos_token_id"], config["max_length"]) == (stops[name.split("-")[0]], None)
-    ids = torch.tensor([golden(name)["cases"][0]["prompt_ids"]])
+    assert (config["eos_token_id"], config["max_length"]) == (MODELS[name].stops, None)
+    ids = torch.tensor([prompts(tokenizer, name)[0]])
     logging.getLogger("transformers").addHandler(caplog.handler)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -277,16 +301,8 @@ def test_generation_stops_at_internlms_eoa(loaded):
 
 
 def test_context_limits_and_their_reasons(loaded):
-    limits = {name: context_limit(loaded(name)[0]) for name in NATIVE}
-    assert {name: limit for name, (limit, _) in limits.items()} == {
-        "baichuan2-7b-chat": 4096,
-        "baichuan2-13b-chat": 4096,
-        "qwen-7b-chat": 8192,
-        "qwen-14b-chat": 8192,
-        "internlm-chat-7b": 2048,
-        "chatglm2-6b": 32768,
-        "llama-2-13b-chat": 4096,
-    }
+    limits = {name: context_limit(loaded(name)[0]) for name in MODELS}
+    assert {name: limit for name, (limit, _) in limits.items()} == {name: MODELS[name].limit for name in MODELS}
     assert "dynamic NTK, log-n" in limits["qwen-7b-chat"][1]
     assert "InternLM's own code rescales" in limits["internlm-chat-7b"][1]
 
@@ -301,19 +317,35 @@ def test_a_reloaded_native_checkpoint_keeps_the_reason(loaded, tmp_path):
 # Baichuan2-13B's attention
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_alibi_under_each_attention(loaded, golden, attention):
-    model, _ = loaded("baichuan2-13b-chat")
-    cases = golden("baichuan2-13b-chat")["cases"]
+def test_alibi_under_each_attention(published):
+    model, _, answers = published("baichuan2-13b-chat")
     before = model.config._attn_implementation
-    model.set_attn_implementation(attention)
-    for case in cases:
-        best = logits(model, case["prompt_ids"])[-1].topk(5)
-        torch.testing.assert_close(best.values, torch.tensor(case["top5"])[:, 1], rtol=0, atol=1e-4)
-    ids = torch.tensor([cases[2]["prompt_ids"]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    assert greedy(model, **batch, cache_implementation="static", disable_compile=True) == [cases[2]["greedy"]]
+    for attention in "eager", "sdpa":
+        model.set_attn_implementation(attention)
+        for case in answers["cases"]:
+            best = logits(model, case["prompt_ids"])[-1].topk(5)
+            torch.testing.assert_close(best.values, torch.tensor(case["top5"])[:, 1], rtol=0, atol=1e-4)
+        assert statically_cached(model, answers["cases"][2]["prompt_ids"]) == [answers["cases"][2]["greedy"]]
     model.set_attn_implementation(before)
+
+
+def statically_cached(model, ids):
+    batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    return greedy(model, **batch, cache_implementation="static", disable_compile=True)
+
+
+def test_eager_and_sdpa_attention_have_the_same_alibi(loaded):
+    model, tokenizer = loaded("baichuan2-13b-chat")
+    ids, before = prompts(tokenizer, "baichuan2-13b-chat")[2], model.config._attn_implementation
+    found = {}
+    for attention in "eager", "sdpa":
+        model.set_attn_implementation(attention)
+        alone = greedy(model, input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
+        assert statically_cached(model, ids) == alone
+        found[attention] = logits(model, ids), alone
+    model.set_attn_implementation(before)
+    torch.testing.assert_close(found["eager"][0], found["sdpa"][0], rtol=0, atol=1e-4)
+    assert found["eager"][1] == found["sdpa"][1]
 
 
 def test_alibi_slopes():
@@ -324,9 +356,9 @@ def test_alibi_slopes():
     torch.testing.assert_close(forty[32:], torch.tensor([2.0 ** -(n / 8) for n in range(1, 16, 2)]))
 
 
-def test_alibi_trains_as_it_evaluates_with_and_without_checkpointing(tiny_models, golden):
-    model, _ = load_model(tiny_models / "baichuan2-13b-chat", dtype="float32")
-    ids = torch.tensor([golden("baichuan2-13b-chat")["cases"][2]["prompt_ids"]])
+def test_alibi_trains_as_it_evaluates_with_and_without_checkpointing(tiny_models):
+    model, tokenizer = load_model(tiny_models / "baichuan2-13b-chat", dtype="float32")
+    ids = torch.tensor([prompts(tokenizer, "baichuan2-13b-chat")[2]])
 
     def step():
         model.zero_grad()

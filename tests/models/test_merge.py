@@ -20,9 +20,8 @@ from chatmagic import adalora_to_lora, load_model, merge_adapter
 from chatmagic.files import WriteError
 from chatmagic.models.checkpoint import CheckpointError
 from chatmagic.models.merge import PROVENANCE, MergeError, base_fingerprint
+from published import MODELS
 
-FAMILIES = ["baichuan2-7b-chat", "baichuan2-13b-chat", "qwen-7b-chat", "qwen-14b-chat", "internlm-chat-7b"]
-FAMILIES += ["chatglm2-6b", "llama-2-13b-chat"]
 IDS = torch.tensor([[5, 17, 3, 250, 9, 9, 41, 2]])
 
 
@@ -130,7 +129,8 @@ def test_the_merged_folder_is_a_whole_checkpoint_in_the_shards_of_the_base(tmp_p
     assert_same_but_for_rounding(load(merged), PeftModel.from_pretrained(load(base), adapter), load(base))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("tokenizers_built_once")
+@pytest.mark.parametrize("family", MODELS)
 def test_a_published_family_merges_into_a_native_checkpoint(tmp_path, tiny_models, family):
     base = tiny_models / family
     model, tokenizer = load_model(base, dtype=torch.bfloat16)
@@ -287,6 +287,7 @@ def test_folders_that_are_no_model_or_no_adapter(tmp_path, base, adapter):
         merge_adapter(base, adapter, tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_host_memory_stays_below_twice_the_largest_shard(tmp_path):
     """Four shards of 64 MiB in tensors of 1 MiB: a merge that held two shards would be seen."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"

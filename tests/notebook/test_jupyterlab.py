@@ -19,6 +19,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 TESTS = Path(__file__).parents[1]
 CHROMIUM = "/usr/bin/chromium"
 

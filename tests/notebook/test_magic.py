@@ -1,5 +1,6 @@
 """The magics, typed into a testing shell and answered by a fake model."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -42,7 +43,9 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def ipython():
-    return start_ipython() or sys.modules["IPython"].get_ipython()
+    gc.freeze()  # each test resets the shell, which collects garbage among all that torch and transformers are made of
+    yield start_ipython() or sys.modules["IPython"].get_ipython()
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -202,13 +205,13 @@ def test_variables_that_are_not_there(run, llm, fake, text, words):
     assert fake.asked == []
 
 
-def test_the_seeds_cells_run_with_their_import_lines_changed(run, shared, tiny_models):
+def test_the_seeds_cells_run_with_their_import_lines_changed(run, shared, golden_models):
     """From `ChatLLM(...)` to the first loss, as the course's text has them, on its model in miniature."""
     text = next((shared / "seed").glob("*.md")).read_text("utf-8")
     cells = re.findall(r"```Python\n(.*?)```", text, re.DOTALL)
     first = next(n for n, cell in enumerate(cells) if cell.startswith("from torchkeras.chat import ChatLLM"))
     last = next(n for n, cell in enumerate(cells) if cell.startswith("len(dl_train)"))
-    model, tokenizer = load_model(tiny_models / "baichuan2-7b-chat", dtype="float32")
+    model, tokenizer = load_model(golden_models / "baichuan2-7b-chat", dtype="float32")
     run("import torch")
     run.ip.push({"model": model, "tokenizer": tokenizer})
     for cell in cells[first : last + 1]:
@@ -434,6 +437,14 @@ def completions(run, code):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [(c.start, c.end, c.text) for c in run.ip.Completer.completions(code, len(code))]
+
+
+@pytest.mark.parametrize("action", ChatMagics.chat.parser._actions, ids=lambda action: action.dest)
+def test_every_option_is_explained_and_completed(run, action):
+    """Its row in the docs and the test of it: see above, and CONTRIBUTING.md."""
+    assert action.help and action.help.replace("%%", "%") in " ".join(run.ip.find_cell_magic("chat").__doc__.split())
+    for option in action.option_strings:
+        assert option in [found for _, _, found in completions(run, f"%%chat {option}")]
 
 
 def test_completion(run, llm):

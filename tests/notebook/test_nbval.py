@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+pytestmark = pytest.mark.slow
 SETUP = "from fake_model import FakeModel\nfrom chatmagic import ChatLLM\nllm = ChatLLM(FakeModel())"
 TESTS = Path(__file__).parents[1]
 

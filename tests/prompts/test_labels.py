@@ -1,9 +1,13 @@
-"""Prompts and labels of the course's families, against their publishers' ids and as properties of random
+"""Prompts and labels of the course's families: against their publishers' text and ids, and as properties of random
 talk."""
 
 import json
+import re
+from itertools import groupby
+from operator import itemgetter
 
 import pytest
+from conftest import KINDS
 from hypothesis import given
 
 from chatmagic import (
@@ -12,56 +16,102 @@ from chatmagic import (
     build_prompt,
     encode_prompt,
     get_template,
-    load_model,
 )
 from chatmagic.conversation.messages import MessagesError
 from chatmagic.data.dataset import encode_example
 from chatmagic.prompts.labels import LabelsError
 from chatmagic.prompts.templates import TemplateError
+from golden import golden
+from published import MODELS
 from talk import CONVERSATIONS, QUICKLY, check
 
-# The family's template, the folder with its tokenizer, and the ids of all its control tokens.
-FAMILIES = {
-    "baichuan2-chat": ("baichuan2-7b-chat", {0, 1, 2, 3, 4, *range(101, 1089)}),
-    "qwen-7b-chat": ("qwen-7b-chat", {*range(151643, 151851)}),
-    "internlm-chat": ("internlm-chat-7b", {0, 1, 2, *range(103027, 103168)}),
-    "chatglm2": ("chatglm2-6b", {0, 1, 2, *range(64789, 64795)}),
-    "llama-2": ("llama-2-13b-chat", {0, 1, 2}),
-}
+FAMILIES = {MODELS[name].template: name for name in reversed(MODELS)}  # to the smallest model of each
 TALK = build_messages("Where are you from?", [("你是谁呀？", "我叫梦中情炉。")])
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tiny_models):
-    return {name: load_model(tiny_models / folder)[1] for name, (folder, _) in FAMILIES.items()}
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizers(request, loaded):
+    """template name -> tokenizer; all ours, or all the publishers'"""
+    return {name: loaded(folder, request.param)[1] for name, folder in FAMILIES.items()}
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request, tokenizers):
     """(template name, tokenizer, ids of control tokens)"""
-    return request.param, tokenizers[request.param], FAMILIES[request.param][1]
+    return request.param, tokenizers[request.param], MODELS[FAMILIES[request.param]].control
 
 
-def golden(shared, model):
+def text(tokenizer, ids):
+    """The ids as tests/golden writes them: piece by piece, control tokens by their names."""
+    if not tokenizer.convert_tokens_to_ids("▁"):  # of bytes
+        return tokenizer.decode(ids)
+    tokens = [token.encode() for token in tokenizer.convert_ids_to_tokens(ids)]
+    byte = re.compile(rb"<0x(..)>")
+    tokens = [bytes([int(found[1], 16)]) if (found := byte.fullmatch(token)) else token for token in tokens]
+    return b"".join(tokens).decode().replace("▁", " ")
+
+
+@pytest.mark.parametrize("name", golden("publishers")["prompts"])
+def test_prompts_are_the_publishers_text(name, loaded):
+    """And `build_prompt`'s, but for the tokens before the first turn, and the space that SentencePiece begins with."""
+    for case in golden("publishers")["prompts"][name]:
+        shown, written = build_prompt(case["messages"], name), re.sub("(<s>|sop) ", r"\1", case["prompt"])
+        assert written.removesuffix(shown) + shown == written
+        assert written.removesuffix(shown) in ("", "<s>", "[gMASK]sop")
+        if name in FAMILIES:
+            tokenizer = loaded(FAMILIES[name])[1]
+            assert get_template(tokenizer=tokenizer).name == name
+            assert encode_prompt(case["messages"], tokenizer) == encode_prompt(case["messages"], tokenizer, name)
+            assert text(tokenizer, encode_prompt(case["messages"], tokenizer)) == case["prompt"]
+
+
+def test_labels_are_the_text_of_baichuan2s_fine_tuning_script(loaded):
+    tokenizer = loaded("baichuan2-7b-chat")[1]
+    for row in golden("publishers")["baichuan2_labels"]:
+        ids, labels = build_inputs_labels(row["messages"], tokenizer)
+        assert text(tokenizer, ids) == "".join(run for run, _ in row["runs"])
+        runs = [
+            ("masked" if label == -100 else "same" if label == token else "other", token, label)
+            for token, label in zip(ids, labels)
+        ]
+        found = []
+        for kind, run in groupby(runs, key=itemgetter(0)):
+            tokens, labels = zip(*((token, label) for _, token, label in run))
+            found.append([text(tokenizer, tokens), None if kind == "masked" else text(tokenizer, labels)])
+        assert found == row["runs"]
+
+
+def cases(shared, model):
     return json.loads((shared / "models" / model / "golden.json").read_text("utf-8"))["cases"]
 
 
 @pytest.mark.parametrize(
     "model, name",
-    [(folder, name) for name, (folder, _) in FAMILIES.items()]
+    [(folder, name) for name, folder in FAMILIES.items()]
     + [("baichuan2-13b-chat", "baichuan2-chat"), ("qwen-14b-chat", "qwen-7b-chat")],
 )
-def test_prompts_are_the_publishers_ids(shared, tokenizers, model, name):
-    tokenizer = tokenizers[name]  # the two larger models have the tokenizer files of the smaller
+def test_prompts_and_answers_are_the_publishers_ids(shared, loaded, model, name):
+    tokenizer = loaded(FAMILIES[name], "golden")[1]  # the two larger models have the tokenizer files of the smaller
     assert get_template(tokenizer=tokenizer).name == name
-    for case in golden(shared, model):
+    for case in cases(shared, model):
         assert encode_prompt(case["messages"], tokenizer) == case["prompt_ids"]
         assert encode_prompt(case["messages"], tokenizer, name) == case["prompt_ids"]
 
+    prompt = next(case["prompt_ids"] for case in cases(shared, model) if case["messages"] == TALK)
+    start, answer, tail = ANSWERS[name]
+    ids, labels = build_inputs_labels([*TALK, {"role": "assistant", "content": "a"}], tokenizer)
+    assert ids[: len(prompt)] == prompt
+    expected = [-100] * start + answer
+    expected += [-100] * (len(prompt) - len(expected))
+    expected[0] = 2 if name == "baichuan2-chat" else -100  # its publisher labels every user mark
+    assert labels[: len(prompt)] == expected
+    assert ids[-len(tail) :] == tail
+    assert labels[-len(tail) :] == [tail[0], -100][: len(tail)]
 
-def test_labels_are_those_of_baichuan2s_fine_tuning_script(shared, tokenizers):
+
+def test_labels_are_those_of_baichuan2s_fine_tuning_script(shared, loaded):
     for row in json.loads((shared / "vectors" / "labels_baichuan2.json").read_text("utf-8")):
-        ids, labels = build_inputs_labels(row["messages"], tokenizers["baichuan2-chat"])
+        ids, labels = build_inputs_labels(row["messages"], loaded("baichuan2-7b-chat", "golden")[1])
         assert (ids, labels) == (row["input_ids"], row["labels"])
 
 
@@ -80,27 +130,28 @@ ANSWERS = {
 }
 
 
-def test_exactly_the_answers_and_their_ending_tokens_are_trained(shared, family):
+def test_exactly_the_answers_and_their_ending_tokens_are_trained(family):
     name, tokenizer, _ = family
-    prompt = next(case["prompt_ids"] for case in golden(shared, FAMILIES[name][0]) if case["messages"] == TALK)
-    start, answer, tail = ANSWERS[name]
-    ids, labels = build_inputs_labels([*TALK, {"role": "assistant", "content": "a"}], tokenizer)
+    end, tail = MODELS[FAMILIES[name]].stops[0], MODELS[FAMILIES[name]].tail
+    talk = [*TALK, {"role": "assistant", "content": "OK"}]
+    ids, labels = build_inputs_labels(talk, tokenizer)
+    prompt = encode_prompt(TALK, tokenizer)
     assert ids[: len(prompt)] == prompt
-    expected = [-100] * start + answer
-    expected += [-100] * (len(prompt) - len(expected))
-    expected[0] = 2 if name == "baichuan2-chat" else -100  # its publisher labels every user mark
-    assert labels[: len(prompt)] == expected
-    assert ids[-len(tail) :] == tail
-    assert labels[-len(tail) :] == [tail[0], -100][: len(tail)]
+    once, again = TALK[1]["content"], "OK"
+    trained = [label for label in labels[1:] if label != -100]
+    assert [once, again] == [part.strip() for part in tokenizer.decode(trained).split(tokenizer.decode([end]))[:-1]]
+    assert trained.count(end) == 2 and trained[-1] == end
+    assert labels[0] == (end if name == "baichuan2-chat" else -100)  # its publisher labels every user mark
+    assert tokenizer.decode(ids[ids.index(end, len(prompt)) + 1 :]) == tail
 
-    only_last = build_inputs_labels([*TALK, {"role": "assistant", "content": "a"}], tokenizer, multi_rounds=False)
+    only_last = build_inputs_labels(talk, tokenizer, multi_rounds=False)
     assert only_last == (ids, [-100] * len(prompt) + labels[len(prompt) :])
 
 
 def test_the_ending_token_is_what_stops_generation(family):
     name, tokenizer, _ = family
     stops = get_template(name).stop_token_ids(tokenizer)
-    assert stops[0] == ANSWERS[name][2][0]
+    assert stops[0] == MODELS[FAMILIES[name]].stops[0]
     assert tokenizer.eos_token_id in stops
 
 
@@ -143,18 +194,22 @@ def test_replayed_answers_are_marked_where_they_are_trained(tokenizers):
         assert example["replayed"] == [False] * prompt + trained[prompt:]
 
 
-def test_qwen_keeps_control_tokens_in_text_as_text(shared, tokenizers):
-    vectors = json.loads((shared / "vectors" / "tokens.json").read_text("utf-8"))
-    empty = encode_prompt(build_messages(""), tokenizers["qwen-7b-chat"])
-    for text, expected in zip(vectors["strings"], vectors["qwen, control tokens in text kept as text"], strict=True):
-        assert encode_prompt(build_messages(text), tokenizers["qwen-7b-chat"]) == empty[:-5] + expected + empty[-5:]
+def test_qwen_keeps_control_tokens_in_text_as_text(shared, loaded):
+    vectors, qwen = (
+        json.loads((shared / "vectors" / "tokens.json").read_text("utf-8")),
+        loaded("qwen-7b-chat", "golden")[1],
+    )
+    empty = encode_prompt(build_messages(""), qwen)
+    for words, expected in zip(vectors["strings"], vectors["qwen, control tokens in text kept as text"], strict=True):
+        assert encode_prompt(build_messages(words), qwen) == empty[:-5] + expected + empty[-5:]
 
 
 def test_chatglm2_starts_every_answer_with_a_new_token(tokenizers):
     tokenizer = tokenizers["chatglm2"]
-    assert tokenizer.encode("答：《", add_special_tokens=False)[-1] != 54611  # one string: "：《" is one token
+    joined, before, opening = map(tokenizer.convert_tokens_to_ids, ("：《", "：", "《"))
+    assert tokenizer.encode("答：《", add_special_tokens=False)[-1] == joined  # of one string
     prompt = encode_prompt(build_messages("二", [("一", "《壹》")]), tokenizer)
-    assert prompt[prompt.index(54611) - 1] == 31211
+    assert prompt[prompt.index(opening) - 1] == before and joined not in prompt
 
 
 def test_llama2_strips_what_was_said(tokenizers):

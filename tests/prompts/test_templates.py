@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 import warnings
@@ -17,15 +16,15 @@ from chatmagic import (
 )
 from chatmagic.course.evaluate import ask
 from chatmagic.prompts.templates import TemplateError
+from golden import golden
 from talk import build
 
 ASKED = build_messages("二", [("一", "壹")])
 
 
 @pytest.fixture(scope="module")
-def fastchat(shared):
-    templates = json.loads((shared / "vectors" / "fastchat_prompts.json").read_text("utf-8"))
-    return {name: row for name, row in templates.items() if "prompt" in row["cases"]["one user turn"]}
+def fastchat():
+    return golden("fastchat")["templates"]
 
 
 def test_every_working_template_of_fastchat_is_reproduced_byte_for_byte(fastchat):
@@ -35,8 +34,8 @@ def test_every_working_template_of_fastchat_is_reproduced_byte_for_byte(fastchat
         wrong = [
             (name, case)
             for name, row in fastchat.items()
-            for case, expected in row["cases"].items()
-            if build_prompt(expected["messages"], name) != expected["prompt"]
+            for case, prompt in row["prompts"].items()
+            if build_prompt(golden("fastchat")["messages"][case], name) != prompt
         ]
     # The one exception: InternLM's publisher dropped <eoh>, the inner <s> and the default system text.
     assert {name for name, _ in wrong} == {"internlm-chat"}

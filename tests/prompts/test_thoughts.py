@@ -209,7 +209,7 @@ def test_a_switch_that_a_template_lacks_is_refused(tokenizers):
     with pytest.raises(TemplateError, match="thinking=True: template 'chatml' knows no thoughts"):
         encode_prompt(PLAIN[:1], tokenizers["two"], "chatml", thinking=True)
     with pytest.raises(TemplateError, match="'chatml' knows no thoughts"):
-        encode_example(THOUGHT, tokenizers["two"], model_type="chatml")
+        build_inputs_labels(THOUGHT, tokenizers["two"], "chatml")
 
 
 def test_one_pair_is_not_given_for_several_rows(tokenizers):

@@ -167,10 +167,11 @@ def script(rank, port, home):
     sys.exit(main(["train", "llama-2-13b-chat", "--name", "小明"]))
 
 
+@pytest.mark.slow
 def test_the_script_trains_in_two_processes(tmp_path, tiny_models):
     shutil.copytree(tiny_models / "llama-2-13b-chat", tmp_path / "llama-2-13b-chat")
     assert in_two(script, tmp_path) == [0, 0]
-    (folder,) = (tmp_path / "course").glob("llama-2-13b-chat-*")
+    (folder,) = (tmp_path / "home" / "course").glob("llama-2-13b-chat-*")
     assert "小明" in (folder / "train.jsonl").read_text()
     assert json.loads((folder / "adapter" / "chatmagic.json").read_text())["base"]
     names = {path.name for path in (folder / "adapter").iterdir()}

@@ -125,6 +125,7 @@ def test_the_newest_state_is_of_the_newest_run(tmp_path):
     assert newest_state(tmp_path).step == 0
 
 
+@pytest.mark.slow
 def test_workers_draw_the_same_samples_and_go_on(tmp_path):
     """Under a seed and a number of workers; another number draws others, where a dataset draws."""
     unbroken = *run(tmp_path / "unbroken", 2), (tmp_path / "unbroken/adapter_model.safetensors").read_bytes()

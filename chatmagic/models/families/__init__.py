@@ -18,6 +18,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from types import ModuleType
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,7 +32,7 @@ AutoConfig.register(alibi.BaichuanAlibiConfig.model_type, alibi.BaichuanAlibiCon
 AutoModelForCausalLM.register(alibi.BaichuanAlibiConfig, alibi.BaichuanAlibiForCausalLM, exist_ok=True)
 
 
-def find_family(config: dict, folder: Path):
+def find_family(config: dict, folder: Path) -> ModuleType | None:
     """The module of the family that a published checkpoint belongs to; None where it is none of them."""
     return next((family for family in FAMILIES.values() if family.recognises(config, folder)), None)
 

@@ -4,9 +4,12 @@ transformers has no such class. This one gives Llama's layers positions that are
 rotary embedding the identity, and a causal mask with a bias against far tokens in it.
 """
 
+from typing import Any
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 class BaichuanAlibiConfig(LlamaConfig):
@@ -15,7 +18,7 @@ class BaichuanAlibiConfig(LlamaConfig):
     model_type = "baichuan_alibi"
 
 
-def alibi_slopes(heads: int, device=None) -> torch.Tensor:
+def alibi_slopes(heads: int, device: torch.device | None = None) -> torch.Tensor:
     """float32 (heads,): what each head's attention loses with each step back (BLOOM's slopes).
 
     A geometric series for a power of two of heads; further heads lie between its terms.
@@ -35,13 +38,13 @@ class BaichuanAlibiModel(LlamaModel):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
         """As LlamaModel's; `position_ids` is not used, the distance between two tokens alone counts."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -54,7 +57,9 @@ class BaichuanAlibiModel(LlamaModel):
             **kwargs,
         )
 
-    def _biased_mask(self, embedded, attention_mask, past_key_values) -> torch.Tensor:
+    def _biased_mask(
+        self, embedded: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
         """(batch, heads, queries, keys) in the dtype of the embeddings: minus slope times distance, or the
         dtype's least number where a query must not look."""
         allowed = create_causal_mask(self.config, embedded, attention_mask, past_key_values, allow_is_causal_skip=False)
@@ -75,7 +80,7 @@ class BaichuanAlibiForCausalLM(LlamaForCausalLM):
     _supports_flash_attn = False
     _supports_flex_attn = False
 
-    def __init__(self, config: BaichuanAlibiConfig):
+    def __init__(self, config: BaichuanAlibiConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)  # LlamaForCausalLM's would make a LlamaModel first
         self.model = BaichuanAlibiModel(config)
         self.vocab_size = config.vocab_size

@@ -8,6 +8,7 @@ an adapter. The 13B has ALiBi in place of rotary positions; what tells it apart 
 
 from pathlib import Path
 
+import torch
 from torch.nn.functional import normalize
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -33,30 +34,34 @@ CHAT_TEMPLATE = """\
 class NormalisedRows:
     """A matrix that is divided by the length of each row, in `dtype`, when it is read and not before."""
 
-    def __init__(self, matrix, dtype):
+    def __init__(self, matrix: torch.Tensor, dtype: torch.dtype) -> None:
         self.matrix, self.shape, self.dtype = matrix, matrix.shape, dtype
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: slice) -> torch.Tensor:
         return normalize(self.matrix[index].to(self.dtype))
 
 
 def recognises(config: dict, folder: Path) -> bool:
+    """Baichuan 1 and 2 have the same model type."""
     return config.get("model_type") == "baichuan"
 
 
 def native_config(config: dict) -> LlamaConfig:
+    """A Llama's; for the 13B, which has no rotary positions, a BaichuanAlibiConfig."""
     if "max_position_embeddings" in config:
         rotary = {"rope_type": "default", "rope_theta": 10000.0}
         return LlamaConfig(**llama_shape(config), rope_parameters=rotary)
     return BaichuanAlibiConfig(**llama_shape(config), max_position_embeddings=config["model_max_length"])
 
 
-def adapt(weights: dict, config: dict, dtype) -> None:
+def adapt(weights: dict, config: dict, dtype: torch.dtype) -> None:
+    """Divide the rows of Baichuan 2's head by their length."""
     if config["vocab_size"] != 64000:  # Baichuan 1 has a plain head
         weights["lm_head.weight"] = NormalisedRows(weights["lm_head.weight"], dtype)
 
 
 def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of `tokenizer.model`, with Baichuan 2's chat template."""
     backend = build_tokenizer(folder / "tokenizer.model", special=[f"<reserved_{n}>" for n in range(1000)])
     published = read_json(folder / "tokenizer_config.json")
     return fast_tokenizer(

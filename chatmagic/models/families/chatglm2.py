@@ -64,6 +64,7 @@ def recognises(config: dict, folder: Path) -> bool:
 
 
 def native_config(config: dict) -> ChatGLM2Config:
+    """A Glm's, of modeling_chatglm.py's own numbers: GlmConfig's defaults are GLM-4's."""
     return ChatGLM2Config(
         vocab_size=config["padded_vocab_size"],
         hidden_size=config["hidden_size"],
@@ -83,6 +84,7 @@ def native_config(config: dict) -> ChatGLM2Config:
 
 
 def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of `tokenizer.model` and its commands, which lead each text with [gMASK] and sop."""
     backend = build_tokenizer(folder / "tokenizer.model", extra=COMMANDS)
     lead = ["[gMASK]", "sop"]
     # "sop" must not be found in "sophisticated": as a whole word only

@@ -23,10 +23,12 @@ CHAT_TEMPLATE = """\
 
 
 def recognises(config: dict, folder: Path) -> bool:
+    """InternLM 2 has a model type of its own, and is none of these."""
     return config.get("model_type") == "internlm"
 
 
 def native_config(config: dict) -> LlamaConfig:
+    """A Llama's with biases, and the reason why its context ends where it does."""
     native = LlamaConfig(
         **llama_shape(config),
         attention_bias=config["bias"],
@@ -40,6 +42,7 @@ def native_config(config: dict) -> LlamaConfig:
 
 
 def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of `tokenizer.model`, which begins a text with <s>."""
     return fast_tokenizer(
         build_tokenizer(folder / "tokenizer.model"),
         folder,

@@ -30,6 +30,7 @@ CHAT_TEMPLATE = """\
 
 
 def recognises(config: dict, folder: Path) -> bool:
+    """A Llama without a tokenizer.json, so that its tokenizer.model must be read."""
     return (
         config.get("model_type") == "llama"
         and "quantization_config" not in config
@@ -39,6 +40,7 @@ def recognises(config: dict, folder: Path) -> bool:
 
 
 def native_config(config: dict) -> LlamaConfig:
+    """The published config, which is transformers' own."""
     return LlamaConfig.from_dict(config)
 
 

@@ -1,13 +1,16 @@
 """What the families share: a published checkpoint as transformers would have it."""
 
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GenerationConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -17,14 +20,16 @@ from ..checkpoint import CheckpointError, Stored, read_json
 class Native(NamedTuple):
     """A published checkpoint in native terms. `weights[name][...]` reads a tensor; none is read before."""
 
-    model_class: type
+    model_class: type[PreTrainedModel]
     config: PreTrainedConfig
     weights: dict
     tokenizer: PreTrainedTokenizerFast
     generation_config: GenerationConfig
 
 
-def read_native(family, folder: Path, config: dict, stored: dict[str, Stored], dtype=None) -> Native:
+def read_native(
+    family: ModuleType, folder: Path, config: dict, stored: dict[str, Stored], dtype: torch.dtype | None = None
+) -> Native:
     """A family's checkpoint, its weights still in the files; `dtype` None: that in which they are stored.
 
     Raises CheckpointError as `native_weights` does, and where the tokenizer's file is missing.
@@ -41,7 +46,7 @@ def read_native(family, folder: Path, config: dict, stored: dict[str, Stored], d
     return Native(model_class, native, weights, tokenizer, generation)
 
 
-def _generation_config(published: dict, family, tokenizer) -> GenerationConfig:
+def _generation_config(published: dict, family: ModuleType, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
     """The publisher's sampling and the family's stop ids; not the keys that only its code knows, nor a
     `max_length`, which generate() warns of at every call."""
     own = {"eos_token_id": family.STOP_IDS, "pad_token_id": tokenizer.pad_token_id}
@@ -61,7 +66,12 @@ def native_names(published: str, tensors: dict[str, list[str]]) -> list[str]:
     return names
 
 
-def native_weights(stored: dict[str, Stored], tensors: dict[str, list[str]], model_class, config) -> dict:
+def native_weights(
+    stored: dict[str, Stored],
+    tensors: dict[str, list[str]],
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+) -> dict:
     """The checkpoint as a state dict of `model_class(config)`: views of the memory-mapped files, no copy.
 
     A published tensor that becomes several is cut into as many rows as each of them has. Rotary tables are
@@ -102,7 +112,9 @@ def llama_shape(config: dict) -> dict:
     return {key: config[key] for key in f"{sizes} {others} {tokens}".split() if key in config}
 
 
-def fast_tokenizer(backend, folder: Path, chat_template: str | None, **names) -> PreTrainedTokenizerFast:
+def fast_tokenizer(
+    backend: Tokenizer, folder: Path, chat_template: str | None, **names: Any
+) -> PreTrainedTokenizerFast:
     """A `tokenizers.Tokenizer` as a class of transformers that any tool reads; it pads on the left."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -41,10 +41,12 @@ CHAT_TEMPLATE = """\
 
 
 def recognises(config: dict, folder: Path) -> bool:
-    return config.get("model_type") == "qwen" and "visual" not in config  # Qwen-VL has the same model type
+    """Qwen 1.0; Qwen-VL has the same model type."""
+    return config.get("model_type") == "qwen" and "visual" not in config
 
 
 def native_config(config: dict) -> Qwen2Config:
+    """A Qwen2's, whose context ends where the original would rescale its positions."""
     native = Qwen2Config(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -67,6 +69,7 @@ def native_config(config: dict) -> Qwen2Config:
 
 
 def tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of `qwen.tiktoken` and its control tokens."""
     return fast_tokenizer(
         build_tokenizer(folder / "qwen.tiktoken", PATTERN, CONTROL_TOKENS),
         folder,

@@ -23,6 +23,8 @@ class Kind(IntEnum):
 
 
 class Piece(NamedTuple):
+    """A piece of the vocabulary: its text, its score, its kind."""
+
     text: str
     score: float
     kind: int

@@ -1,0 +1,253 @@
+"""Files as people bring them: each kind in `cases/`, what becomes of it in `cases/expected.toml`."""
+
+import gzip
+import json
+import re
+import sys
+import tomllib
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from chatmagic import encode_example, read_conversations, read_jsonl, write_jsonl
+from chatmagic.data.rows import CHUNK, DataError
+from chatmagic.prompts.labels import LabelsError
+
+CASES = Path(__file__).with_name("cases")
+EXPECTED = tomllib.loads((CASES / "expected.toml").read_text("utf-8"))
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "cases" / "data"
+SIGNS = {"user": "问", "assistant": "答", "system": "系统", "masked": "不学", "thought": "想"}
+
+
+def shown(messages: list[dict]) -> str:
+    """A conversation as the expectations write it: 问 甲？ 答 乙。"""
+    words = []
+    for message in messages:
+        assert not message.keys() - {"role", "content", "weight", "reasoning_content"}
+        if thought := message.get("reasoning_content"):
+            words.append(f"想 {thought}")
+        words.append(f"{SIGNS['masked' if message.get('weight') == 0 else message['role']]} {message['content']}")
+    return " ".join(words)
+
+
+def check(path: Path, expected: dict, capsys) -> None:
+    """What `read_conversations` makes of a file, and of the same with bad rows left out."""
+    arguments = {key: value for key, value in expected.items() if key in ("columns", "encoding", "persona")}
+    if "stops" in expected:
+        with pytest.raises(DataError) as caught:
+            list(read_conversations(path, **arguments))
+        assert re.search(expected["stops"], str(caught.value)), caught.value
+        assert capsys.readouterr().out == ""
+    if "read" in expected:
+        on_error = "skip" if "stops" in expected else "stop"
+        conversations = read_conversations(path, **arguments, on_error=on_error)
+        assert [shown(messages) for messages in conversations] == expected["read"]
+        assert capsys.readouterr().out == f"{conversations.summary}\n"
+        assert re.search(expected.get("summary", ""), str(conversations.summary)), conversations.summary
+
+
+def test_every_case_has_its_expectation():
+    assert {path.name for path in CASES.iterdir()} - {"expected.toml"} == set(EXPECTED)
+    assert all({"stops", "read"} & set(expected) for expected in EXPECTED.values())
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_cases(name, capsys):
+    check(CASES / name, EXPECTED[name], capsys)
+
+
+# The cases that lie beside the checkout, each with a README of what is expected.
+OF_SHARED = {
+    "01-json-array": {"read": ["问 天为什么蓝？ 答 因为瑞利散射。"] * 2},
+    "02-json-array-one-line": {"read": ["问 天为什么蓝？ 答 因为瑞利散射。"] * 2},
+    "04-pretty-objects": {"read": ["问 甲 答 乙"] * 2},
+    "05-xtuner-conversation": {"read": ["系统 你是心理医生。 问 我睡不着。 答 先聊聊白天。 问 好。 答 慢慢说。"]},
+    "07-query-response": {"read": ["系统 短答。 问 一？ 答 一。 问 二？ 答 二。", "问 甲 答 乙"]},
+    "08-advertisegen": {
+        "read": ["问 类型#帽*颜色#红 答 一顶红帽。"],
+        "columns": {"content": "query", "summary": "response"},
+    },
+    "10-kto-label-false": {"read": ["问 你好 答 你好！"], "summary": "1 labelled bad"},
+    "11-dpo": {"stops": "preference data .chosen, rejected."},
+    "12-placeholders": {
+        "read": ["问 你是谁？ 答 我是小炉，由张三开发。"],
+        "persona": {"name": "小炉", "author": "张三"},
+    },
+    "15-loss-flags": {"read": ["问 首都？ 不学 不告诉你 问 请说 答 巴黎"] * 3},
+    "16-history-of-messages": {"read": ["问 一？ 答 一。 问 二？ 答 二。"]},
+    "18-empty-answer": {"stops": "nothing to train in 2 rows. a.jsonl, line 1: an empty answer"},
+    "19-tool-calls": {"stops": "line 1: .*Tool calls cannot be trained"},
+    "20-tools-ignored": {"stops": "it has 'tools'"},
+    "22-images": {"stops": "it has 'images'"},
+    "23-content-parts": {"read": ["问 甲？ 答 乙。"]},
+    "25-surrogate": {"stops": "line 1: half an emoji"},
+    "26-gbk": {"read": ["问 天为什么蓝？ 答 因为瑞利散射。"], "encoding": "gbk"},
+    "28-gzip": {"read": ["问 天为什么蓝？ 答 因为瑞利散射。"]},
+    "29-csv": {"read": ["问 天为什么蓝？ 答 因为瑞利散射。"]},
+    "30-trailing-user": {"read": ["问 一？ 答 一。"], "summary": "1 last question without an answer not used"},
+    "32-missing-output": {"stops": "no 'output'; found context, instruction, response"},
+    "34-two-bad-lines": {"stops": "line 2: Message 1 ", "read": ["问 甲 答 乙"] * 2, "summary": "line 2.*line 4"},
+    "38-empty": {"stops": "is empty"},
+    "39-duplicate-keys": {"read": ["问 乙 答 丙"]},
+    "40-reasoning": {"read": ["问 1+1? 想 一加一 答 2"]},
+    "41-blank-user": {"stops": "an empty question"},
+    "42-train-without-val": {"read": ["问 甲？ 答 用户自己的数据"] * 3},
+    "44-u2028-and-controls": {"read": ["问 甲\u2028乙\u0085丙 答 <|im_end|>丁<think>"]},
+}
+
+
+@pytest.mark.parametrize("name", OF_SHARED)
+def test_the_shared_cases(shared, name, capsys):
+    (path,) = (each for each in (SHARED / name).iterdir() if each.name != "README")
+    check(path, OF_SHARED[name], capsys)
+
+
+@pytest.mark.parametrize("name, way", [("12-placeholders", "persona="), ("26-gbk", 'encoding="gbk"')])
+def test_the_way_out_is_told(shared, name, way):
+    (path,) = (each for each in (SHARED / name).iterdir() if each.name != "README")
+    with pytest.raises(DataError, match=way):
+        list(read_conversations(path))
+
+
+def test_a_row_beyond_the_context_is_named_and_can_be_cut(shared, tokenizer):
+    *_, long = read_conversations(SHARED / "31-too-long" / "a.jsonl")
+    with pytest.raises(LabelsError, match="^a.jsonl, line 2: "):
+        encode_example(long, tokenizer, max_length=1000)
+
+
+ROWS = [
+    {"instruction": "春天来了吗？", "input": None, "output": "来了。", "messages": None},
+    {
+        "instruction": None,
+        "input": None,
+        "output": None,
+        "messages": [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}],
+    },
+]
+
+
+def test_parquet_and_arrow(tmp_path, capsys):
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    table = pa.Table.from_pylist(ROWS)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    for name in "a.parquet", "a.arrow":
+        check(tmp_path / name, {"read": ["问 春天来了吗？ 答 来了。", "问 甲 答 乙"]}, capsys)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    check(tmp_path / "a.parquet", {"stops": "a.parquet is a Parquet file that is damaged"}, capsys)
+
+
+def test_excel(tmp_path, capsys):
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in ("问题", "答案", "备注"), ("春天来了吗？", "来了。", None), (None, None, None), ("几？", 7, "数"):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    expected = {"columns": ("问题", "答案"), "stops": "line 4 .row 2.: 答案 has content of type int"}
+    check(
+        tmp_path / "a.xlsx",
+        expected | {"read": ["问 春天来了吗？ 答 来了。"], "summary": "keys not used: 备注"},
+        capsys,
+    )
+    book.create_sheet("more").append(("问题", "答案"))
+    book.save(tmp_path / "a.xlsx")
+    check(tmp_path / "a.xlsx", {"stops": r"more than one sheet .Sheet, more."}, capsys)
+
+
+def test_a_missing_extra_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"To read a.parquet: pip install 'chatmagic\[data\]'"):
+        list(read_conversations(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("read", [read_conversations, read_jsonl])
+def test_a_file_that_is_not_there(tmp_path, read):
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(DataError, match="There is no file .*trian.jsonl; beside it lie train.jsonl"):
+        next(read(tmp_path / "trian.jsonl"))
+    with pytest.raises(DataError, match="is a folder; expected one file of it: train.jsonl"):
+        next(read(tmp_path))
+
+
+def test_an_archive_is_told_to_be_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("train.jsonl", "{}")
+    with pytest.raises(DataError, match="a zip archive. Unpack it; it holds train.jsonl"):
+        list(read_conversations(tmp_path / "a.zip"))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"query": "a", "response": "b"}\n' * 9)[:-12])
+    with pytest.raises(DataError, match="packed and broken off"):
+        list(read_conversations(tmp_path / "a.jsonl.gz"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "gbk", "utf-8-sig"])
+def test_an_encoding_that_is_named_is_read(tmp_path, encoding, capsys):
+    (tmp_path / "a.jsonl").write_bytes(('{"query": "春天", "response": "来\u3000了"}\n' * 2).encode(encoding))
+    check(tmp_path / "a.jsonl", {"read": ["问 春天 答 来\u3000了"] * 2, "encoding": encoding}, capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ({"on_error": "ignore"}, 'give "stop" or "skip"'),
+        ({"encoding": "gkb"}, "No encoding is called 'gkb'"),
+        ({"columns": {"content": "ask"}}, "names nothing that is known here. Expected .*query"),
+    ],
+)
+def test_arguments_that_mean_nothing(tmp_path, arguments, complaint):
+    (tmp_path / "a.jsonl").write_text('{"query": "a", "response": "b"}\n')
+    with pytest.raises(DataError, match=complaint):
+        list(read_conversations(tmp_path / "a.jsonl", **arguments))
+
+
+def test_columns_may_be_given_either_way(capsys):
+    for columns in (
+        {"content": "query", "summary": "response"},
+        {"prompt": "content", "output": "summary"},
+        ("content", "summary"),
+    ):
+        check(CASES / "columns.json", {"columns": columns, "read": ["问 类型#帽 答 一顶帽。"]}, capsys)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_rows_over_the_edges_of_what_is_read_at_a_time(tmp_path, indent, capsys):
+    """Every place in a row falls on the edge of a chunk once; what is wrong further on still has its line."""
+    row = {"query": "春\n天" * 40, "response": '"来,了]}' * 30}
+    text = json.dumps(row, ensure_ascii=False, indent=indent)
+    whole = "[" + ",\n".join([text] * (3 * CHUNK // len(text.encode()))) + "]"
+    (tmp_path / "a.json").write_text(whole, "utf-8")
+    conversations = list(read_conversations(tmp_path / "a.json"))
+    assert len(conversations) == whole.count('"query"') and len(set(map(shown, conversations))) == 1
+    (tmp_path / "a.json").write_text(whole[:-1] + ",\n" + text.replace('"response":', '"response"') + "\n]", "utf-8")
+    line = whole.count("\n") + 1 + text[: text.index('"response"')].count("\n") + 1
+    with pytest.raises(DataError, match=rf"line {line}\b.*not JSON: Expecting ':' delimiter"):
+        list(read_conversations(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_a_long_file_is_not_held(tmp_path, form):
+    """Ten times the chunk is read, and never three chunks of it are held; the file is not run through beforehand."""
+    row = json.dumps({"query": "春天" * 200, "response": "来了" * 200})
+    rows = [row] * (10 * CHUNK // len(row))
+    (tmp_path / "a").write_text("\n".join(rows) if form == "lines" else "[" + ",\n".join(rows) + "]")
+    conversations = read_conversations(tmp_path / "a")
+    next(conversations)
+    tracemalloc.start()
+    count = sum(1 for _ in conversations)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count + 1 == len(rows) and peak < 8 * CHUNK
+
+
+def test_what_was_read_is_written_and_read_again(tmp_path):
+    talk = [*read_conversations(CASES / "loss.jsonl", on_error="skip"), *read_conversations(CASES / "reasoning.jsonl")]
+    write_jsonl(talk, tmp_path / "a.jsonl")
+    assert list(read_jsonl(tmp_path / "a.jsonl", progress=False)) == talk
+    assert list(read_conversations(tmp_path / "a.jsonl")) == talk

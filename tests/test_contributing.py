@@ -1,0 +1,100 @@
+"""What CONTRIBUTING.md asks of whoever adds something: a test here fails until the last file of its list has it."""
+
+import json
+import re
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+import pytest
+
+from chatmagic.course.profile import profiles
+from chatmagic.data.forms import PARTS
+from chatmagic.models import families
+from golden import golden
+from published import MODELS
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = ["README.md", "README.en.md"]
+DOCUMENTS = [
+    path for where in ("*.md", "docs/*.md", "benchmarks/*.md", "tests/golden/*.md") for path in ROOT.glob(where)
+]
+TEMPLATES = {
+    name: row
+    for file in (ROOT / "chatmagic" / "prompts").glob("*.toml")
+    for name, row in tomllib.loads(file.read_text("utf-8")).items()
+}
+MODULES = {each.name: import_module(f"{families.__name__}.{each.name}") for each in iter_modules(families.__path__)}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def rows(document: str) -> list[list[str]]:
+    """The cells of every row of every table."""
+    lines = [line.strip()[1:-1] for line in text(document).splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
+
+
+@pytest.mark.parametrize("name", [name for name, module in MODULES.items() if hasattr(module, "recognises")])
+def test_a_family(name, tiny_models):
+    module = MODULES[name]
+    assert module in families.FAMILIES.values(), "it has no NAME"
+    configs = {model: json.loads((tiny_models / model / "config.json").read_text()) for model in MODELS}
+    read = [model for model in MODELS if families.find_family(configs[model], tiny_models / model) is module]
+    assert read, "tests/helpers/published.py makes no checkpoint of it"
+    assert {MODELS[model].template for model in read} <= TEMPLATES.keys()
+    told = " ".join(cells[0] for cells in rows("docs/families.md")).lower()
+    assert [model for model in read if model not in told] == []
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template(name):
+    expected = golden("fastchat")["templates"].keys() | golden("publishers")["prompts"].keys()
+    assert name in expected, "tests/golden has no prompts to compare with"
+    assert f"`{name}`" in " ".join(cell for cells in rows("docs/templates.md") for cell in cells[:2])
+
+
+@pytest.mark.parametrize("name", profiles())
+def test_a_profile(name):
+    """Both READMEs have its row, with its size and a licence."""
+    profile = profiles()[name]
+    assert profile.licence and profile.why and (profile.wheels or profile.huggingface)
+    assert all(len(digest) == 64 for digest in [*profile.wheels.values(), *filter(None, [profile.sha256])])
+    for readme in READMES:
+        (cells,) = [cells for cells in rows(readme) if f"`{name}`" in cells[0]]
+        sizes = dict(zip(re.findall("`([^`]+)`", cells[0]), re.findall(r"([\d.]+) GB", cells[1]), strict=True))
+        assert float(sizes[name]) == round(profile.bytes / 1e9, len(sizes[name].partition(".")[2])) and cells[2]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_data_format(part):
+    """What a part of a row may be called, in a case and in the docs; tests/data/test_readers.py wants what becomes of
+    every case."""
+    cases = b"".join(path.read_bytes() for path in (ROOT / "tests/data/cases").iterdir())
+    assert any(f'"{name}"'.encode() in cases for name in PARTS[part])
+    assert any(re.search(f'[`"]{name}[`"]', text("docs/data.md")) for name in PARTS[part])
+
+
+@pytest.mark.parametrize("notebook", [path.name for path in NOTEBOOKS])
+def test_a_notebook(notebook):
+    for readme in READMES:
+        assert f"[{notebook.removesuffix('.ipynb')}](notebooks/{notebook})" in [cells[0] for cells in rows(readme)]
+    assert re.search(r"^test:.*\n\t.*--nbval-lax .*\bnotebooks\b", text("Makefile"), re.MULTILINE)
+    assert "make test" in text(".ci/run"), "CI executes it"
+    assert [path.name[:2] for path in NOTEBOOKS].count(notebook[:2]) == 1, "the tutorial goes by the numbers"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_document_names_exists(document):
+    """Files of this repository in backticks, where no capitals stand for a name; tests, by file or function."""
+    said = document.read_text("utf-8")
+    paths = re.findall(r"`((?:tests|chatmagic|docs|notebooks|benchmarks|\.ci)/[a-z0-9_./*-]+)`", said)
+    assert [path for path in paths if not list(ROOT.glob(path))] == []
+    files = {path.name: path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [name for name in re.findall(r"\btest_\w+\.py", said) if name not in files] == []
+    functions = set(re.findall(r"def (test_\w+)", "".join(files.values())))
+    assert [name for name in re.findall(r"(?:::|`)(test_\w+)(?!\w*\.py)\b", said) if name not in functions] == []
