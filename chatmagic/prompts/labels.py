@@ -355,9 +355,11 @@ def encode_rows(
         return max((len(row.input_ids) for row in rows), default=0)
 
     rows = encode(messages)
+    if length(rows) > limit:
+        rows = _encode_shorter(messages, encode, length, limit, drop_oldest, shortest=2)
     if all(label == IGNORE for row in rows for label in row.labels):
         raise LabelsError("Nothing is trained: each answer has weight 0.")
-    return rows if length(rows) <= limit else _encode_shorter(messages, encode, length, limit, drop_oldest, shortest=2)
+    return rows
 
 
 def _joined(rows: list[Row]) -> list[Row]:
