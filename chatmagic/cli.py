@@ -220,7 +220,7 @@ def merge(args: argparse.Namespace) -> None:
     """Merge an adapter, and print the folder that it is in."""
     from .models.merge import merge_adapter
 
-    print(merge_adapter(args.base, args.adapter, args.output))
+    print(merge_adapter(args.base, args.adapter, args.output, args.any_base))
 
 
 TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.cli train, over several
@@ -279,6 +279,7 @@ def parser() -> argparse.ArgumentParser:
     added = command("merge", merge, "write an adapter into its 16-bit base")
     for name in ("base", "adapter", "output"):
         added.add_argument(name, type=Path)
+    added.add_argument("--any-base", action="store_true", help="also where the adapter was trained on another model")
     return top
 
 

@@ -6,6 +6,7 @@ process that was killed leaves such a part; the next write to that folder clears
 
 import ctypes
 import errno
+import glob
 import os
 import re
 import secrets
@@ -82,6 +83,12 @@ def new_folder(folder: str | Path, needed: int = 0, hint: str = "", over: bool =
         raise WriteError(f"{folder} exists, and nothing is written over it. Name another folder, or: rm -r {folder}")
     make_folder(folder.parent)
     with _in_words(folder, hint), _part(folder, folder=True) as part:
+        parts = folder.parent.glob(f"{glob.escape(_stem(folder))}*.part")
+        if others := [left.name for left in parts if left != part and _held(left)]:
+            raise WriteError(
+                f"Another process is making {folder}: {others[0]} is what it has so far. Wait for its end, or name "
+                "another folder."
+            )
         if (free := shutil.disk_usage(part).free) < needed:
             raise WriteError(
                 f"{folder} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. "
@@ -95,6 +102,37 @@ def new_folder(folder: str | Path, needed: int = 0, hint: str = "", over: bool =
             _exchange(part, folder)
         else:
             os.rename(part, folder)
+
+
+@contextmanager
+def alone_in(folder: str | Path, patience: float = 10.0) -> Iterator[None]:
+    """Have the folder, made if it is not there, to oneself among all that ask so; raises WriteError where somebody has
+    it for longer than `patience` seconds, in which the helpers of a process that was killed end."""
+    folder = Path(folder).expanduser()
+    make_folder(folder)
+    with ExitStack() as held:
+        if fcntl:
+            fd = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, fd)
+            until = time.monotonic() + patience
+            with suppress(OSError):  # a disk without locks
+                while not _lock(fd):
+                    if time.monotonic() > until:
+                        raise WriteError(
+                            f"Another process writes to {folder.absolute()}, and two would spoil each other's: wait "
+                            "for its end, or name another folder. Nothing was changed."
+                        )
+                    time.sleep(0.2)
+        yield
+
+
+def _lock(fd: int) -> bool:
+    """Whether the lock of an open file or folder is ours now; an OSError where there are none."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def make_folder(folder: str | Path) -> None:
@@ -185,6 +223,19 @@ def _part(path: Path, folder: bool = False) -> Iterator[Path]:
             with suppress(OSError):  # a disk without locks
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield part
+
+
+def _held(part: Path) -> bool:
+    """Whether somebody is at work on a part."""
+    if not fcntl:
+        return False
+    with suppress(OSError):
+        fd = os.open(part, os.O_RDONLY)
+        try:
+            return not _lock(fd)
+        finally:
+            os.close(fd)
+    return False
 
 
 def _clear(folder: Path) -> None:

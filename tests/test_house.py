@@ -130,7 +130,8 @@ MAY_WRITE = {
     ("course/download.py", "copyfileobj"),
     ("course/download.py", "unlink"),
     ("training/plots.py", "savefig"),
-    ("training/states.py", "save"),  # to memory
+    ("training/record.py", "to_csv"),  # this and the next: to memory
+    ("training/states.py", "save"),
     ("notebook/magic.py", "save"),  # ChatLLM's
 }
 

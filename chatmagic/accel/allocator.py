@@ -18,6 +18,7 @@ class RankAllocator(PeftRankAllocator):
     step: optimizer steps allocated so far.
     budget: triplets kept at present.
     log: one `(step, importance)` an allocation, the importance summed over the triplets of each layer.
+    settled: the ranks are those of a saved adapter that is taken up again, and stay.
     """
 
     def __init__(self, model: torch.nn.Module, config: AdaLoraConfig, adapter_name: str) -> None:
@@ -30,11 +31,27 @@ class RankAllocator(PeftRankAllocator):
         for index, param in enumerate(self.params[: 2 * self.layers]):
             self.groups.setdefault((index // self.layers, param.shape), []).append(index)
         self.step, self.budget, self.log, self.masks = 0, self.init_bgt, [], None
+        self.settled = False
+        if config.rank_pattern:  # PeftModel.from_pretrained has cut the factors to it
+            self.settle(config.rank_pattern)
+
+    def settle(self, rank_pattern: dict[str, list[bool]]) -> None:
+        """Keep the ranks of an adapter that was trained before, through a run with steps of its own."""
+        names = (name % "lora_E" for name in self.name_set)
+        saved = {self.short(name): kept for name, kept in rank_pattern.items()}
+        self.peft_config.rank_pattern = {name: saved[self.short(name)] for name in names}
+        self.settled, self.step, self.masks = True, 0, None
+        self.budget = sum(map(sum, self.peft_config.rank_pattern.values()))
+        self.reset_ipt()
+
+    def short(self, name: str) -> str:
+        """A name of a rank pattern as it is saved, without the adapter's."""
+        return name.removesuffix(f".{self.adapter_name}")
 
     @property
     def last(self) -> int:
-        """The step whose allocation is the last."""
-        return self.peft_config.total_step - self.peft_config.tfinal
+        """The step whose allocation is the last; -1 where all were made before."""
+        return -1 if self.settled else self.peft_config.total_step - self.peft_config.tfinal
 
     @property
     def final(self) -> bool:
@@ -79,12 +96,13 @@ class RankAllocator(PeftRankAllocator):
 
     def state_dict(self) -> dict:
         """What a resumed run needs, tensors and plain values."""
-        names = ("step", "budget", "log", "exp_avg_ipt", "exp_avg_unc")
+        names = ("step", "budget", "log", "settled", "exp_avg_ipt", "exp_avg_unc")
         return {name: getattr(self, name) for name in names} | {"rank_pattern": self.peft_config.rank_pattern}
 
     def load_state_dict(self, state: dict) -> None:
         """Back to a state of `state_dict`, on the devices of the factors."""
         self.step, self.budget, self.log = state["step"], state["budget"], state["log"]
+        self.settled = state.get("settled", False)
         for name in ("exp_avg_ipt", "exp_avg_unc"):
             setattr(self, name, [average.to(param.device) for average, param in zip(state[name], self.params)])
         self.peft_config.rank_pattern, self.masks = state["rank_pattern"], None
@@ -123,7 +141,7 @@ class RankAllocator(PeftRankAllocator):
         """Zero the E of all but the `budget` most important triplets; returns PEFT's rank pattern."""
         importance = self.importance()
         keep = importance > importance.flatten().kthvalue(self.init_bgt - budget).values
-        self._mask(keep)
+        self._mask(list(keep))
         self.budget = int(keep.sum())
         self.log.append((self.step, importance.sum(dim=1).tolist()))
         return {name % "lora_E": kept for name, kept in zip(self.name_set, keep.tolist())}
@@ -131,13 +149,16 @@ class RankAllocator(PeftRankAllocator):
     @torch.no_grad()
     def mask_using_rank_pattern(self, model: torch.nn.Module | None, rank_pattern: dict[str, list[bool]]) -> None:
         """Zero the E of the triplets that the pattern, or the last allocation, let go."""
-        if self.masks is None:  # a resumed run whose ranks are final
-            self._mask(torch.tensor([rank_pattern[name % "lora_E"] for name in self.name_set], device=self.E[0].device))
+        if self.masks is None:  # a resumed run whose ranks are final, or an adapter taken up again
+            kept = [
+                torch.tensor(rank_pattern[name % "lora_E"], device=E.device) for name, E in zip(self.name_set, self.E)
+            ]
+            self._mask([mask[mask] if len(E) < len(mask) else mask for mask, E in zip(kept, self.E)])
         else:
             torch._foreach_mul_(self.E, self.masks)
 
-    def _mask(self, keep: torch.Tensor) -> None:
-        self.masks = list(keep.unsqueeze(-1).to(self.E[0].dtype).unbind())
+    def _mask(self, keep: list[torch.Tensor]) -> None:
+        self.masks = [kept.unsqueeze(-1).to(self.E[0].dtype) for kept in keep]
         torch._foreach_mul_(self.E, self.masks)
 
 

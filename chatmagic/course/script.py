@@ -3,6 +3,7 @@
 import math
 import random
 import signal
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from ..prompts.labels import note_thinking
 from ..prompts.templates import get_template
 from ..training.plots import pictures
 from ..training.runtime import lost_peer
+from ..training.states import newest_state
 from .own import make_own_data, used
 from .persona import make_conversations
 from .replies import own_replies
@@ -46,6 +48,11 @@ def run(course: Course, resume: bool | None = None, save_every: int | None = Non
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available(),
         timeout=timedelta(hours=4),  # the others wait while the first downloads
     )
+    if resume and newest_state(course.adapter, read=False) is None:  # before anything is downloaded or made
+        raise ChatmagicError(
+            f"Nothing to resume in {course.adapter}: no run was broken off there. Start one: chatmagic train, without "
+            "--resume. Another model or persona has a folder of its own: name them as then."
+        )
     try:
         with state.main_process_first():
             course = fetch(course) if state.is_main_process else resume_course()  # which the first has written by then
@@ -129,6 +136,7 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
     drawn = RandomSampler(train_data, num_samples=samples)
     train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)
     val_loader = DataLoader(val_data, profile.batch_size, collate_fn=collator)
+    template = get_template(None, tokenizer, model)
     lean = any(gather_object([prepare(model)]))  # one for all: by different optimizers the processes would drift apart
     total_steps = profile.epochs * math.ceil(len(train_loader) / state.num_processes)
     adapter = {name: getattr(profile, name) for name in ("init_r", "target_r", "lora_alpha", "lora_dropout")}
@@ -145,5 +153,6 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
         callbacks=pictures(),
         plot=False,
         cpu=state.device.type == "cpu",
+        about={"profile": profile.name, "persona": asdict(course.persona), "template": template.name},
         **settings,
     )

@@ -223,6 +223,7 @@ class DataCollator:
                 "The tokenizer has no pad token. Choose one that is never trained: "
                 "tokenizer.pad_token = tokenizer.unk_token"
             )
+        self.tokenizer = tokenizer  # for whoever shows what a batch says
         self.pad_token, self.pad_token_id = tokenizer.pad_token, tokenizer.pad_token_id
         self.multiple = pad_to_multiple_of or 1
 

@@ -39,14 +39,17 @@ def first_not_finite(tensors: dict[str, "Tensor"]) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} where there is no such file. Raises CheckpointError where it is none."""
+    """The JSON object in a file, after a byte order mark or not; {} where there is no such file. Raises CheckpointError
+    where it is none."""
     if not path.is_file():
         return {}
     try:
-        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return read
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}): download the model again.") from None
+        raise CheckpointError(f"{path} is no JSON ({error}): download it, or save it, again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is JSON, but no object of settings: download it, or save it, again.")
+    return value
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
@@ -83,12 +86,17 @@ def open_weights(folder: Path) -> dict[str, Stored]:
     """
     stored: dict[str, Stored] = {}
     for file, promised in weight_files(folder).items():
-        tensors = _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
+        tensors = open_file(file)
         for name in promised:
             if name not in tensors:
                 raise CheckpointError(f"{file} does not hold {name}, which its index promises: download both.")
         stored |= {name: Stored(tensor, file) for name, tensor in tensors.items()}
     return stored
+
+
+def open_file(file: Path) -> dict[str, "Tensor"]:
+    """The tensors of a `.safetensors` or a `.bin` file, memory-mapped; errors as `open_weights`."""
+    return _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
 
 
 def _open_safetensors(file: Path) -> dict[str, "Tensor"]:

@@ -10,8 +10,8 @@ import json
 import math
 import re
 import shutil
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
@@ -19,23 +19,34 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..errors import ChatmagicError
 from ..files import new_folder, write
-from .checkpoint import first_not_finite, open_weights, read_json, weight_files
+from .checkpoint import first_not_finite, open_file, open_weights, read_json, weight_files
 from .shard import Part, write_shard
 
-# Beside an adapter: {"base": base_fingerprint(folder it was trained on), "thinking": how, see `note_thinking`}.
-PROVENANCE = "chatmagic.json"
+# Beside an adapter: {BASE: base_fingerprint(of what it is for), "thinking": how it was trained, see `note_thinking`}.
+PROVENANCE, BASE = "chatmagic.json", "base_tensors"
+FACTORS = ("adapter_model.safetensors", "adapter_model.bin")
 NOT_COPIED = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
-# The settings of an adapter that a merge reads, or that concern training alone. Any other that is set changes
-# what the layer computes (DoRA, aLoRA, ...) and is refused: so are the variants that PEFT will add.
+# The settings of an adapter that a merge reads, or that concern training alone. Any other of PEFT's that is set changes
+# what the layer computes (DoRA, aLoRA, ...) and is refused; what PEFT does not know it ignores, and so does a merge.
 KNOWN_SETTINGS = """
     peft_type task_type base_model_name_or_path revision peft_version auto_mapping inference_mode bias r
     lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern
     alpha_pattern use_rslora fan_in_fan_out init_lora_weights megatron_core qalora_group_size eva_config
     init_r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step
+"""
+
+
+# What PEFT takes where a setting is missing.
+DEFAULTS = {"r": 8, "lora_alpha": 8, "fan_in_fan_out": False, "init_r": 12}
+# Settings of a base that say how it is run or who wrote it, not what it computes.
+NOT_OF_THE_MODEL = """
+    use_cache transformers_version _name_or_path name_or_path torch_dtype dtype architectures auto_map tokenizer_class
+    output_attentions output_hidden_states return_dict attn_implementation _attn_implementation gradient_checkpointing
+    bos_token_id eos_token_id pad_token_id initializer_range
 """
 
 
@@ -76,12 +87,14 @@ class Update:
         weight += product.mul_(self.scale).div_(self.divisor)
 
 
-def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> Path:
+def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path, any_base: bool = False) -> Path:
     """Merge a LoRA or AdaLoRA adapter, as PEFT saves it, into a base of 16 or 32 bit; returns `output`.
 
     `output` is a new folder, there only once it is complete: the merged weights, in the dtype and the shards of
     the base and equal to PEFT's `merge_and_unload` bit by bit, with the base's config, tokenizer and chat
-    template. A base whose publisher has his own tensor names (Baichuan, Qwen, InternLM, ChatGLM) comes out native.
+    template. A base whose publisher has his own tensor names (Baichuan, Qwen, InternLM, ChatGLM) comes out native, one
+    in `.bin` files as safetensors; a head that was the embedding, and that the adapter changes, becomes its own.
+    `any_base` merges also where the adapter was trained on another model, as long as the shapes fit.
 
     Raises MergeError if the adapter was trained on another base or is more than LoRA, or if the base is quantised;
     WriteError if `output` exists or its disk is too full.
@@ -97,9 +110,12 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
         )
     with new_folder(output, needed=sum(file.stat().st_size for file in weight_files(base))) as staging:
         updates = _read_updates(adapter)
-        _check_base(base, adapter)
+        if not any_base:
+            _check_base(base, adapter)
         family = find_family(config, base)
         shards = _open_family(family, base, config, staging) if family else _open_native(base, staging)
+        if HEAD in updates:
+            _untie_head(shards, config, staging)
         _check_updates(updates, base, shards)
         multiplying, changed = (
             Lock(),
@@ -148,14 +164,15 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
             inference_mode=True,
             **{key: config.get(key) for key in ("task_type", "base_model_name_or_path", "fan_in_fan_out")},
         ).save_pretrained(staging)
-        save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, staging / FACTORS[0], metadata={"format": "pt"})
         if (adapter / PROVENANCE).is_file():
             shutil.copyfile(adapter / PROVENANCE, staging / PROVENANCE)
     return output
 
 
 def base_fingerprint(folder: str | Path) -> str | None:
-    """A SHA-256 of the config and of about a thousand places in the weights of a model folder.
+    """A SHA-256 of a model's settings, and of its tensors by name, shape, dtype and about a thousand of their numbers:
+    the same however they are laid out in files.
 
     Training stores it beside the adapter (see PROVENANCE); merging compares. None for a quantised folder: its
     16-bit original, which the adapter will be merged into, cannot be told from it.
@@ -163,14 +180,22 @@ def base_fingerprint(folder: str | Path) -> str | None:
     folder = Path(folder)
     if _read_base_config(folder).get("quantization_config"):
         return None
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    files = sorted(weight_files(folder))
-    step = sum(file.stat().st_size for file in files) // 1000 + 1
-    for path in files:
-        with open(path, "rb") as file:
-            for offset in range(0, path.stat().st_size, step):
-                file.seek(offset)
-                digest.update(file.read(64))
+    files = [folder / "config.json", *weight_files(folder)]
+    return _fingerprint(folder, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@cache
+def _fingerprint(folder: Path, files: tuple) -> str:
+    """Of the folder while its files are these: a run asks at each state that it saves."""
+    config = {name: value for name, value in _read_base_config(folder).items() if name not in NOT_OF_THE_MODEL.split()}
+    config = {name: value for name, value in config.items() if value is not None}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    stored = {name: tensor for name, (tensor, _) in sorted(open_weights(folder).items())}
+    step = sum(tensor.numel() for tensor in stored.values()) // 1000 + 1
+    for name, tensor in stored.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        some = tensor.reshape(-1)[::step].clone(memory_format=torch.contiguous_format)
+        digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -182,20 +207,25 @@ def _read_base_config(folder: Path) -> dict:
 
 def _read_config(adapter: Path) -> dict:
     """An adapter's settings, refused if one of them makes it more than LoRA or AdaLoRA factors."""
-    path = adapter / "adapter_config.json"
-    if not path.is_file() or not path.with_name("adapter_model.safetensors").is_file():
+    if not (adapter / "adapter_config.json").is_file() or not any((adapter / name).is_file() for name in FACTORS):
         raise MergeError(
-            f"{adapter} lacks adapter_config.json or adapter_model.safetensors. Name the folder that "
+            f"{adapter} lacks adapter_config.json or {FACTORS[0]}. Name the folder that "
             f"peft_model.save_pretrained(folder) wrote."
         )
-    config = json.loads(path.read_text())
-    strange = sorted(key for key, value in config.items() if value and key not in KNOWN_SETTINGS.split())
+    config = DEFAULTS | read_json(adapter / "adapter_config.json")
+    strange = [name for name, value in config.items() if value and name not in KNOWN_SETTINGS.split()]
+    if strange:
+        from peft import AdaLoraConfig, LoraConfig
+
+        known = {field.name for kind in (LoraConfig, AdaLoraConfig) for field in fields(kind)}
+        strange = sorted(known & set(strange))
     init = config.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "eva", "orthogonal"):  # the others change the base as well
         strange.append(f"init_lora_weights={init}")
-    if config["peft_type"] not in ("LORA", "ADALORA") or strange:
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "ADALORA") or strange:
         raise MergeError(
-            f"{adapter} is not plain LoRA or AdaLoRA ({config['peft_type']}{''.join(f', {s}' for s in strange)}). "
+            f"{adapter} is not plain LoRA or AdaLoRA ({kind}{''.join(f', {s}' for s in strange)}). "
             f"Merge it with PEFT: PeftModel.from_pretrained(model, {str(adapter)!r}).merge_and_unload()."
         )
     return config
@@ -204,7 +234,7 @@ def _read_config(adapter: Path) -> dict:
 def _read_updates(adapter: Path) -> dict[str, Update]:
     """An adapter's updates by the name of the weight, such as `model.layers.0.mlp.up_proj.weight`."""
     config, layers = _read_config(adapter), {}
-    for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
+    for key, tensor in open_file(next(adapter / name for name in FACTORS if (adapter / name).is_file())).items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([ABE])(?:\.weight)?", key)
         if not match:
             raise MergeError(
@@ -213,6 +243,21 @@ def _read_updates(adapter: Path) -> dict[str, Update]:
                 f"PeftModel.from_pretrained(model, {str(adapter)!r}).merge_and_unload()."
             )
         layers.setdefault(match[1], {})[match[2]] = tensor.float()
+    kind = config["peft_type"]
+    wanted = "ABE" if kind == "ADALORA" else "AB"
+    if not layers:
+        raise MergeError(f"{adapter} holds no tensors: it changes nothing. Save it again, or train it.")
+    for module, factors in layers.items():
+        if factors.keys() != set(wanted):
+            held, whole = (", ".join(f"lora_{factor}" for factor in sorted(each)) for each in (factors, wanted))
+            raise MergeError(
+                f"{adapter} is half an adapter: of {module} it holds {held}, and {kind} has {whole}. Save it again."
+            )
+        ranks = {factors["A"].shape[0], factors["B"].shape[-1], *(factors["E"].shape[:1] if "E" in factors else ())}
+        if len(ranks) > 1:
+            raise MergeError(
+                f"{adapter} holds factors of {module} that do not fit: ranks {sorted(ranks)}. Save it again."
+            )
     if spoilt := first_not_finite(
         {f"{name}.lora_{factor}": t for name, f in layers.items() for factor, t in f.items()}
     ):
@@ -250,12 +295,13 @@ def _note_thinking(file: Path, thinking: bool | None) -> None:
 
 
 def _check_base(base: Path, adapter: Path) -> None:
-    trained_on = read_json(adapter / PROVENANCE).get("base")
+    trained_on = read_json(adapter / PROVENANCE).get(BASE)
     if trained_on and trained_on != base_fingerprint(base):
         name = _read_config(adapter).get("base_model_name_or_path")
         raise MergeError(
             f"{adapter} was trained on another model than {base}: config or weights differ. It names {name!r}: "
-            f"merge_adapter(base={name!r}, ...)."
+            f"merge_adapter(base={name!r}, ...). If you know that it is for this one: any_base=True, or "
+            "chatmagic merge --any-base."
         )
 
 
@@ -276,11 +322,19 @@ def _open_native(base: Path, output: Path) -> dict[str, dict[str, Part]]:
     for file in base.iterdir():
         if file.is_file() and not file.name.endswith(NOT_COPIED) and not file.name.startswith("."):
             shutil.copyfile(file, output / file.name)
-    shards = {}
+    shards: dict[str, dict[str, Part]] = {}
     for name, (tensor, file) in open_weights(base).items():
-        part = Part(tensor.dtype, tensor.shape, partial(_open_rows, file, name))
-        shards.setdefault(file.name, {})[name] = part
+        rows = partial(_open_rows, file, name) if file.suffix == ".safetensors" else partial(_given, tensor)
+        target = file.name.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors")
+        shards.setdefault(f"{target}.safetensors", {})[name] = Part(tensor.dtype, tensor.shape, rows)
+    if not list(output.glob("*.safetensors.index.json")):  # the base's, where it has one of the same files
+        _write_index(shards, output)
     return shards
+
+
+def _given(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a `.bin` file, which is mapped into memory as a whole."""
+    return tensor
 
 
 def _open_rows(file: Path, name: str) -> Any:
@@ -311,6 +365,28 @@ def _open_family(family: ModuleType, base: Path, config: dict, output: Path) -> 
     weight_map = {name: file for file, shard in shards.items() for name in shard}
     write(output / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}))
     return shards
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def _untie_head(shards: dict[str, dict[str, Part]], config: dict, output: Path) -> None:
+    """Where the head is the embedding, and changes: give it rows of its own. The embedding stays as it was."""
+    saved = read_json(output / "config.json") or config
+    file = next((file for file, parts in shards.items() if EMBEDDING in parts), None)
+    if file and not any(HEAD in parts for parts in shards.values()):
+        shards[file][HEAD] = shards[file][EMBEDDING]
+        _write_index(shards, output)
+    elif not saved.get("tie_word_embeddings"):
+        return
+    write(output / "config.json", json.dumps(saved | {"tie_word_embeddings": False}, indent=2))
+
+
+def _write_index(shards: dict[str, dict[str, Part]], output: Path) -> None:
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in shards.items() for name in shard}
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        write(output / "model.safetensors.index.json", index)
 
 
 class _Changed:

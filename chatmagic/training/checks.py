@@ -1,17 +1,25 @@
 """What fit refuses before the first step: settings that would train nothing, or not what was meant.
 
 A check is a function of the KerasModel whose fit is about to begin; it returns what is wrong and what to do about it,
-or None. They run in the order of CHECKS, before anything is written.
+or None. They run before anything is written: those of the model alone, then those of the run.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from accelerate.tracking import get_available_trackers
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from ..errors import ChatmagicError
+from ..models.load import context_limit
 from ..models.parts import trainable
 from ..models.quantize import packed_for_inference
+from ..text import did_you_mean
+from .states import RunState, peft_tensors, saved_names
 from .step import StepRunner
 
 if TYPE_CHECKING:
@@ -61,10 +69,82 @@ def repacked_weights(run: "KerasModel") -> str | None:
         )
 
 
+def adapter_on_an_adapter(run: "KerasModel") -> str | None:
+    """get_peft_model called twice."""
+    wrapped = sum(isinstance(module, PeftModel) for module in run.net.modules())
+    if wrapped > 1 or any(isinstance(getattr(each, "base_layer", None), BaseTunerLayer) for each in run.net.modules()):
+        return (
+            "The model had an adapter already when get_peft_model gave it another: what is saved would fit no base. "
+            "Load the model again and call get_peft_model once, or model = model.unload() before."
+        )
+
+
+def not_saved(run: "KerasModel") -> str | None:
+    """Parameters that would be trained and lost."""
+    ours, theirs = saved_names(run.net).keys(), peft_tensors(run.net).keys()
+    if lost := sorted(ours ^ theirs):
+        return (
+            f"{len(lost)} trainable parameters would not be in the saved adapter by the name that they have, the first "
+            f"is {lost[0]}: they would be trained and lost. Freeze them: param.requires_grad_(False)."
+        )
+
+
 def no_steps(run: "KerasModel") -> str | None:
     """No batch, or no epoch."""
+    if not len(run.train_loader) and (rows := size(run.train_loader)):
+        return (
+            f"{rows} rows are fewer than a batch of {run.settings['batch_size']}, and drop_last leaves such a batch "
+            "out: there is nothing to train on. Give a smaller batch_size, or drop_last=False."
+        )
     if not run.steps:
         return f"{run.epochs} epochs of {len(run.train_loader)} batches: there is nothing to train on."
+
+
+def nothing_to_validate_on(run: "KerasModel") -> str | None:
+    """Validation data without a batch."""
+    if run.val_loader is not None and not len(run.val_loader):
+        rows = size(run.val_loader)
+        why = f"fewer than a batch, which drop_last leaves out: {rows} rows" if rows else "empty"
+        return f"val_data is {why}. Give it rows, or leave it out and use monitor='train_loss'."
+
+
+def size(loader: DataLoader) -> int:
+    """The rows of a loader's dataset, 0 where it cannot tell."""
+    return len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0
+
+
+def unknown_mode(run: "KerasModel") -> str | None:
+    """A mode that is none."""
+    if run.mode not in ("min", "max"):
+        return f"mode={run.mode!r} is neither 'min' nor 'max'{did_you_mean(run.mode, ('min', 'max'))}"
+
+
+def unknown_monitor(run: "KerasModel") -> str | None:
+    """Where it can be known: a StepRunner of somebody's may report more."""
+    columns = ["train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "peak_memory"]
+    columns += ["train_penalty", "val_penalty", "rank_budget"] if run.allocator else []
+    if run.StepRunner is StepRunner and run.monitor not in columns:
+        return f"monitor={run.monitor!r} is nothing that fit measures{did_you_mean(run.monitor, columns)}"
+
+
+def rows_beyond_the_context(run: "KerasModel") -> str | None:
+    """Of datasets that are lists; others make their rows as they are asked for, and the step looks at each."""
+    limit, reason = context_limit(run.net)
+    for name, loader in {"train_data": run.train_loader, "val_data": run.val_loader}.items():
+        rows = getattr(loader, "dataset", None)
+        lengths = [len(row["input_ids"]) for row in rows] if isinstance(rows, list) and limit else []
+        if too_long := [row for row, length in enumerate(lengths) if length > limit]:
+            return (
+                f"{len(too_long)} rows of {name} are longer than the model's context of {limit} tokens ({reason}): the "
+                f"first is row {too_long[0]}, of {lengths[too_long[0]]}. Shorten them, or leave them out."
+            )
+
+
+def tracker_not_there(run: "KerasModel") -> str | None:
+    """A tracker that is not installed."""
+    if run.log_with and run.log_with not in (here := [str(tracker) for tracker in get_available_trackers()]):
+        installed = f"Installed are: {', '.join(here)}." if here else "None is installed."
+        return f"log_with={run.log_with!r}: there is no such tracker here. {installed} pip install {run.log_with}"
 
 
 def monitor_without_validation(run: "KerasModel") -> str | None:
@@ -90,22 +170,90 @@ def schedule_too_short(run: "KerasModel") -> str | None:
         return f"The lr_scheduler ends after {longest} of {run.steps} optimizer steps: give it total_steps={run.steps}."
 
 
-CHECKS: list[Callable[["KerasModel"], str | None]] = [
-    no_adapter,
-    nothing_trainable,
+OF_THE_MODEL: list[Callable[..., str | None]] = [no_adapter, adapter_on_an_adapter, nothing_trainable, repacked_weights]
+OF_THE_RUN: list[Callable[..., str | None]] = [
+    not_saved,
     optimizer_of_others,
     no_learning_rate,
     gradients_that_nobody_adds_up,
-    repacked_weights,
     no_steps,
+    nothing_to_validate_on,
+    unknown_mode,
+    unknown_monitor,
     monitor_without_validation,
+    rows_beyond_the_context,
     ranks_never_final,
     schedule_too_short,
+    tracker_not_there,
 ]
 
 
-def refuse_what_cannot_train(run: "KerasModel") -> None:
-    """Raise ChatmagicError with what the first of CHECKS that finds something says."""
-    for check in CHECKS:
+def refuse(checks: list[Callable[..., str | None]], run: "KerasModel") -> None:
+    """Raise ChatmagicError with what the first of the checks that finds something says."""
+    for check in checks:
         if problem := check(run):
             raise ChatmagicError(problem)
+
+
+# --- whether a state is of this run
+
+
+def run_settings(run: "KerasModel", train_data: DataLoader) -> dict:
+    """What makes a run the one that it is: plain values by their names."""
+    config = run.net.peft_config[run.net.active_adapter].to_dict()
+    adapter = {name: value for name, value in config.items() if type(value) in (int, float, bool)}
+    optimizer, scheduler = run.optimizer, run.lr_scheduler
+    return {
+        "rows": len(train_data.dataset) if hasattr(train_data.dataset, "__len__") else None,
+        "batch_size": train_data.batch_size,
+        "batches": len(run.train_loader),
+        "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
+        "epochs": run.epochs,
+        "monitor": run.monitor,
+        "mode": run.mode,
+        "optimizer": type(optimizer).__name__,
+        "learning_rate": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
+        "lr_scheduler": scheduler and schedule_settings(scheduler),
+        "adapter": {name: value for name, value in adapter.items() if name != "inference_mode"},
+    }
+
+
+def schedule_settings(scheduler: LRScheduler) -> dict:
+    """The class of a torch scheduler and the plain values that it was made with."""
+    names = inspect.signature(type(scheduler).__init__).parameters.keys() - {"last_epoch"}
+    made_with = {name: value for name, value in vars(scheduler).items() if name in names}
+    for function in getattr(scheduler, "lr_lambdas", []):  # as transformers' get_cosine_schedule_with_warmup makes it
+        made_with |= getattr(function, "keywords", {})
+    plain = {name: value for name, value in made_with.items() if type(value) in (int, float, bool, str)}
+    return {"class": type(scheduler).__name__} | plain
+
+
+def refuse_another_run(state: RunState, run: "KerasModel") -> None:
+    """Raise ChatmagicError if `run` cannot go on with the state. It may have another patience, precision or device;
+    and more or fewer epochs where no schedule goes by them."""
+    processes, params = len(state.rng), dict(trainable(run.net))
+    where = f"The state in {run.ckpt_path} is"
+    if processes != run.accelerator.num_processes:
+        raise ChatmagicError(
+            f"{where} of {processes} processes, this run has {run.accelerator.num_processes}. Resume with as many: "
+            f"accelerate launch --num_processes {processes}."
+        )
+    if {name: param.shape for name, param in params.items()} != {n: param.shape for n, param in state.params.items()}:
+        raise ChatmagicError(f"{where} of an adapter on other layers than this model's, or of other ranks.")
+    now, then = flat(run.settings), flat(state.settings or {})
+    if not state.settings and state.of not in (None, run.steps):  # of an earlier version
+        now, then = {"steps": run.steps}, {"steps": state.of}
+    free = {"epochs"} if run.allocator is None and run.lr_scheduler is None else set()
+    names = dict.fromkeys([*now, *then] if then else [])
+    others = [name for name in names if name not in free and now.get(name) != then.get(name)]
+    if others:
+        told = ", ".join(f"{name} {then.get(name)}, now {now.get(name)}" for name in others)
+        raise ChatmagicError(
+            f"{where} of another run: {told}. Give fit what it had then, or start anew with fit(..., resume=False)."
+        )
+
+
+def flat(settings: dict) -> dict:
+    """Settings within settings by names with a dot."""
+    parts = (({f"{n}.{k}": v for k, v in s.items()} if isinstance(s, dict) else {n: s}) for n, s in settings.items())
+    return {name: value for part in parts for name, value in part.items()}

@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import get_sampler
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import filter_trackers
 from accelerate.utils import GradScalerKwargs, broadcast, gather_object
 from peft import PeftModel
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,10 +30,12 @@ from ..accel.attention import without_cudnn_attention
 from ..accel.captured import CapturedStep, why_not
 from ..accel.layers import fast_layers
 from ..errors import ChatmagicError
+from ..files import alone_in
 from ..models.parts import trainable
 from . import functional
-from .checks import refuse_what_cannot_train
+from .checks import OF_THE_MODEL, OF_THE_RUN, flat, refuse, refuse_another_run, run_settings
 from .plots import EpochLines, pictures
+from .record import write_history, write_run
 from .runtime import Batches, best_precision, get_rng, lost_peer, noted_interrupt, seeded, set_rng
 from .states import STATE, RunState, load_adapter, newest_state, save_adapter, save_state, state_folder
 from .step import StepRunner
@@ -63,13 +66,25 @@ class KerasModel(kerasmodel.KerasModel):
     ) -> None:
         super().__init__(net, loss_fn, optimizer=optimizer, lr_scheduler=lr_scheduler)
 
+    def fit_ddp(self, *args: object, **kwargs: object) -> None:
+        """Refused with a ChatmagicError, which names the ways there are."""
+        raise ChatmagicError(
+            "torchkeras' fit_ddp would train on another way than fit, and save what no one can load. Several GPUs: "
+            "accelerate launch --multi_gpu --num_processes N -m chatmagic.training PROFILE, or fit in a script of your "
+            "own under accelerate launch."
+        )
+
     def save_ckpt(self, ckpt_path: str | Path | None = None, accelerator: Accelerator | None = None) -> None:
         """Write the adapter to `ckpt_path`, by default fit's: see `states.save_adapter`."""
         save_adapter(self.net, ckpt_path or self.ckpt_path)
 
     def load_ckpt(self, ckpt_path: str | Path | None = None) -> None:
-        """Take the adapter from `ckpt_path`, by default fit's: see `states.load_adapter`."""
-        load_adapter(self.net, ckpt_path or self.ckpt_path)
+        """Take a saved adapter up: its factors, and its ranks for as long as it is trained on. What the model was
+        before counts no more: the next fit is of a run of its own."""
+        pattern = load_adapter(self.net, ckpt_path or self.ckpt_path)
+        if pattern and (allocator := rank_allocator(self.net)):
+            allocator.settle(pattern)
+        BEGINNINGS.pop(self.net, None)
 
     def fit(
         self,
@@ -88,6 +103,8 @@ class KerasModel(kerasmodel.KerasModel):
         cpu: bool = False,
         gradient_accumulation_steps: int = 1,
         fast: bool = True,
+        log_with: str | None = None,
+        about: dict | None = None,
     ) -> pd.DataFrame:
         """Train for `epochs`, or until `monitor` has not improved for `patience` of them; returns the history.
 
@@ -106,11 +123,16 @@ class KerasModel(kerasmodel.KerasModel):
         fast: False trains plainly, with the layers, the attention and the optimizer as PEFT, transformers and torch
         have them, and without CUDA graphs: slower, and the same but for rounding.
 
+        log_with: a tracker of accelerate's that is installed ("tensorboard", "swanlab", "wandb", ...): it is told the
+        settings, and the history as it grows.
+        about: what else run.json is to say of the run, plain values: that file, beside the adapter, says what the run
+        was; history.csv is the history.
+
         The lr_scheduler moves once an optimizer step. Raises ChatmagicError for settings that would train nothing
         and for a full disk, TrainingInterrupted on Ctrl-C.
         """
         self.epochs, self.patience, self.monitor, self.mode = epochs, patience, monitor, mode
-        self.ckpt_path, self.save_every, self.fast = Path(ckpt_path), save_every, fast
+        self.ckpt_path, self.save_every, self.fast, self.log_with = Path(ckpt_path), save_every, fast, log_with
         # One process may fit twice, with another precision; accelerate's singletons would refuse.
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -120,36 +142,48 @@ class KerasModel(kerasmodel.KerasModel):
             gradient_accumulation_steps=gradient_accumulation_steps,
             # fp16: the loss is a sum over the label tokens, some hundred times the mean that 2**16 is meant for.
             kwargs_handlers=[GradScalerKwargs(init_scale=2.0**8)],
+            project_dir=self.ckpt_path,
         )
+        refuse(OF_THE_MODEL, self)
         self.allocator = rank_allocator(self.net)
         self.samplers = [seeded(get_sampler(loader)) for loader in (train_data, val_data) if loader is not None]
         self.train_loader, self.val_loader = self.accelerator.prepare(train_data, val_data)
         self.steps_per_epoch = math.ceil(len(self.train_loader) / gradient_accumulation_steps)
         self.steps = epochs * self.steps_per_epoch
-        refuse_what_cannot_train(self)
+        self.settings = run_settings(self, train_data)
+        refuse(OF_THE_RUN, self)
         resume = self._resumes(resume)
         rng = gather_object([get_rng(self.samplers)])
-        self.state = RunState(of=self.steps, epoch_rng=rng, rng=rng)
+        self.state = RunState(of=self.steps, settings=self.settings, epoch_rng=rng, rng=rng)
+        self.trackers = []
         self.callbacks = [*([*pictures(), VisProgress()] if plot else [EpochLines()]), *(callbacks or [])]
+        with alone_in(self.ckpt_path) if self.accelerator.is_main_process else nullcontext():
+            return self._train(resume, about or {})
+
+    def _train(self, resume: bool, about: dict) -> pd.DataFrame:
         try:
             self._place()
             if resume:
-                self._load_state(newest_state(self.ckpt_path))
+                state = newest_state(self.ckpt_path)
+                refuse_another_run(state, self)
+                self._restore(replace(state, of=self.steps, settings=self.settings))
             else:
                 self._start()
             self.captured = self._capture()
+            self._on_main(write_run, self, about)
+            self.trackers = self._trackers()
             self._call_back("on_fit_start")
             with ExitStack() as stack:
                 self.interrupt = stack.enter_context(noted_interrupt())
                 stack.enter_context(without_cudnn_attention())
-                if fast:
+                if self.fast:
                     stack.enter_context(fast_layers(self.net))
                 while not self._finished():
                     self._run_epoch()
             if self.best is None:
                 warnings.warn("No epoch ended with final ranks: the adapter is the last one, not the best.")
-                self._on_main(self.save_ckpt, ckpt_path, accelerator=self.accelerator)
-            self.load_ckpt(ckpt_path)
+                self._on_main(self.save_ckpt, self.ckpt_path, accelerator=self.accelerator)
+            load_adapter(self.net, self.ckpt_path)
             self._call_back("on_fit_end")
         except RuntimeError as error:
             if not lost_peer(error, self.accelerator.num_processes):
@@ -161,6 +195,8 @@ class KerasModel(kerasmodel.KerasModel):
             ) from error
         finally:
             self.captured = self.runner = None  # the graphs hold memory
+            for tracker in self.trackers:
+                tracker.finish()
             self.net.eval()
             self.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return pd.DataFrame(self.history)
@@ -195,18 +231,24 @@ class KerasModel(kerasmodel.KerasModel):
         return bool(resume) and state is not None
 
     def _has_steps(self) -> bool:
-        """Whether the optimizer has made steps, or the adapter is on its way through its ranks."""
-        return bool(self.optimizer.state) or bool(self.allocator and self.allocator.step)
+        """Whether the optimizer has made steps, the adapter is on its way through its ranks, or it is not what it was
+        when a fit began with it."""
+        if self.optimizer.state or (self.allocator and self.allocator.step):
+            return True
+        if self.net not in BEGINNINGS:
+            return False
+        params = RunState.read(io.BytesIO(BEGINNINGS[self.net])).params
+        return any(not torch.equal(param.cpu(), params[name]) for name, param in trainable(self.net))
 
     def _start(self) -> None:
         """From the beginning: the model's own, if it has made steps since."""
         if not self._has_steps():
             BEGINNINGS[self.net] = self._snapshot().to_bytes()
         elif self.net in BEGINNINGS:
-            state = replace(RunState.read(io.BytesIO(BEGINNINGS[self.net])), of=self.steps)
+            state = RunState.read(io.BytesIO(BEGINNINGS[self.net]))
             if not self.optimizer.state:  # made again since, perhaps with another rate
                 state = replace(state, optimizer=None, lr_scheduler=None)
-            self._load_state(state)
+            self._restore(replace(state, of=self.steps, settings=self.settings))
         else:
             raise ChatmagicError("This model was trained elsewhere. To start anew, make it, and its optimizer, again.")
         self._save_state()
@@ -222,6 +264,14 @@ class KerasModel(kerasmodel.KerasModel):
             for group in self.optimizer.param_groups:
                 group |= {"fused": True, "foreach": False}
         self.optimizer = self.accelerator.prepare(self.optimizer)
+
+    def _trackers(self) -> list:
+        """accelerate's, told what the run is. They are ended one by one: `end_training` ends the processes too."""
+        if self.log_with:
+            self.accelerator.log_with = filter_trackers(self.log_with, self.ckpt_path)
+            plain = {name: str(value) for name, value in flat(self.settings).items()}
+            self.accelerator.init_trackers("chatmagic", config=plain)
+        return self.accelerator.trackers if self.log_with else []
 
     def _capture(self) -> CapturedStep | None:
         """The step as CUDA graphs, or None, with the reason told where that is not that nobody wants it."""
@@ -249,6 +299,9 @@ class KerasModel(kerasmodel.KerasModel):
             state.best = {"epoch": state.epoch, "score": score}
             self._on_main(self.save_ckpt, self.ckpt_path, accelerator=self.accelerator)
         self._call_back("on_validation_epoch_end")
+        self._on_main(write_history, state.history, self.ckpt_path)
+        if self.trackers:
+            self.accelerator.log({name: values[-1] for name, values in state.history.items()}, step=state.epoch)
         state.epoch, state.batch, state.sums = state.epoch + 1, 0, None
         state.epoch_rng = gather_object([get_rng(self.samplers)])
         self._between_steps(save_due=True)
@@ -264,10 +317,14 @@ class KerasModel(kerasmodel.KerasModel):
             optimizer=self.optimizer if training else None,
             lr_scheduler=self.lr_scheduler if training else None,
         )
+        loader = self.train_loader if training else self.val_loader
+        self.runner.tokenizer = getattr(loader.collate_fn, "tokenizer", None)
+        self.runner.epoch = self.state.epoch
         if training:
-            self.runner.captured = self.captured
-            self.runner.sums = self.state.sums or [0.0, 0.0]
+            self.runner.captured, self.runner.batch = self.captured, self.state.batch
+            self.runner.sums, self.runner.skipped = self.state.sums or [0.0, 0.0], self.state.skipped
         log = self.EpochRunner(self.runner, quiet=True)(batches)
+        self.state.skipped = getattr(self.runner, "skipped", 0) if training else self.state.skipped
         for name, value in (({"epoch": self.state.epoch} if training else {}) | log).items():
             self.state.history.setdefault(name, []).append(value)
 
@@ -276,6 +333,7 @@ class KerasModel(kerasmodel.KerasModel):
 
     def _after_step(self, batch: int) -> None:
         self.state.batch, self.state.sums = batch, getattr(self.runner, "sums", None)
+        self.state.skipped = getattr(self.runner, "skipped", 0)
         if self.accelerator.sync_gradients:
             self._between_steps(save_due=bool(self.save_every) and self.step % self.save_every == 0)
 
@@ -326,27 +384,13 @@ class KerasModel(kerasmodel.KerasModel):
         )
 
     @torch.no_grad()
-    def _load_state(self, state: RunState) -> None:
-        processes, params = len(state.rng), dict(trainable(self.net))
-        if processes != self.accelerator.num_processes:
-            raise ChatmagicError(
-                f"The state in {self.ckpt_path} is of {processes} processes, this run has "
-                f"{self.accelerator.num_processes}. Resume with as many: accelerate launch --num_processes {processes}."
-            )
-        if state.of not in (self.steps, None):
-            raise ChatmagicError(
-                f"The state in {self.ckpt_path} is of a run of {state.of} steps, and this one has {self.steps}: the "
-                "schedule would be another. Give fit the data, the batch size and the epochs of then, or start anew "
-                "with fit(..., resume=False)."
-            )
-        if params.keys() != state.params.keys():
-            raise ChatmagicError(f"The state in {self.ckpt_path} is of an adapter on other layers than this model's.")
-        for name, param in params.items():
+    def _restore(self, state: RunState) -> None:
+        for name, param in trainable(self.net):
             param.copy_(state.params[name])
         for part in ("allocator", "optimizer", "lr_scheduler"):
             if (its_state := getattr(state, part)) is not None:
                 getattr(self, part).load_state_dict(its_state)
-        if state.scaler is not None:
+        if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.state = state
         self.train_loader.iteration = state.epoch - 1  # a dataset or sampler may have a set_epoch

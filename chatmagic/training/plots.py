@@ -67,7 +67,10 @@ class RankPictures:
     def on_fit_end(self, model: "KerasModel") -> None:
         """Save both pictures."""
         if model.allocator:
-            for name, draw in {"ranks": plot_ranks, "importance": plot_importance}.items():
+            pictures = {"ranks": plot_ranks, "importance": plot_importance}
+            if not model.allocator.log:  # the ranks are of a run before this one
+                del pictures["importance"]
+            for name, draw in pictures.items():
                 with writing(model.ckpt_path / f"{name}.png") as file:
                     draw(model.net).savefig(file, dpi=150)
 

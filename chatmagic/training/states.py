@@ -20,10 +20,12 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save
 from torch.utils._pytree import tree_leaves
 
+from ..accel.allocator import rank_allocator
 from ..errors import ChatmagicError
 from ..files import new_folder, remove, write, write_together
 from ..models.checkpoint import first_not_finite
-from ..models.merge import PROVENANCE, base_fingerprint
+from ..models.merge import BASE, PROVENANCE, base_fingerprint
+from ..models.parts import trainable
 
 ADAPTER, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
 FILES = {ADAPTER, CONFIG, PROVENANCE, STATE}
@@ -37,10 +39,12 @@ class RunState:
     epoch: int = 1  # counted from 1
     batch: int = 0  # batches of this epoch that are done
     sums: list[float] | None = None  # loss and label tokens, of this epoch so far
+    skipped: int = 0  # optimizer steps in a row that fp16 has skipped
     history: dict[str, list] = field(default_factory=dict)
     best: dict | None = None  # epoch and score of the adapter that was kept
     epoch_rng: list[dict] = field(default_factory=list)  # of each process, as `get_rng` gives it, at the epoch's start
     of: int | None = None  # optimizer steps of the whole run
+    settings: dict | None = None  # what the run is, which one that goes on with it must be too
     # What follows is taken when the state is saved.
     step: int = 0  # optimizer steps so far
     finished: bool = True  # earlier versions do not say
@@ -71,32 +75,61 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 
 
 @torch.no_grad()
-def load_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Put a saved adapter into the live factors of a PEFT model with the same targets, in place.
+def load_adapter(model: PeftModel, folder: str | Path) -> dict[str, list[bool]]:
+    """Put a saved adapter into the live factors of a PEFT model with the same targets, in place; returns its rank
+    pattern, {} where it has none.
 
     Pruned triplets get E = 0, which leaves the update that was saved. Raises ChatmagicError if there is no adapter
-    or its names are not the model's (`load_state_dict(strict=False)` would do nothing, in silence).
+    or its names or shapes are not the model's (`load_state_dict(strict=False)` would do nothing, in silence).
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ChatmagicError(f"There is no adapter in {folder}: no {CONFIG}. Train one with fit(ckpt_path=...).")
+    rank_allocator(model)  # which freezes what PEFT makes trainable by mistake
     saved = load_file(folder / ADAPTER)
     pattern = json.loads((folder / CONFIG).read_text()).get("rank_pattern") or {}
-    name_of = {n.replace(f".{model.active_adapter}", ""): p for n, p in model.named_parameters() if p.requires_grad}
-    if name_of.keys() != saved.keys():
-        other = sorted(name_of.keys() ^ saved.keys())
+    params = saved_names(model)
+    if params.keys() != saved.keys():
+        other = sorted(params.keys() ^ saved.keys())
         raise ChatmagicError(f"The adapter in {folder} is for other layers: {len(other)} names differ, as {other[0]}.")
-    for name, param in name_of.items():
+    for name, param in params.items():
         layer, _, factor = name.removeprefix("base_model.model.").rpartition(".")
-        keep = pattern.get(f"{layer}.lora_E")
-        if keep is None:
+        rank_axis = 1 if factor == "lora_B" else 0
+        keep = torch.tensor(pattern.get(f"{layer}.lora_E", []), dtype=torch.bool, device=param.device)
+        if param.shape == saved[name].shape:
             param.copy_(saved[name])
-        elif factor == "lora_B":
-            param[:, keep] = saved[name].to(param)
-        else:
+        elif len(keep) == param.shape[rank_axis] and keep.sum() == saved[name].shape[rank_axis]:
             if factor == "lora_E":
                 param.zero_()
-            param[keep] = saved[name].to(param)
+            param[(slice(None), keep) if rank_axis else keep] = saved[name].to(param)
+        else:
+            raise ChatmagicError(
+                f"The adapter in {folder} has a {name} of shape {tuple(saved[name].shape)}, this model one of "
+                f"{tuple(param.shape)}: make the adapter with the ranks of then."
+            )
+    return pattern
+
+
+def saved_names(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by the names that PEFT saves them under."""
+    adapter = model.active_adapter
+
+    def saved_name(name: str) -> str:
+        name = name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "")
+        return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name  # DoRA's
+
+    return {saved_name(name): param for name, param in trainable(model)}
+
+
+def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What is trained, as PEFT would save it."""
+    name, factors = model.active_adapter, {name: param.detach() for name, param in trainable(model)}
+    config = model.peft_config[name]
+    pattern = getattr(config, "rank_pattern", None)
+    # "auto" would ask the hub whether the base's vocabulary has grown.
+    tensors = get_peft_model_state_dict(model, factors, name, save_embedding_layers=False)
+    config.rank_pattern = pattern  # its layers have been renamed
+    return tensors
 
 
 def state_folder(ckpt_path: str | Path, step: int) -> Path:
@@ -141,21 +174,16 @@ def newest_state(ckpt_path: str | Path, read: bool = True) -> RunState | None:
 
 def adapter_files(model: PeftModel) -> dict[str, bytes]:
     """The files of a PEFT adapter folder, by name. Raises ChatmagicError for factors that are no numbers any more."""
-    name = model.active_adapter
-    config = model.peft_config[name]
-    pattern_of_now = getattr(config, "rank_pattern", None)
-    factors = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
-    # "auto" would ask the hub whether the base's vocabulary has grown.
-    tensors = get_peft_model_state_dict(model, factors, name, save_embedding_layers=False)
-    saved = copy.copy(config)
-    saved.inference_mode = True
-    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in saved.to_dict().items()}
-    config.rank_pattern = pattern_of_now  # get_peft_model_state_dict has renamed its layers
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    config = copy.copy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    if pattern := fields.get("rank_pattern"):
+        fields["rank_pattern"] = {name.replace(f".{model.active_adapter}", ""): kept for name, kept in pattern.items()}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in peft_tensors(model).items()}
     check_finite(tensors, "in the adapter")
     base = Path(config.base_model_name_or_path or "")
     provenance = {
-        "base": base_fingerprint(base) if (base / "config.json").is_file() else None,
+        BASE: base_fingerprint(base) if (base / "config.json").is_file() else None,
         "thinking": getattr(model, "chat_thinking", None),
     }
     return {

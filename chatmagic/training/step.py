@@ -13,11 +13,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..accel.allocator import rank_allocator
 from ..accel.layers import flattened, takes_rows
 from ..errors import ChatmagicError
+from ..models.load import context_limit
 from ..models.parts import trainable
 from ..models.quantize import never_packed
 from .functional import add_up, base_at, clip, logits_at, summed_loss, take_step
 
 CALMER = "Lower the learning rate, or train with mixed_precision='no'."
+SKIPPED = 20  # steps in a row that fp16 may skip: by then the scale of the loss has halved to a millionth
+SHOWN = 3  # rows that an error shows, of those it is about
+
+
+class NotFinite(ChatmagicError):
+    """A loss or a gradient that is no number. The step was not taken."""
 
 
 class StepRunner:
@@ -58,10 +65,25 @@ class StepRunner:
         self.tokens = 0.0
         self.started = time.perf_counter()
         self.log = {f"{stage}_loss": math.nan}
-        self.captured = None  # a CapturedStep, from fit
+        self.context, self.context_reason = context_limit(net)
+        # What fit knows:
+        self.captured = None  # a CapturedStep
+        self.epoch, self.batch = 1, 0  # where the run is: batches of this epoch so far
+        self.skipped = 0  # steps in a row that fp16 has skipped
+        self.tokenizer = None  # to show what a batch says
+        self.since_step: dict[int, dict] = {}  # the batches of the step that is being made, by their number
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict[str, float]]:
+        self.batch += 1
+        self._refuse_beyond_context(batch)
         batch = self._without_repeated(batch)
+        self.since_step[self.batch] = batch
+        try:
+            return self._step(batch)
+        except NotFinite as error:
+            raise NotFinite(f"{error} {self._suspects()}") from None
+
+    def _step(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict[str, float]]:
         if self._may_be_captured() and (numbers := self.captured(batch)):
             refuse_not_finite(numbers.loss, numbers.grad_norm)
             self.log |= {"train_penalty": numbers.penalty} if self.allocator else {}
@@ -70,6 +92,8 @@ class StepRunner:
             self._add_to_log(numbers.loss, numbers.label_tokens, numbers.tokens)
         else:
             self._eager(batch)
+        if self.stage == "val" or self.accelerator.sync_gradients:
+            self.since_step.clear()
         return {}, dict(self.log)
 
     def _may_be_captured(self) -> bool:
@@ -117,6 +141,35 @@ class StepRunner:
             inputs, places = flattened(inputs)
             return inputs, places[rows, columns]
         return inputs, rows * inputs["input_ids"].shape[1] + columns
+
+    def _refuse_beyond_context(self, batch: dict) -> None:
+        """Where a row is longer than what the model can place: it would be trained on noise, or end in an index error
+        of the device."""
+        if self.context is None or batch["input_ids"].shape[1] <= self.context:
+            return
+        lengths = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1).tolist()
+        if (longest := max(lengths)) > self.context:
+            raise ChatmagicError(
+                f"Row {lengths.index(longest)} of batch {self.batch} has {longest} tokens, and the model's context "
+                f"ends at {self.context}, since {self.context_reason}. Shorten such rows, or leave them out."
+            )
+
+    @torch.no_grad()
+    def _suspects(self) -> str:
+        """The batch, or batches, of a step that was not taken, and their texts: of the rows whose loss by itself is no
+        number; of all where each is, as with gradients."""
+        batches = self.since_step.items()
+        places = [(number, row, one) for number, batch in batches for row, one in enumerate(rows_of(batch))]
+        labelled = [place for place in places if (place[2]["labels"][:, 1:] != -100).any()]
+        shown = [place for place in labelled if not self._loss(place[2])[0].isfinite()] or labelled
+        lines = [f"batch {number}, row {row}: {self._text(one)}" for number, row, one in shown[:SHOWN]]
+        more = [f"and {len(shown) - SHOWN} rows more"] if len(shown) > SHOWN else []
+        return "\n    ".join([f"The step's rows, in epoch {self.epoch}:", *lines, *more])
+
+    def _text(self, row: dict) -> str:
+        ids = row["input_ids"][0][row.get("attention_mask", torch.ones_like(row["input_ids"]))[0].bool()].tolist()
+        text = self.tokenizer.decode(ids) if self.tokenizer else " ".join(map(str, ids))
+        return repr(text if len(text) < 200 else f"{text[:120]} … {text[-60:]}")
 
     def _without_repeated(self, batch: dict) -> dict:
         """accelerate fills the last global batch of an epoch with rows from its start: without labels on those."""
@@ -172,7 +225,15 @@ class StepRunner:
         self.log |= {"lr": float(self.optimizer.param_groups[0]["lr"]), "grad_norm": norm}
         take_step(self.optimizer, self.allocator)
         if not self.accelerator.optimizer_step_was_skipped:
+            self.skipped = 0
             self._allocate()
+            return
+        self.skipped += 1
+        if self.skipped >= SKIPPED:
+            raise NotFinite(
+                f"The gradients of {SKIPPED} steps in a row were beyond what fp16 can hold, and no step was taken: "
+                "nothing is trained so. Train with mixed_precision='no', or 'bf16' where the GPU has it."
+            )
 
     def _allocate(self) -> None:
         if self.allocator:
@@ -183,7 +244,7 @@ class StepRunner:
 
     def _add_to_log(self, loss: float, label_tokens: float, tokens: float) -> None:
         if not math.isfinite(loss):
-            raise ChatmagicError(f"The {self.stage} loss is {loss}. {CALMER}")
+            raise NotFinite(f"The {self.stage} loss is {loss}. {CALMER}")
         self.sums = [self.sums[0] + loss, self.sums[1] + label_tokens]
         self.log[f"{self.stage}_loss"] = self.sums[0] / self.sums[1] if self.sums[1] else math.nan
         if self.stage == "train":
@@ -192,10 +253,19 @@ class StepRunner:
             self.log["peak_memory"] = peak_memory(self.accelerator.device)
 
 
+def rows_of(batch: dict) -> list[dict]:
+    """The batch row by row, each a batch of one."""
+    count = len(batch["labels"])
+    return [
+        {name: tensor[row : row + 1] if len(tensor) == count else tensor for name, tensor in batch.items()}
+        for row in range(count)
+    ]
+
+
 def refuse_not_finite(loss: float, norm: float) -> None:
-    """Raise ChatmagicError where a step must not be taken: it would make the whole adapter what its gradients are."""
+    """Raise NotFinite where a step must not be taken: it would make the whole adapter what its gradients are."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise ChatmagicError(
+        raise NotFinite(
             f"The train loss is {loss:.4g} and the norm of the gradients {norm:.4g}, so this step was not taken, and "
             f"what was saved before is as it was. {CALMER} To go on from there: fit(..., resume=True)."
         )

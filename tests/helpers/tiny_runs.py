@@ -85,7 +85,8 @@ def fit(
     keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=scheduler and scheduler(optimizer))
     keras_model.StepRunner = runner or keras_model.StepRunner
     settings = {"plot": False, "cpu": True, "mixed_precision": "no", "patience": epochs} | settings
-    train, val = train or loader(rows(8)), loader(rows(4, seed=1)) if val is None else val or None
+    train = loader(rows(8)) if train is None else train
+    val = loader(rows(4, seed=1)) if val is None else None if val is False else val
     return keras_model.fit(train, val, epochs=epochs, ckpt_path=path, **settings)
 
 

@@ -18,7 +18,7 @@ import torch
 from chatmagic import ChatLLM, adalora_to_lora, build_messages, merge_adapter, write_jsonl
 from chatmagic.course import Persona, download, evaluate, replies, thread
 from chatmagic.course.profile import get_profile
-from chatmagic.training import plots, states
+from chatmagic.training import plots, record, states
 from fake_model import FakeModel
 from tiny_gguf import tiny_gguf
 from tiny_runs import adalora, tiny_llama
@@ -159,6 +159,11 @@ def changed(model, version):
     return model
 
 
+@writer("training/record.py")
+def course_of_a_run(source, monkeypatch):
+    return lambda where, version: record.write_history({"epoch": [*range(2000 * version)]}, where)
+
+
 @writer("training/plots.py")
 def pictures(source, monkeypatch):
     monkeypatch.setattr(plots, "plot_ranks", lambda net: figure(net))
@@ -166,7 +171,9 @@ def pictures(source, monkeypatch):
 
     def act(where, version):
         run = {"epoch": range(version), "val_loss": range(version), "train_loss": range(version)}
-        model = SimpleNamespace(net=version, allocator=True, ckpt_path=where, history=run, best=None, epochs=9)
+        model = SimpleNamespace(
+            net=version, allocator=SimpleNamespace(log=[0]), ckpt_path=where, history=run, best=None, epochs=9
+        )
         model.monitor, model.mode, model.EpochRunner = "val_loss", "min", None
         curve = plots.LiveCurve()
         curve.in_jupyter = False

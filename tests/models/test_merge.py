@@ -16,10 +16,11 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from chatmagic import adalora_to_lora, load_model, merge_adapter
+from chatmagic import ChatmagicError, adalora_to_lora, load_model, merge_adapter
 from chatmagic.files import WriteError
+from chatmagic.models import merge
 from chatmagic.models.checkpoint import CheckpointError
-from chatmagic.models.merge import PROVENANCE, MergeError, base_fingerprint
+from chatmagic.models.merge import BASE, PROVENANCE, MergeError, base_fingerprint
 from published import MODELS
 
 IDS = torch.tensor([[5, 17, 3, 250, 9, 9, 41, 2]])
@@ -203,11 +204,183 @@ def test_fingerprint_sees_the_config_and_every_layer(tmp_path, base):
 
 
 def test_a_base_other_than_the_one_trained_on_is_refused(tmp_path, base, adapter):
-    (adapter / PROVENANCE).write_text(json.dumps({"base": base_fingerprint(base)}))
+    (adapter / PROVENANCE).write_text(json.dumps({BASE: base_fingerprint(base)}))
     merge_adapter(base, adapter, tmp_path / "merged")
-    with pytest.raises(MergeError, match=rf"trained on another model.*base='{base}'"):
+    with pytest.raises(MergeError, match=rf"trained on another model.*base='{base}'.*any_base=True.*--any-base"):
         merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
+    assert merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice", any_base=True) == tmp_path / "twice"
+
+
+def laid_out_otherwise(base: Path, other: Path) -> Path:
+    """The same model: in one file, in `.bin`, with other line ends, and without a cache."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    other.mkdir()
+    torch.save(dict(reversed(model.state_dict().items())), other / "pytorch_model.bin")
+    config = json.loads((base / "config.json").read_text()) | {"use_cache": False, "transformers_version": "4.1"}
+    (other / "config.json").write_bytes(json.dumps(config, indent=4).replace("\n", "\r\n").encode("utf-8-sig"))
+    return other
+
+
+def test_the_fingerprint_is_of_the_model_not_of_its_files(tmp_path, base, adapter):
+    other = laid_out_otherwise(base, tmp_path / "other")
+    assert base_fingerprint(other) == base_fingerprint(base)
+    (adapter / PROVENANCE).write_text(json.dumps({BASE: base_fingerprint(base)}))
+    merge_adapter(other, adapter, tmp_path / "merged")
+
+
+def test_a_base_in_bin_files_comes_out_as_safetensors(tmp_path, base, adapter):
+    """In one file, and in several."""
+    expected = weights(merge_adapter(base, adapter, tmp_path / "expected"))
+    one = laid_out_otherwise(base, tmp_path / "one")
+    several = tmp_path / "several"
+    several.mkdir()
+    shutil.copy(base / "config.json", several)
+    tensors = [*torch.load(one / "pytorch_model.bin").items()]
+    files = {"pytorch_model-00001-of-00002.bin": tensors[:9], "pytorch_model-00002-of-00002.bin": tensors[9:]}
+    for name, some in files.items():
+        torch.save(dict(some), several / name)
+    index = {"weight_map": {key: name for name, some in files.items() for key, _ in some}}
+    (several / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for folder in (one, several):
+        merged = merge_adapter(folder, adapter, tmp_path / f"merged-{folder.name}")
+        found = weights(merged)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert not list(merged.glob("*.bin*"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged-several").state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("stored_twice", [False, True])
+def test_a_tied_head_becomes_its_own(tmp_path, stored_twice):
+    """As the model with its adapter computes: the embedding stays, the head changes."""
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    if stored_twice:
+        file = next(f for f in (tmp_path / "base").glob("*.safetensors") if "model.embed_tokens.weight" in load_file(f))
+        tensors = load_file(file)
+        save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+        index = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())
+        index["weight_map"]["lm_head.weight"] = file.name
+        (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    settings = LoraConfig(r=4, lora_alpha=16, target_modules=["lm_head", "q_proj"])
+    adapter = make_adapter(tmp_path / "adapter", load(tmp_path / "base"), settings)
+    expected = logits(PeftModel.from_pretrained(load(tmp_path / "base"), adapter))
+    merged = merge_adapter(tmp_path / "base", adapter, tmp_path / "merged")
+    assert torch.allclose(logits(load(merged)), expected, atol=1e-4)
+    assert (logits(load(tmp_path / "base")) - expected).norm() > 1
+
+
+# --- adapters as other tools leave them
+
+
+def change_config(adapter: Path, change) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def change_factors(adapter: Path, change) -> None:
+    file = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def as_bin(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    torch.save(load_file(file), adapter / "adapter_model.bin")
+    file.unlink()
+
+
+def with_a_mark(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+
+
+OPTIONAL = ["fan_in_fan_out", "revision", "bias", "task_type", "init_lora_weights", "inference_mode", "auto_mapping"]
+HARMLESS = {
+    "keys of other tools": lambda a: change_config(a, lambda c: c | {"unsloth_fixed": True, "trained_by": {"x": 1}}),
+    "optional ones missing": lambda a: change_config(a, lambda c: {k: v for k, v in c.items() if k not in OPTIONAL}),
+    "a byte order mark": with_a_mark,
+    "adapter_model.bin": as_bin,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_adapters_of_other_tools_merge_as_ever(tmp_path, base, adapter, name):
+    expected = weights(merge_adapter(base, adapter, tmp_path / "expected"))
+    HARMLESS[name](adapter)
+    found = weights(merge_adapter(base, adapter, tmp_path / "merged"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def cut(adapter: Path, name: str, size: int) -> None:
+    (adapter / name).write_bytes((adapter / name).read_bytes()[:size])
+
+
+def without(factors: dict, part: str) -> dict:
+    return {name: tensor for name, tensor in factors.items() if part not in name}
+
+
+BROKEN = {
+    "cut factors": (lambda a: cut(a, "adapter_model.safetensors", 3000), "cut short"),
+    "empty factors": (lambda a: cut(a, "adapter_model.safetensors", 0), "cut short"),
+    "empty bin": (lambda a: (as_bin(a), cut(a, "adapter_model.bin", 0)), "cut short"),
+    "cut bin": (lambda a: (as_bin(a), cut(a, "adapter_model.bin", 900)), "cut short"),
+    "cut config": (lambda a: cut(a, "adapter_config.json", 100), "is no JSON"),
+    "empty config": (lambda a: cut(a, "adapter_config.json", 0), "is no JSON"),
+    "a list as config": (lambda a: (a / "adapter_config.json").write_text("[1]"), "no object of settings"),
+    "no kind": (lambda a: change_config(a, lambda c: c | {"peft_type": None}), "not plain LoRA"),
+    "no B": (
+        lambda a: change_factors(a, lambda f: without(f, "lora_B")),
+        "half an adapter.*has lora_A, lora_B, lora_E",
+    ),
+    "no E": (lambda a: change_factors(a, lambda f: without(f, "lora_E")), "half an adapter"),
+    "other ranks": (
+        lambda a: change_factors(a, lambda f: {n: t[:1].clone() if "lora_A" in n else t for n, t in f.items()}),
+        "do not fit: ranks",
+    ),
+    "no tensors": (lambda a: change_factors(a, lambda f: {}), "holds no tensors"),
+    "cut provenance": (lambda a: (a / PROVENANCE).write_text('{"base_te'), "is no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_adapter_is_told_in_words(tmp_path, base, adapter, name):
+    spoil, words = BROKEN[name]
+    spoil(adapter)
+    with pytest.raises(ChatmagicError, match=words):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("size", [0, 7, 3000])
+def test_a_cut_base_is_told_in_words(tmp_path, base, adapter, size):
+    cut(base, max(file.name for file in base.glob("*.safetensors")), size)
+    with pytest.raises(CheckpointError, match="cut short or no checkpoint"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_the_second_of_two_merges_is_told(tmp_path, base, adapter, monkeypatch):
+    """While the first is at work, and without spoiling it."""
+    real, told = merge.write_shard, []
+
+    def meanwhile(*arguments):
+        if not told:
+            told.append("")
+            command = [sys.executable, "-m", "chatmagic.cli", "merge", base, adapter, tmp_path / "merged"]
+            second = subprocess.run([*map(str, command)], capture_output=True, text=True)
+            told[0] = (second.returncode, second.stderr)
+        return real(*arguments)
+
+    monkeypatch.setattr(merge, "write_shard", meanwhile)
+    merge_adapter(base, adapter, tmp_path / "merged")
+    code, words = told[0]
+    assert code == 1 and "Another process is making" in words
+    assert load(tmp_path / "merged")
 
 
 def test_without_a_fingerprint_the_shapes_decide(tmp_path, base, adapter):

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from chatmagic import ChatmagicError
-from chatmagic.training import checks
-from tiny_runs import adalora, fit, loader, rows, tiny_llama
+from chatmagic.training import KerasModel, checks
+from tiny_runs import adalora, fit, loader, lora, rows, tiny_llama
 
 
 def frozen():
@@ -40,7 +41,35 @@ class OfOthers(torch.optim.AdamW):
         super().__init__([torch.nn.Parameter(torch.zeros(1))], **settings)
 
 
+def twice():
+    return get_peft_model(adalora(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+
+
+def over_another():
+    base = tiny_llama()
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    return adalora(base=base)
+
+
+def with_one_more():
+    """A parameter of the base is trainable by mistake."""
+    model = adalora()
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    return model
+
+
 CASES = {
+    "adapter_on_an_adapter": (twice, {}, "had an adapter already.*get_peft_model once"),
+    "not_saved": (with_one_more, {}, "1 trainable parameters would not be in the saved adapter.*norm.weight.*Freeze"),
+    "nothing_to_validate_on": (adalora, {"val": loader([])}, "val_data is empty.*monitor='train_loss'"),
+    "unknown_mode": (adalora, {"mode": "mim"}, "mode='mim' is neither 'min' nor 'max'; did you mean 'min'"),
+    "unknown_monitor": (lora, {"monitor": "val_los"}, "monitor='val_los' is nothing.*did you mean 'val_loss'"),
+    "rows_beyond_the_context": (
+        adalora,
+        {"train": loader(rows(3) + rows(2, length=2049))},
+        "2 rows of train_data are longer than the model's context of 2048.*row 3, of 2049",
+    ),
+    "tracker_not_there": (lora, {"log_with": "wamdb"}, "log_with='wamdb': there is no such tracker.*pip install"),
     "no_adapter": (tiny_llama, {}, "no adapter on any layer"),
     "nothing_trainable": (frozen, {}, "No parameter is trainable"),
     "optimizer_of_others": (adalora, {"optimizer": OfOthers}, "optimizer holds no trainable parameter"),
@@ -61,9 +90,46 @@ def test_what_is_refused_before_anything_is_written(tmp_path, name):
     assert not (tmp_path / "adapter").exists()
 
 
+OTHER_CASES = [
+    (over_another, {}, "had an adapter already"),
+    (adalora, {"train": loader(rows(3), 4, drop_last=True)}, "3 rows are fewer than a batch of 4.*drop_last=False"),
+    (adalora, {"val": loader(rows(3), 4, drop_last=True)}, "val_data is fewer than a batch.*3 rows"),
+    (adalora, {"train": loader([])}, "10 epochs of 0 batches: there is nothing to train on"),
+    (lora, {"monitor": "rank_budget"}, "monitor='rank_budget' is nothing"),  # a column of AdaLoRA's alone
+    (adalora, {"val": loader(rows(2, length=2049))}, "2 rows of val_data are longer"),
+]
+
+
+@pytest.mark.parametrize("model, settings, words", OTHER_CASES)
+def test_other_ways_to_the_same(tmp_path, model, settings, words):
+    with pytest.raises(ChatmagicError, match=words):
+        fit(model(), tmp_path / "adapter", **settings)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_fit_ddp_is_not_inherited():
+    with pytest.raises(ChatmagicError, match="accelerate launch"):
+        KerasModel(lora(), optimizer=torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])).fit_ddp(2, None)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"bias": "lora_only"}, {"use_rslora": True}]
+)
+def test_whatever_peft_saves_is_trained_kept_and_given_back(tmp_path, settings):
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "down_proj"], **settings)
+    model = get_peft_model(tiny_llama(), config)
+    history = fit(model, tmp_path, epochs=3)
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.005
+    ids = torch.arange(40)[None]
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    again = fit(PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True), tmp_path / "more", epochs=2)
+    assert again.train_loss[0] < history.train_loss[0] - 0.005
+
+
 def test_each_check_has_its_case():
     elsewhere = {"gradients_that_nobody_adds_up"}  # of several processes: test_distributed.py
-    assert {check.__name__ for check in checks.CHECKS} == CASES.keys() | elsewhere
+    assert {check.__name__ for check in checks.OF_THE_MODEL + checks.OF_THE_RUN} == CASES.keys() | elsewhere
 
 
 # --- what only a step can tell
@@ -99,7 +165,23 @@ def test_runs_that_train_nothing_are_stopped(tmp_path, model, settings, words):
 
 
 def test_a_missing_gradient_is_named(tmp_path):
-    model = adalora()
-    model.base_model.model.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
-    with pytest.raises(ChatmagicError, match="1 trainable parameters get no gradient.*unused"):
+    base = tiny_llama()
+    base.unused = torch.nn.Linear(2, 2)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "unused"]))
+    with pytest.raises(ChatmagicError, match="2 trainable parameters get no gradient.*unused"):
         fit(model, tmp_path)
+
+
+class Made(torch.utils.data.Dataset):
+    """Rows that are made as they are asked for: how long they are, only the step sees."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return rows(1, index, 2049 if index == 3 else 2049 // 8)[0]
+
+
+def test_a_row_beyond_the_context_is_refused_by_the_step(tmp_path):
+    with pytest.raises(ChatmagicError, match="Row 0 of batch 4 has 2049 tokens.*context ends at 2048"):
+        fit(lora(), tmp_path, epochs=1, train=loader(Made(), 1))

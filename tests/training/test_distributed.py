@@ -173,7 +173,7 @@ def test_the_script_trains_in_two_processes(tmp_path, tiny_models):
     assert in_two(script, tmp_path) == [0, 0]
     (folder,) = (tmp_path / "home" / "course").glob("llama-2-13b-chat-*")
     assert "小明" in (folder / "train.jsonl").read_text()
-    assert json.loads((folder / "adapter" / "chatmagic.json").read_text())["base"]
+    assert json.loads((folder / "adapter" / "chatmagic.json").read_text())["base_tensors"]
     names = {path.name for path in (folder / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "history.png", "ranks.png", "last-000010"} <= names
 

@@ -12,7 +12,7 @@ from chatmagic import ChatmagicError, adalora_to_lora, merge_adapter
 from chatmagic.models.parts import trainable
 from chatmagic.training import StepRunner, keras
 from chatmagic.training.states import RunState, newest_state, save_adapter, save_state
-from tiny_runs import Replayed, adalora, fit, lora, tiny_llama
+from tiny_runs import Replayed, adalora, fit, loader, lora, rows, tiny_llama
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 
@@ -65,6 +65,80 @@ def test_the_step_is_not_taken_and_what_was_saved_stays(tmp_path, monkeypatch, m
     state = newest_state(tmp_path)
     assert state.step == 36 and all(param.isfinite().all() for param in state.params.values())
     assert all(factor.isfinite().all() for factor in load_file(tmp_path / "adapter_model.safetensors").values())
+
+
+def poisoned(model):
+    """One row of the embedding, that of token 63, is no number: so is the loss of whoever says it."""
+    embedding = model.get_input_embeddings()
+    embedding.weight.requires_grad_(False)[63] = float("nan")
+    return model
+
+
+class Tokens:
+    """Decodes a token as its number between angle brackets."""
+
+    @staticmethod
+    def decode(ids):
+        return "".join(f"<{number}>" for number in ids)
+
+
+def collate(samples):
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+@pytest.mark.parametrize("make", [adalora, lora])
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 4}, {"tokenizer": Tokens}])
+def test_the_batch_and_the_row_are_named(tmp_path, make, settings):
+    """Of eight rows in batches of two, the sixth, also where four batches make a step."""
+    data = rows(8)
+    for number, row in enumerate(data):
+        row["input_ids"] = row["input_ids"] % 63
+        row["input_ids"][3] = 63 if number == 5 else 7
+    tokenizer = settings.pop("tokenizer", None) if "tokenizer" in (settings := dict(settings)) else None
+    collator = type("Collator", (), {"tokenizer": tokenizer, "__call__": staticmethod(collate)})()
+    with pytest.raises(ChatmagicError, match="loss is nan") as error:
+        fit(poisoned(make()), tmp_path, epochs=40, train=loader(data, collate_fn=collator), **settings)
+    *_, first, line = str(error.value).split("\n")
+    assert first.endswith("in epoch 1:")
+    text = "".join(f"<{number}>" if tokenizer else f"{number} " for number in data[5]["input_ids"].tolist()).strip()
+    assert line.strip() == f"batch 3, row 1: {text!r}"
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+def overflowing(monkeypatch, steps):
+    """Let fp16 overflow in the first `steps` steps of a run, on the CPU too, where accelerate has no scaler."""
+    count = iter(range(10**6))
+
+    class Skipping(torch.optim.AdamW):
+        step_was_skipped = False
+
+        def step(self, closure=None):
+            self.step_was_skipped = next(count) < steps
+            if not self.step_was_skipped:
+                super().step(closure)
+
+    monkeypatch.setattr(
+        "accelerate.Accelerator.optimizer_step_was_skipped",
+        property(lambda self: self._optimizers[-1].optimizer.step_was_skipped),
+    )
+    monkeypatch.setattr(
+        "accelerate.optimizer.AcceleratedOptimizer.step_was_skipped",
+        property(lambda self: self.optimizer.step_was_skipped),
+    )
+    return Skipping
+
+
+@pytest.mark.parametrize("make", [adalora, lora])
+def test_fp16_that_skips_every_step_is_stopped_and_named(tmp_path, monkeypatch, make):
+    """Twenty steps are five epochs of this run; the count is not an epoch's."""
+    with pytest.raises(ChatmagicError, match="(?s)20 steps in a row .* fp16.*mixed_precision='no'.*batch 4, row 0"):
+        fit(make(), tmp_path, optimizer=overflowing(monkeypatch, 10**6))
+    assert newest_state(tmp_path).step == 16
+
+
+def test_fp16_that_finds_its_scale_goes_on(tmp_path, monkeypatch):
+    history = fit(lora(), tmp_path, optimizer=overflowing(monkeypatch, 19))
+    assert len(history) == 10 and history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.02
 
 
 @BAD

@@ -13,13 +13,14 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import get_cosine_schedule_with_warmup
 
 from chatmagic import ChatmagicError
 from chatmagic.models.parts import trainable
 from chatmagic.training import KerasModel, StepRunner, adalora_config
 from chatmagic.training.keras import TrainingInterrupted
 from chatmagic.training.states import load_adapter, newest_state
-from tiny_runs import Drawn, adalora, fit, loader, processes, rows, tiny_llama
+from tiny_runs import Drawn, adalora, fit, loader, lora, processes, rows, tiny_llama
 
 LOSSES = ["train_loss", "train_penalty", "val_loss", "val_penalty", "lr", "grad_norm", "rank_budget"]
 
@@ -104,7 +105,7 @@ def run_until_killed_before(path, call, number):
         ("os.unlink", 2, [".last-000000.*.part", "last-000003"]),  # half of it is
         (
             "os.replace",
-            69,
+            77,
             [".adapter_config.json.*.part", "adapter_model.safetensors", "last-000030"],
         ),  # half of a better adapter
     ],
@@ -113,7 +114,8 @@ def test_a_run_killed_while_it_writes_goes_on(tmp_path, unbroken, call, number, 
     (process,) = processes(run_until_killed_before, (tmp_path, call, number))
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert sorted(re.sub("[0-9a-f]{8}", "*", file.name) for file in tmp_path.iterdir()) == left
+    names = {file.name for file in tmp_path.iterdir()} - {"run.json", "history.csv"}
+    assert sorted(re.sub("[0-9a-f]{8}", "*", name) for name in names) == left
     assert_goes_on_as(unbroken, tmp_path)
 
 
@@ -157,7 +159,9 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path, unbroken):
         "adapter_config.json",
         "adapter_model.safetensors",
         "chatmagic.json",
+        "history.csv",
         "last-000032",
+        "run.json",
     ]
     assert_goes_on_as(unbroken, tmp_path)
 
@@ -223,7 +227,7 @@ def test_a_broken_off_run_of_another_kernel_is_asked_for_too(tmp_path):
     with pytest.raises(ChatmagicError, match="stopped after step 19 of 40"):
         run(tmp_path)
     assert newest_state(tmp_path).step == 19
-    with pytest.raises(ChatmagicError, match="of a run of 40 steps, and this one has 80"):
+    with pytest.raises(ChatmagicError, match="of another run: .*epochs 10, now 20"):
         fit(adalora(), tmp_path, epochs=20, resume=True)
     run(tmp_path, resume=False)
     assert newest_state(tmp_path).finished
@@ -234,9 +238,9 @@ def test_a_state_of_an_earlier_version_is_no_obstacle(tmp_path):
     fit(adalora(), tmp_path)
     (file,) = tmp_path.glob("last-*/state.pt")
     state = torch.load(file, weights_only=True)
-    torch.save({name: value for name, value in state.items() if name not in ("of", "finished")}, file)
+    torch.save({name: value for name, value in state.items() if name not in ("of", "finished", "settings")}, file)
     assert len(fit(adalora(), tmp_path, resume=True)) == 10
-    torch.save({name: value for name, value in state.items() if name not in ("of", "finished")}, file)
+    torch.save({name: value for name, value in state.items() if name not in ("of", "finished", "settings")}, file)
     assert len(fit(adalora(), tmp_path)) == 10
 
 
@@ -283,3 +287,101 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
         load_adapter(fewer, tmp_path)
     with pytest.raises(ChatmagicError, match="other layers"):
         fit(fewer, tmp_path, resume=True)
+
+
+# --- a state is of one run
+
+
+def stopped(path, **settings):
+    with pytest.raises(TrainingInterrupted):
+        fit(lora(), path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 13), **settings)
+
+
+def cosine(optimizer, steps=40):
+    return get_cosine_schedule_with_warmup(optimizer, 4, steps)
+
+
+@pytest.mark.parametrize(
+    "then, now, words",
+    [
+        ({}, {"train": loader(rows(8), 4)}, "batch_size 2, now 4, batches 4, now 2"),
+        ({}, {"train": loader(rows(6), 2)}, "rows 8, now 6"),
+        ({}, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1, now 2"),
+        ({}, {"lr": 1e-3}, r"learning_rate \[0.01\], now \[0.001\]"),
+        ({}, {"monitor": "train_loss"}, "monitor val_loss, now train_loss"),
+        ({}, {"optimizer": torch.optim.SGD}, "optimizer AdamW, now SGD"),
+        ({"scheduler": cosine}, {"scheduler": lambda opt: cosine(opt, 80)}, "num_training_steps 40, now 80"),
+        ({"scheduler": cosine}, {"scheduler": cosine, "epochs": 12}, "epochs 10, now 12"),
+        ({"scheduler": cosine}, {}, "lr_scheduler.class LambdaLR, now None"),
+    ],
+)
+def test_a_state_is_not_for_another_run(tmp_path, then, now, words):
+    stopped(tmp_path, **then)
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ChatmagicError, match=f"of another run: .*{words}.*resume=False"):
+        fit(lora(), tmp_path, **now, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == left
+
+
+@pytest.mark.parametrize("now", [{"epochs": 12}, {"epochs": 8}, {"patience": 20}, {"mixed_precision": "bf16"}])
+def test_what_can_go_on_does(tmp_path, now):
+    stopped(tmp_path)
+    history = fit(lora(), tmp_path, **now, resume=True)
+    assert history.epoch.tolist() == list(range(1, now.get("epochs", 10) + 1))
+
+
+# --- an adapter is taken up again
+
+
+def taken_up_by_peft(path, base):
+    return PeftModel.from_pretrained(base, path, is_trainable=True)
+
+
+def taken_up_by_load_ckpt(path, base):
+    model = adalora(base=base)
+    KerasModel(model, optimizer=torch.optim.AdamW(model.parameters())).load_ckpt(path)
+    return model
+
+
+@pytest.mark.parametrize("take_up", [taken_up_by_peft, taken_up_by_load_ckpt])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_adapter_is_taken_up_again(tmp_path, take_up, dtype):
+    """With its ranks, which stay, on more data and by a schedule of its own, however it came; and once more."""
+    first = adalora(base=tiny_llama().to(dtype))
+    fit(first, tmp_path / "first")
+    ids, folder = torch.arange(40)[None], tmp_path / "first"
+    pattern = json.loads((folder / "adapter_config.json").read_text())["rank_pattern"]
+    expected, more = first(ids).logits, loader(rows(4, seed=7))
+    for name in ("second", "third"):
+        model = take_up(folder, tiny_llama().to(dtype)).eval()
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-6 if dtype is torch.float32 else 0.05)
+        history = fit(model, tmp_path / name, epochs=3, train=more)
+        assert len(history) == 3 and set(history.rank_budget) == {3 * 14}
+        assert history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.02
+        folder, expected = tmp_path / name, model.eval()(ids).logits
+        assert json.loads((folder / "adapter_config.json").read_text())["rank_pattern"] == pattern
+        loaded = PeftModel.from_pretrained(tiny_llama().to(dtype), folder)
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-6 if dtype is torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("take_up", [taken_up_by_peft, taken_up_by_load_ckpt])
+def test_a_run_with_an_adapter_taken_up_goes_on(tmp_path, take_up):
+    fit(adalora(), tmp_path / "first")
+    whole = fit(take_up(tmp_path / "first", tiny_llama()), tmp_path / "whole", epochs=4)
+    with pytest.raises(TrainingInterrupted):
+        runner = runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 7)
+        fit(take_up(tmp_path / "first", tiny_llama()), tmp_path / "broken", epochs=4, runner=runner)
+    model = take_up(tmp_path / "first", tiny_llama())
+    assert fit(model, tmp_path / "broken", epochs=4, resume=True)[LOSSES].equals(whole[LOSSES])
+
+
+@pytest.mark.parametrize("make", [adalora, lora])
+def test_a_trained_model_with_a_new_optimizer_is_asked_for(tmp_path, make):
+    """Not only the optimizer knows that a model was trained: anew is from its beginning, with LoRA as well."""
+    model = make()
+    first = fit(model, tmp_path, epochs=10)
+    with pytest.raises(ChatmagicError, match="trained already.*resume=False"):
+        fit(model, tmp_path, epochs=10)
+    again = fit(model, tmp_path, epochs=10, resume=False)
+    columns = ["train_loss", "val_loss", "grad_norm"]
+    assert again[columns].equals(first[columns])
