@@ -136,7 +136,7 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
     drawn = RandomSampler(train_data, num_samples=samples)
     train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)
     val_loader = DataLoader(val_data, profile.batch_size, collate_fn=collator)
-    template = get_template(None, tokenizer, model)
+    template = get_template(None, tokenizer)
     lean = any(gather_object([prepare(model)]))  # one for all: by different optimizers the processes would drift apart
     total_steps = profile.epochs * math.ceil(len(train_loader) / state.num_processes)
     adapter = {name: getattr(profile, name) for name in ("init_r", "target_r", "lora_alpha", "lora_dropout")}

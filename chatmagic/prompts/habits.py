@@ -144,6 +144,9 @@ def _learn_endings(habits: Habits, jinja: Renderer) -> None:
         and re.search(rf"(?:{jinja.control.pattern})\s*$", between)
     ):
         habits.ending = between if between.endswith(habits.ending) else between.rstrip()
+    if tokens := list(jinja.control.finditer(habits.ending)):  # the first of what stops a reply ends it
+        last = next(token for token in tokens if token[0].strip() == tokens[-1][0].strip())
+        habits.ending = habits.ending[: last.end()]
     habits.stops = jinja.control.findall(habits.ending)[-1:] or jinja.control.findall(opening)[:1]
     habits.stops = [token.strip() for token in habits.stops]
 

@@ -192,3 +192,9 @@ def test_what_cannot_be_encoded_is_named_by_its_line(tokenizer):
         MessagesError, match="^a.jsonl, line 8 .row 7.: Message 0 has role 'assistant'.* Leave its greeting out"
     ):
         encode_example(greeting, tokenizer)
+
+
+def test_a_conversation_of_several_rows_is_in_one_batch():
+    examples = [EXAMPLES, EXAMPLES[0]]
+    batch = DataCollator(Tokenizer())(examples)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0], [8, 9, 10, 11, 12], [5, 6, 7, 0, 0]]
