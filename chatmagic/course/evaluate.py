@@ -16,7 +16,7 @@ from ..machine import short
 from ..models.load import load_model
 from ..models.merge import trained_thinking
 from ..prompts.labels import encode_prompt, note_thinking
-from ..prompts.templates import TemplateError, get_template
+from ..prompts.templates import get_template
 from .persona import Persona, holds, questions
 from .thread import Course
 
@@ -79,7 +79,6 @@ def evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", per
     identity: position -> right replies and their number, for the trained questions asked alone, after each other topic
         and after a general question. heldout: the same for paraphrases that were never trained.
     known: retention questions answered rightly. leaked: those answered with the new identity.
-    thinks: how many of six general questions it thinks about when told to; None for a model that knows no thoughts.
     perplexity: of a text of the repository's own, in the persona's language, per token.
     """
     trained, heldout = persona.asked("trained"), persona.asked("heldout")
@@ -107,7 +106,6 @@ def evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", per
         "known": [query for (query, *facts), reply in zip(general, answered) if holds(reply, facts)],
         "leaked": [query for (query, *_), reply in zip(general, answered) if persona.leaks(reply)],
         "perplexity": perplexity(model, tokenizer, questions()["fluency"][persona.language]),
-        "thinks": thinks(model, tokenizer, [build_messages(query) for query, *_ in general[:6]]),
         "replies": [[messages[-1]["content"], reply] for messages, reply in zip(conversations, replies)],
     }
 
@@ -115,11 +113,10 @@ def evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", per
 def thinks(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict]]
 ) -> int | None:
-    """Of how many conversations the model thinks when told to; None for one that knows no thoughts."""
-    try:
-        thoughts = ask(model, tokenizer, conversations, thinking=True, thoughts=True)
-    except TemplateError:
+    """In how many conversations the model thinks when told to; None for one that knows no thoughts."""
+    if not get_template(None, tokenizer).knows_thoughts:
         return None
+    thoughts = ask(model, tokenizer, conversations, thinking=True, thoughts=True)
     return sum(bool(thought.strip("…").strip()) for thought in thoughts)
 
 
@@ -170,6 +167,8 @@ def evaluate_course(course: Course) -> dict[str, dict]:
         began = time.perf_counter()
         note_thinking(model, tokenizer, trained_thinking(course.adapter))
         result = evaluate(model, tokenizer, course.persona)
+        general = [build_messages(query) for query, *_ in questions()["general"]["retention"][:6]]
+        result["thinks"] = thinks(model, tokenizer, general)
         print(f"{len(result['replies'])} questions to {short(folder)}: {time.perf_counter() - began:.0f} s", flush=True)
         return result
 

@@ -49,6 +49,10 @@ class OwnTemplate:
         ids = [*stops, eos] if self.habits.ending else [eos, *stops]
         return [token for token in dict.fromkeys(ids) if token is not None]
 
+    @property
+    def knows_thoughts(self) -> bool:
+        return self.habits.knows
+
     def thinking_for(self, messages: Sequence[dict]) -> bool | None:
         """How a conversation is trained where nobody says: thinking if it holds a thought, else not; None where the
         template cannot be told."""

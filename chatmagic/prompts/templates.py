@@ -107,6 +107,10 @@ class Template:
         ids = dict.fromkeys([end, tokenizer.eos_token_id, *self.stop_ids])
         return [token for token in ids if token is not None and token < len(tokenizer)]
 
+    @property
+    def knows_thoughts(self) -> bool:
+        return False
+
     def thinking_for(self, messages: Sequence[dict]) -> bool | None:
         """How a conversation is trained where nobody says."""
 
