@@ -47,7 +47,7 @@ def step(name: str, steps: int) -> None:
     torch.manual_seed(0)
     model, tokenizer = load_model(snapshot_download(name))
     made = make_conversations(Persona(), own_replies(model, tokenizer), 200, 0, profile.general)
-    data = [encode_example(messages, tokenizer) for messages in made]
+    data = [row for messages in made for row in encode_example(messages, tokenizer)]
     prepare(model)
     model = get_peft_model(model, adalora_config(steps, find_all_linear_names(model), lora_alpha=profile.lora_alpha))
 

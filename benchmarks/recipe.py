@@ -77,7 +77,7 @@ def train(row: str, profile, folder: Path, replies: list, persona: Persona, seed
     held = conversations(row, persona, replies, 12, seed + 1, profile.general, without=data)
 
     def loader(made, samples=None):
-        examples = [encode_example(messages, tokenizer) for messages in made]
+        examples = [row for messages in made for row in encode_example(messages, tokenizer)]
         drawn = samples and RandomSampler(examples, num_samples=samples)
         return DataLoader(examples, profile.batch_size, sampler=drawn, collate_fn=DataCollator(tokenizer))
 

@@ -42,7 +42,7 @@ class LocalModel:
 
     def forget(self) -> None:
         """Free the kept keys and values, and the captured forward."""
-        self._counted: tuple[list[dict], list[int]] | None = None  # the messages counted last, and their ids
+        self._counted: tuple[tuple, list[int]] | None = None  # what was counted last, and its ids
         self._kept_ids: list[int] = []  # the ids whose keys and values are complete in every layer
         self._cache = None
         self._weights = None
@@ -51,22 +51,28 @@ class LocalModel:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def count(self, messages: list[dict]) -> int:
+    def count(self, messages: list[dict], thinking: bool | None = None) -> int:
         """How many tokens the model is sent for these messages."""
-        ids = encode_prompt(messages, self.tokenizer, self.model_type, max_length=sys.maxsize)
-        self._counted = messages, ids
+        ids = encode_prompt(messages, self.tokenizer, self.model_type, max_length=sys.maxsize, thinking=thinking)
+        self._counted = (messages, thinking), ids
         return len(ids)
 
-    def _encode(self, messages: list[dict]) -> list[int]:
+    def _encode(self, messages: list[dict], thinking: bool | None) -> list[int]:
         """Their ids, encoded just now if they were counted just now: `ChatLLM` counts before it asks. Used once, for
         a prompt that has a date in it is another tomorrow."""
-        if not self._counted or self._counted[0] != messages:
-            self.count(messages)
+        if not self._counted or self._counted[0] != (messages, thinking):
+            self.count(messages, thinking)
         (_, ids), self._counted = self._counted, None
         return ids
 
     def stream(
-        self, messages: list[dict], stats, max_new_tokens: int, seed: int | None = None, **options
+        self,
+        messages: list[dict],
+        stats,
+        max_new_tokens: int,
+        seed: int | None = None,
+        thinking: bool | None = None,
+        **options,
     ) -> Iterator[str]:
         """The reply, a piece of text for every token ("" while a character or a stop string is incomplete).
 
@@ -74,7 +80,7 @@ class LocalModel:
         `generation_config` has it. Fills `stats` as it goes. Raises ChatmagicError if the messages do not fit
         the context, an option is unknown, or memory runs out (the kept keys and values are then freed).
         """
-        ids = self._encode(messages)
+        ids = self._encode(messages, thinking)
         stats.tokens_in, stats.tokens_out = len(ids), 0
         room = max_new_tokens if self.context is None else min(max_new_tokens, self.context - len(ids))
         if room < 1:

@@ -34,19 +34,25 @@ class ServerModel:
         key = os.environ.get("OPENAI_API_KEY") or "none"  # the client wants one, most local servers do not
         self._client = OpenAI(base_url=url, api_key=key, max_retries=1)
 
-    def count(self, messages: list[dict]) -> None:
+    def count(self, messages: list[dict], thinking: bool | None = None) -> None:
         """Only the server has the tokenizer."""
 
     def forget(self) -> None:
         """The server keeps nothing of ours."""
 
-    def stream(self, messages: list[dict], stats, greedy: bool = False, **options) -> Iterator[str]:
-        """The reply, in the pieces that the server sends. Raises ChatmagicError for what goes wrong there."""
+    def stream(
+        self, messages: list[dict], stats, greedy: bool = False, thinking: bool | None = None, **options
+    ) -> Iterator[str]:
+        """The reply, in the pieces that the server sends. `thinking` goes to the chat template there, as vLLM and
+        llama.cpp take it. Raises ChatmagicError for what goes wrong there."""
         if unknown := options.keys() - FIELDS.keys():
             raise ChatmagicError(f"a server has no option {min(unknown)!r}; it has {', '.join(FIELDS)}, greedy")
         if greedy:
             options["temperature"] = 0
         request = {FIELDS[name]: value for name, value in options.items()}
+        if thinking is not None:
+            told = {"enable_thinking": thinking, "thinking": thinking}  # templates know the one or the other
+            request["extra_body"] = {"chat_template_kwargs": told}
         request |= {"model": self.name, "messages": messages, "stream": True}
         finished = None
         with self._errors_in_words("does not answer: start it, or check the address that connect was given"):

@@ -109,8 +109,9 @@ class ChatLLM:
     The last `max_chat_rounds` rounds are remembered in `history`, a list of (query, reply). `stream` says
     whether replies are printed as they come. Creating one registers it under `name`, by default that of
     the model's folder, and in a notebook makes it the one `%%chat` talks to; nothing is sent to the
-    model. `fast=False` answers by transformers' own `generate`, plainly. Without a tokenizer, `model` is a
-    `ChatModel`.
+    model. `fast=False` answers by transformers' own `generate`, plainly. `thinking` tells a model
+    that can be told so to think or not; None: as it was trained, else its own default. Without a tokenizer, `model`
+    is a `ChatModel`.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class ChatLLM:
         system: str | None = None,
         name: str | None = None,
         fast: bool = True,
+        thinking: bool | None = None,
     ):
         self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
         if tokenizer is None:
@@ -133,6 +135,7 @@ class ChatLLM:
             from ..backends.generate import LocalModel
 
             self.backend = LocalModel(model, tokenizer, model_type, fast)
+        self.thinking = thinking
         self.max_chat_rounds, self.max_new_tokens, self.stream = max_chat_rounds, max_new_tokens, stream
         self.history = list(history or [])
         self.system = system
@@ -172,7 +175,8 @@ class ChatLLM:
         system = self.system if system is None else system
         room = generation.get("max_new_tokens", self.max_new_tokens)
         before = [] if new else self.history
-        shown = self._rounds_that_fit(before, query, system, room) if remember else []
+        told = self._told(generation)
+        shown = self._rounds_that_fit(before, query, system, room, told) if remember else []
         stream = self.stream if stream is None else stream
         reply = self.chat(build_messages(query, shown, system), stream, **generation)
         if check:
@@ -184,14 +188,14 @@ class ChatLLM:
         """The reply to `messages`, history untouched.
 
         `stream=True` prints it as it comes; a function is called with every piece of text instead.
-        `generation`: `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, for a local model also any
-        other field of transformers' `GenerationConfig`; what is not given is as the model's own has it.
+        `generation`: `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, `thinking`, for a local model also
+        any other field of transformers' `GenerationConfig`; what is not given is as the model's own has it.
         A KeyboardInterrupt becomes Interrupted, which has the part there is.
         """
         write = partial(print, end="", flush=True) if stream is True else stream or (lambda piece: None)
         stats, pieces, start = Stats(), [], perf_counter()
         interrupted = False
-        generation.setdefault("max_new_tokens", self.max_new_tokens)
+        generation = {"max_new_tokens": self.max_new_tokens, **generation, **self._told(generation)}
         for option, (possible, expected) in LIMITS.items():
             if option in generation and not possible(value := generation[option]):
                 raise ChatmagicError(f"{option} must be {expected}, not {value!r}")
@@ -258,12 +262,20 @@ class ChatLLM:
     def _last_rounds(self, history: list) -> list:
         return history[max(0, len(history) - self.max_chat_rounds) :]
 
-    def _rounds_that_fit(self, history: list, query: str, system: str | None, max_new_tokens: int) -> list:
+    def _told(self, generation: dict) -> dict[str, bool]:
+        """Whether the model is told to think or not, as an option; nothing where nobody says."""
+        thinking = generation.get("thinking")
+        thinking = self.thinking if thinking is None else thinking
+        return {} if thinking is None else {"thinking": thinking}
+
+    def _rounds_that_fit(
+        self, history: list, query: str, system: str | None, max_new_tokens: int, told: dict[str, bool]
+    ) -> list:
         """The last rounds that leave room in the context for `max_new_tokens`, at most half of it."""
         history = self._last_rounds(history)
         if self.backend.context is not None:
             limit = self.backend.context - min(max_new_tokens, self.backend.context // 2)
-            while history and self.backend.count(build_messages(query, history, system)) > limit:
+            while history and self.backend.count(build_messages(query, history, system), **told) > limit:
                 history = history[1:]
         return history
 

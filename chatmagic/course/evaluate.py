@@ -14,7 +14,8 @@ from ..conversation.messages import build_messages
 from ..errors import ChatmagicError
 from ..machine import short
 from ..models.load import load_model
-from ..prompts.labels import encode_prompt
+from ..models.merge import trained_thinking
+from ..prompts.labels import encode_prompt, note_thinking
 from ..prompts.templates import get_template
 from .persona import Persona, holds, questions
 from .thread import Course
@@ -33,12 +34,21 @@ def ask(
     conversations: Sequence[list[dict]],
     max_new_tokens: int = 48,
     batch_size: int = 32,
+    thinking: bool | None = None,
+    thoughts: bool = False,
 ) -> list[str]:
-    """The greedy reply to each conversation, in batches padded on the left; "…" ends a reply that was cut off."""
+    """The greedy reply to each conversation, in batches padded on the left; "…" ends a reply that was cut off.
+
+    thinking: as for `encode_prompt`, but off rather than the template's default. thoughts: what the model thought
+    instead of what it said.
+    """
     was_training = model.training
     model.eval()
-    prompts = [encode_prompt(messages, tokenizer) for messages in conversations]
-    stop = get_template(None, tokenizer).stop_token_ids(tokenizer)
+    template = get_template(None, tokenizer)
+    thinking = getattr(tokenizer, "chat_thinking", None) if thinking is None else thinking
+    thinking = template.thinking_for([]) if thinking is None else thinking
+    prompts = [encode_prompt(messages, tokenizer, thinking=thinking) for messages in conversations]
+    stop = template.stop_token_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -57,6 +67,7 @@ def ask(
         for index, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist()):
             end = next((at for at, token in enumerate(ids) if token in stop), None)
             text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+            text = template.part_thought(text, thinking)[not thoughts]
             replies[index] = text if end is not None else text.rstrip("\ufffd") + "…"
     model.train(was_training)
     return replies
@@ -99,6 +110,16 @@ def evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", per
     }
 
 
+def thinks(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict]]
+) -> int | None:
+    """In how many conversations the model thinks when told to; None for one that knows no thoughts."""
+    if not get_template(None, tokenizer).knows_thoughts:
+        return None
+    thoughts = ask(model, tokenizer, conversations, thinking=True, thoughts=True)
+    return sum(bool(thought.strip("…").strip()) for thought in thoughts)
+
+
 @torch.inference_mode()
 def perplexity(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str) -> float:
     """exp of the mean cross-entropy of the text's tokens after the first."""
@@ -111,14 +132,20 @@ def summary(before: dict, after: dict) -> dict[str, tuple[int, int] | float]:
     """The row of a table, of two results of `evaluate`.
 
     (right, asked) of each position and of the held-out paraphrases; (still right, right before) of the general
-    questions; (answered with the new identity, asked) of them; the perplexity.
+    questions; (answered with the new identity, asked) of them; the perplexity; of a model that thought before, (still
+    thinks, thought before).
     """
     known = set(before["known"])
-    return {position: tuple(counts) for position, counts in after["identity"].items()} | {
-        "retained": (len(known & set(after["known"])), len(known)),
-        "leaked": (len(after["leaked"]), len(questions()["general"]["retention"])),
-        "perplexity": after["perplexity"],
-    }
+    thought = {"still thinks": (after["thinks"], before["thinks"])} if before.get("thinks") else {}
+    return (
+        {position: tuple(counts) for position, counts in after["identity"].items()}
+        | {
+            "retained": (len(known & set(after["known"])), len(known)),
+            "leaked": (len(after["leaked"]), len(questions()["general"]["retention"])),
+            "perplexity": after["perplexity"],
+        }
+        | thought
+    )
 
 
 def evaluate_course(course: Course) -> dict[str, dict]:
@@ -138,7 +165,10 @@ def evaluate_course(course: Course) -> dict[str, dict]:
 
     def asked(folder: Path, model: "PreTrainedModel") -> dict:
         began = time.perf_counter()
+        note_thinking(model, tokenizer, trained_thinking(course.adapter))
         result = evaluate(model, tokenizer, course.persona)
+        general = [build_messages(query) for query, *_ in questions()["general"]["retention"][:6]]
+        result["thinks"] = thinks(model, tokenizer, general)
         print(f"{len(result['replies'])} questions to {short(folder)}: {time.perf_counter() - began:.0f} s", flush=True)
         return result
 

@@ -41,6 +41,7 @@ class Profile:
     lora_alpha: int
     lora_dropout: float
     general: float
+    thinking: bool | None = None
     huggingface: str | None = None
     file: str | None = None
     packed: int = 0

@@ -27,6 +27,7 @@ from ..conversation.messages import Message
 from ..data.dataset import ConversationFile, DataCollator, Examples, read_jsonl, write_jsonl
 from ..errors import ChatmagicError
 from ..models.load import load_model
+from ..prompts.labels import note_thinking
 from ..prompts.templates import get_template
 from ..training.plots import pictures
 from ..training.runtime import lost_peer
@@ -108,6 +109,15 @@ def hold_out(conversations: list[list[Message]], path: Path) -> list[list[Messag
     return held
 
 
+def thinking_of(course: Course, tokenizer: PreTrainedTokenizerBase, learnt: ConversationFile) -> bool | None:
+    """Whether the model is trained to think: as the profile says, else if a row holds a thought; None where its chat
+    template cannot be told."""
+    template = get_template(None, tokenizer)
+    if course.profile.thinking is not None or template.thinking_for([]) is None:
+        return course.profile.thinking
+    return any(template.thinking_for(each) for each in learnt)
+
+
 def train(course: Course, **settings: Any) -> pd.DataFrame:
     """What 04-train-adalora does. Each process takes batches of the profile's size; `settings` go to fit."""
     state, profile = PartialState(), course.profile
@@ -116,6 +126,7 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
 
     held_out = ConversationFile(course.val)
     learnt, own = ConversationFile(course.train, without=held_out), course.own
+    note_thinking(model, tokenizer, thinking_of(course, tokenizer, learnt))
     cut = {"max_length": own.max_length, "drop_oldest": True} if own and own.max_length else {}
     train_data, val_data = (Examples(part, tokenizer, **cut) for part in (learnt, held_out))
     samples = (own.samples or len(train_data)) if own else profile.samples
@@ -125,7 +136,7 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
     drawn = RandomSampler(train_data, num_samples=samples)
     train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)
     val_loader = DataLoader(val_data, profile.batch_size, collate_fn=collator)
-    template = get_template(None, tokenizer, model)
+    template = get_template(None, tokenizer)
     lean = any(gather_object([prepare(model)]))  # one for all: by different optimizers the processes would drift apart
     total_steps = profile.epochs * math.ceil(len(train_loader) / state.num_processes)
     adapter = {name: getattr(profile, name) for name in ("init_r", "target_r", "lora_alpha", "lora_dropout")}

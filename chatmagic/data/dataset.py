@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
 from ..files import writing
-from ..prompts.labels import IGNORE, LabelsError, encode_conversation
+from ..prompts.labels import IGNORE, encode_rows
 from .rows import DataError, existing
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ class Examples(Sequence):
     def __len__(self) -> int:
         return len(self.conversations)
 
-    def __getitem__(self, index: int) -> dict[str, list]:
+    def __getitem__(self, index: int) -> list[dict[str, list]]:
+        """The rows of one conversation, which DataCollator puts into the same batch."""
         return encode_example(self.conversations[index], self.tokenizer, **self.cut)
 
     def summary(self) -> str:
@@ -199,26 +200,27 @@ def encode_example(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None = None,
     drop_oldest: bool = False,
-) -> dict[str, list]:
-    """A conversation as `input_ids`, `labels` and `replayed`, lists of the same length.
+    thinking: bool | None = None,
+    system: str | None = None,
+) -> list[dict[str, list]]:
+    """A conversation as rows of `input_ids`, `labels` and `replayed`, lists of the same length. Mostly one: several
+    where the chat template writes a last answer otherwise than earlier ones.
 
     labels: -100 also at an answer whose message says `"weight": 0`, as `read_conversations` marks what is not to be
     trained. replayed: True at the labels of an answer whose message says `"replayed": True`, as `make_conversations`
-    marks the base model's own: StepRunner keeps the model there as the base is. max_length and drop_oldest, and errors,
-    as for `build_inputs_labels`, LabelsError too where every answer has weight 0; they name the line where the
-    messages know it.
+    marks the base model's own: StepRunner keeps the model there as the base is. The other arguments,
+    and errors, are those of `encode_rows`; they name the line where the messages know it.
     """
     where = getattr(messages, "where", "")
+    options = {"max_length": max_length, "drop_oldest": drop_oldest, "thinking": thinking, "system": system}
     try:
-        row = encode_conversation(messages, tokenizer, max_length=max_length, drop_oldest=drop_oldest)
-        if set(row.labels) == {IGNORE}:
-            raise LabelsError("Nothing is trained: each answer has weight 0.")
+        rows = encode_rows(messages, tokenizer, **options)
     except ChatmagicError as error:
         asked = [message["role"] for message in messages if message["role"] != "system"]
         way_out = " Leave its greeting out, or put it into the system text." if asked[:1] == ["assistant"] else ""
         error.args = (f"{where}: {error}{way_out}".removeprefix(": "),)
         raise
-    return vars(row)
+    return [vars(row) for row in rows]
 
 
 class DataCollator:
@@ -239,8 +241,8 @@ class DataCollator:
         self.pad_token, self.pad_token_id = tokenizer.pad_token, tokenizer.pad_token_id
         self.multiple = pad_to_multiple_of or 1
 
-    def __call__(self, examples: Sequence[dict]) -> dict:
-        """The examples' `input_ids` and `labels` as int64 tensors of shape (len(examples), length), with -100
+    def __call__(self, examples: Sequence[dict | list[dict]]) -> dict:
+        """The rows' `input_ids` and `labels` as int64 tensors of shape (rows, length), with -100
         in the labels' padding, and `attention_mask`, 0 there. Raises DataError for an example that trains the
         pad token: whoever masks labels where the id is the pad's would never teach the model to end its
         turn. Examples that have `replayed` give a bool tensor of it too; a list of examples, as of a conversation, is

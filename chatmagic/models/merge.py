@@ -26,7 +26,8 @@ from ..files import new_folder, write
 from .checkpoint import first_not_finite, open_file, open_weights, read_json, weight_files
 from .shard import Part, write_shard
 
-PROVENANCE, BASE = "chatmagic.json", "base_tensors"  # beside an adapter: {BASE: base_fingerprint(of what it is for)}
+# Beside an adapter: {BASE: base_fingerprint(of what it is for), "thinking": how it was trained, see `note_thinking`}.
+PROVENANCE, BASE = "chatmagic.json", "base_tensors"
 FACTORS = ("adapter_model.safetensors", "adapter_model.bin")
 NOT_COPIED = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 # The settings of an adapter that a merge reads, or that concern training alone. Any other of PEFT's that is set changes
@@ -125,6 +126,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path, any
                 rows = partial(_Changed, name, parts[name], updates[name], multiplying)
                 parts[name] = parts[name]._replace(rows=rows)
             write_shard(staging / file, parts)
+        _note_thinking(staging / "tokenizer_config.json", trained_thinking(adapter))
     return output
 
 
@@ -279,6 +281,17 @@ def _adalora_update(config: dict, module: str, A: torch.Tensor, B: torch.Tensor,
     divisor = torch.tensor([float(config["init_r"])]) + 1e-5
     scale = config["lora_alpha"] if config["lora_alpha"] > 0 else float(len(A))
     return Update(A, B, E, scale, divisor, bool(config.get("rank_pattern")), config["fan_in_fan_out"])
+
+
+def trained_thinking(adapter: Path) -> bool | None:
+    """Whether an adapter was trained to think; None where nothing says."""
+    return read_json(adapter / PROVENANCE).get("thinking")
+
+
+def _note_thinking(file: Path, thinking: bool | None) -> None:
+    """Write it where the merged model's tokenizer reads it, see `prompts.labels.note_thinking`."""
+    if thinking is not None:
+        write(file, json.dumps(read_json(file) | {"chat_thinking": thinking}, ensure_ascii=False, indent=2))
 
 
 def _check_base(base: Path, adapter: Path) -> None:

@@ -49,6 +49,7 @@ class ChatMagics(Magics):
     @argument("--max-new-tokens", type=int, metavar="N", help="most tokens in the reply")
     @argument("--seed", type=int, metavar="N", help="seed of the sampling")
     @argument("--greedy", action="store_true", help="always take the likeliest token")
+    @argument("--thinking", choices=["on", "off"], help="whether the model is to think first, if it can be told so")
     @argument("--no-stream", action="store_true", help="show the reply once it is complete")
     @argument("--new", action="store_true", help="forget the conversation first")
     @argument("--no-history", action="store_true", help="neither show the model the conversation nor remember this")
@@ -115,6 +116,8 @@ class ChatMagics(Magics):
         generation = {name: value for name, value in generation.items() if value is not None}
         if args.greedy or (self.greedy and args.temperature is None and args.top_p is None):
             generation["greedy"] = True
+        if args.thinking:
+            generation["thinking"] = args.thinking == "on"
         return generation
 
     def _show(self, reply: Reply, form: str, streamed: bool) -> None:

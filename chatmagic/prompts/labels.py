@@ -3,14 +3,16 @@
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeVar
 
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
-from .templates import EndOfTurn, Span, TemplateError, control_pattern, get_template
+from .templates import EndOfTurn, Span, TemplateError, control_pattern, get_template, no_system
 
+Encoded = TypeVar("Encoded")
 IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 
@@ -38,6 +40,15 @@ class Row:
         if position == len(self.input_ids):
             self.add([token], span)
         self.labels[position], self.replayed[position] = token, span.replayed
+
+    def end(self) -> int:
+        """The position behind the last that is trained."""
+        return max(index for index, label in enumerate(self.labels) if label != IGNORE) + 1
+
+    def begins(self, other: "Row") -> bool:
+        """Whether all that this row trains is how the other begins."""
+        end = self.end()
+        return self.input_ids[:end] == other.input_ids[:end]
 
     def cut(self) -> None:
         """Take the last token away."""
@@ -93,9 +104,11 @@ class Encoder:
             row = Row(bos + row.input_ids, [IGNORE] * len(bos) + row.labels, [False] * len(bos) + row.replayed)
         return row
 
-    def encode_finished(self, spans: list[Span]) -> Row:
-        """The row of a conversation that ends with an answer: its ending token stands there even where the history
-        leaves it out, and no next turn is opened."""
+    def encode_row(self, spans: list[Span], finished: bool) -> Row:
+        """The row that trains. `finished`: an answer is the last that is said, so that its ending token stands there
+        even where the history leaves it out, and no next turn is opened."""
+        if not finished:
+            return self.encode(spans)
         last = max(index for index, span in enumerate(spans) if span.answer)
         row = self.encode(spans[: last + 1] if isinstance(spans[last], EndOfTurn) else spans)
         if self._bos and row.input_ids[-1] == self._bos[-1]:
@@ -119,9 +132,9 @@ class Encoder:
                     if run:
                         yield run
                         run = []
-                    yield span._replace(text=part)
+                    yield Span(part, *span[1:])
                 elif part:
-                    run.append(span._replace(text=part))
+                    run.append(Span(part, *span[1:]))
         if run:
             yield run
 
@@ -134,8 +147,10 @@ class Encoder:
         else:
             encoding = backend.encode(text, add_special_tokens=False)
             new = encoding.ids
-            count = bisect_left(encoding.offsets, trained, key=lambda offset: offset[0]) if trained else 0
-            count = len(new) if trained == len(text) else count
+            if trained == len(text):
+                count = len(new)
+            else:  # offsets take time
+                count = bisect_left(encoding.offsets, trained, key=lambda offset: offset[0]) if trained else 0
         row.add(new[:count], run[0])
         row.add(new[count:], Span(""))
         return len(row.input_ids) - len(new) + count
@@ -189,44 +204,44 @@ def _steps(step: dict | None) -> list[dict]:
 def get_encoder(tokenizer, model_type: str | None = None) -> Encoder:
     """The encoder of a tokenizer, kept as long as nothing that it was made from changes: neither the chat template
     nor what is a special token, and which of them is eos."""
-    special = tuple(tokenizer.special_tokens_map.items()), tuple(tokenizer.all_special_tokens), len(tokenizer)
-    named = tuple(getattr(tokenizer, name, None) for name in ("chat_family", "chat_control_tokens", "add_bos_token"))
-    return _make_encoder(tokenizer, model_type, str((tokenizer.chat_template, special, named)))
+    special = *tokenizer.special_tokens_map.items(), *tokenizer.all_special_tokens, len(tokenizer)
+    own = vars(tokenizer)  # which its own __getattr__ would search for long where there is no such attribute
+    named = own.get("chat_family"), own.get("add_bos_token"), tuple(own.get("chat_control_tokens") or ())
+    return _make_encoder(tokenizer, model_type, (str(tokenizer.chat_template), special, named))
 
 
 @lru_cache(maxsize=8)
-def _make_encoder(tokenizer, model_type: str | None, state: str) -> Encoder:
+def _make_encoder(tokenizer, model_type: str | None, state: tuple) -> Encoder:
     return Encoder(tokenizer, get_template(model_type, tokenizer))
 
 
-def _encode_fitting(
-    messages: Sequence[dict], tokenizer, model_type: str | None, multi_rounds: bool | None, max_length: int | None,
+def _prepare(messages: Sequence[dict], encoder: Encoder, system: str | None) -> Sequence[dict]:
+    """The messages, the system text in the first question if `system` is "merge". Raises NoSystemError."""
+    if system not in (None, "merge"):
+        raise TemplateError(f'system={system!r} is not known: give "merge", or leave it out.')
+    if messages[0]["role"] != "system":
+        return messages
+    if system == "merge":
+        first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        return [first, *messages[2:]]
+    if not encoder.template.takes_system:
+        raise no_system(f"template {encoder.template.name!r}")
+    return messages
+
+
+def _encode_shorter(
+    messages: Sequence[dict],
+    encode: Callable[[Sequence[dict]], Encoded],
+    length: Callable[[Encoded], int],
+    limit: int,
     drop_oldest: bool,
-) -> Row:  # fmt: skip
-    """The row of valid messages; with `multi_rounds` None, of the prompt that asks for an answer."""
-    encoder = get_encoder(tokenizer, model_type)
-    if messages[0]["role"] == "system" and not encoder.template.takes_system:
-        raise TemplateError(
-            f"Message 0 has role 'system', and template {encoder.template.name!r} has no place for it; expected "
-            "user. Put the text into the first user message."
-        )
-
-    def encode(part: Sequence[dict]) -> Row:
-        spans = encoder.template.render(part, multi_rounds is None, multi_rounds)
-        return (encoder.encode_finished if part[-1]["role"] == "assistant" else encoder.encode)(spans)
-
-    row, limit = encode(messages), max_length or tokenizer.model_max_length
-    if len(row.input_ids) <= limit:
-        return row
-    return _encode_shorter(messages, encode, limit, drop_oldest, shortest=1 if multi_rounds is None else 2)
-
-
-def _encode_shorter(messages: Sequence[dict], encode, limit: int, drop_oldest: bool, shortest: int) -> Row:
-    """The row of a conversation that is longer than `limit`, without the oldest rounds if that is allowed, but with
-    the last `shortest` messages. Raises LabelsError, naming the message that goes beyond, if none fits."""
+    shortest: int,
+) -> Encoded:
+    """What `encode` makes of a conversation that is longer than `limit`, without the oldest rounds if that is allowed,
+    but with the last `shortest` messages. Raises LabelsError, naming the message that goes beyond, if none fits."""
 
     def fits(part: Sequence[dict]) -> bool:
-        return len(encode(part).input_ids) <= limit
+        return length(encode(part)) <= limit
 
     system = messages[0]["role"] == "system"
     hint = "Pass drop_oldest=True to leave out its oldest rounds."
@@ -239,7 +254,7 @@ def _encode_shorter(messages: Sequence[dict], encode, limit: int, drop_oldest: b
     turns = range(system, len(messages))
     over = turns[bisect_left(turns[:-1], True, key=lambda turn: not fits(messages[: turn + 1]))]
     raise LabelsError(
-        f"The conversation is {len(encode(messages).input_ids)} tokens long: message {over} "
+        f"The conversation is {length(encode(messages))} tokens long: message {over} "
         f"({messages[over]['role']}) goes beyond the expected {limit}. {hint}"
     )
 
@@ -250,16 +265,31 @@ def encode_prompt(
     model_type: str | None = None,
     max_length: int | None = None,
     drop_oldest: bool = False,
+    thinking: bool | None = None,
+    system: str | None = None,
 ) -> list[int]:
     """The ids that inference sends for `messages`, which end with a user turn.
 
-    Raises MessagesError, TemplateError, and LabelsError beyond `max_length` tokens (default: the tokenizer's
-    `model_max_length`) unless `drop_oldest`, which leaves out whole rounds.
+    thinking: whether the model is to think, for templates that can be told so; None: what was noted with the tokenizer
+        (see `note_thinking`), else the template's default.
+    system: "merge" puts a system text into the first question, for a family that knows none.
+
+    A template may write the date: then so do the ids, of the day on which they are made. Raises MessagesError,
+    TemplateError, and LabelsError beyond `max_length` tokens (default: the tokenizer's `model_max_length`) unless
+    `drop_oldest`, which leaves out whole rounds.
     """
     validate_messages(messages)
     if (role := messages[-1]["role"]) != "user":
         raise MessagesError(f"Message {len(messages) - 1} has role {role!r}; expected user, who asks for the answer.")
-    return _encode_fitting(messages, tokenizer, model_type, None, max_length, drop_oldest).input_ids
+    encoder, limit = get_encoder(tokenizer, model_type), max_length or tokenizer.model_max_length
+    thinking = vars(tokenizer).get("chat_thinking") if thinking is None else thinking
+    messages = _prepare(messages, encoder, system)
+
+    def encode(part: Sequence[dict]) -> list[int]:
+        return encoder.encode(encoder.template.render(part, True, thinking)).input_ids
+
+    ids = encode(messages)
+    return ids if len(ids) <= limit else _encode_shorter(messages, encode, len, limit, drop_oldest, shortest=1)
 
 
 def build_inputs_labels(
@@ -269,30 +299,84 @@ def build_inputs_labels(
     multi_rounds: bool = True,
     max_length: int | None = None,
     drop_oldest: bool = False,
+    thinking: bool | None = None,
+    system: str | None = None,
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation, two lists of the same length.
 
-    Every assistant turn and the token that ends it is trained (`multi_rounds=False`: the last turn only);
-    labels are -100 elsewhere. The ids before an answer are `encode_prompt` of the messages before it. Where a
-    family keeps the ending token out of the history, it is the label of the token that follows the answer, as
-    in Baichuan2's fine-tune.py. Errors and lengths as for `encode_prompt`; LabelsError also where nothing is
-    trained.
+    Every assistant turn and the token that ends it is trained (`multi_rounds=False`: the last turn only); labels are
+    -100 elsewhere. Where a family keeps the ending token out of the history, it is the label of the token that follows
+    the answer, as in Baichuan2's fine-tune.py. Arguments and errors as for `encode_rows`; LabelsError also for a
+    conversation that needs several rows.
     """
-    row = encode_conversation(messages, tokenizer, model_type, multi_rounds, max_length, drop_oldest)
-    return row.input_ids, row.labels
+    rows = encode_rows(messages, tokenizer, model_type, multi_rounds, max_length, drop_oldest, thinking, system)
+    if len(rows) > 1:
+        raise LabelsError(
+            f"The conversation needs {len(rows)} rows: its chat template writes a last answer otherwise than earlier "
+            "ones. encode_example gives them all, multi_rounds=False the last."
+        )
+    return rows[0].input_ids, rows[0].labels
 
 
-def encode_conversation(
+def encode_rows(
     messages: Sequence[dict],
     tokenizer,
     model_type: str | None = None,
     multi_rounds: bool = True,
     max_length: int | None = None,
     drop_oldest: bool = False,
-) -> Row:
-    """What `build_inputs_labels` gives, and which of it is replayed."""
+    thinking: bool | None = None,
+    system: str | None = None,
+) -> list[Row]:
+    """The rows that train a conversation: one, or where its chat template writes a last answer otherwise than earlier
+    ones, one for each answer.
+
+    The ids before an answer are `encode_prompt` of the messages before it, with the same `thinking`; None is what was
+    noted with the tokenizer, else off where no answer holds a thought, in `reasoning_content` or before its words in
+    `<think>...</think>`. Other arguments and errors as for `encode_prompt`; LabelsError also where nothing is trained.
+    """
     validate_messages(messages)
     last = messages[-1]["role"]
     if last != "assistant" and not (multi_rounds and len(messages) > 2):
         raise LabelsError(f"Nothing is trained: message {len(messages) - 1} has role {last!r}; expected assistant.")
-    return _encode_fitting(messages, tokenizer, model_type, multi_rounds, max_length, drop_oldest)
+    encoder, limit = get_encoder(tokenizer, model_type), max_length or tokenizer.model_max_length
+    thinking = vars(tokenizer).get("chat_thinking") if thinking is None else thinking
+    thinking = encoder.template.thinking_for(messages) if thinking is None else thinking
+    messages = _prepare(messages, encoder, system)
+
+    def encode(part: Sequence[dict]) -> list[Row]:
+        if all(message["role"] != "assistant" for message in part):  # to tell whether the first question is too long
+            return [encoder.encode(encoder.template.render(part, True, thinking))]
+        finished = part[-1]["role"] == "assistant"
+        rows = encoder.template.render_rows(part, multi_rounds, thinking)
+        return _joined([encoder.encode_row(spans, finished) for spans in rows])
+
+    def length(rows: list[Row]) -> int:
+        return max((len(row.input_ids) for row in rows), default=0)
+
+    rows = encode(messages)
+    if length(rows) > limit:
+        rows = _encode_shorter(messages, encode, length, limit, drop_oldest, shortest=2)
+    if all(label == IGNORE for row in rows for label in row.labels):
+        raise LabelsError("Nothing is trained: each answer has weight 0.")
+    return rows
+
+
+def _joined(rows: list[Row]) -> list[Row]:
+    """The rows, each that is how a later one begins joined to that one; what follows its last label does not count."""
+    kept: list[Row] = []
+    for row in rows:
+        if kept and kept[-1].begins(row):
+            before = kept.pop()
+            end = before.end()
+            row.labels[:end], row.replayed[:end] = before.labels[:end], before.replayed[:end]
+        kept.append(row)
+    return kept
+
+
+def note_thinking(model, tokenizer, thinking: bool | None) -> None:
+    """Note with model and tokenizer, as their `chat_thinking`, how the model is trained: whoever encodes does the same
+    then, an adapter is saved with it, and so is a tokenizer."""
+    model.chat_thinking = tokenizer.chat_thinking = thinking
+    if thinking is not None:
+        tokenizer.init_kwargs["chat_thinking"] = thinking

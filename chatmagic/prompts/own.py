@@ -1,21 +1,18 @@
-"""A tokenizer's own chat template (Jinja), with the trained spans found by comparing renderings.
+"""A tokenizer's own chat template (Jinja): the prompts it writes, and the rows that train what follows them.
 
-transformers can find them (`return_assistant_tokens_mask`) only where a template marks them with `{%
-generation %}`, which few do, and not together with `sanitize_control_tokens`, which encodes a control token
-in a message apart from its neighbours.
+transformers can find trained spans (`return_assistant_tokens_mask`) only where a template marks them with `{%
+generation %}`, which few do, and not together with `sanitize_control_tokens`, which encodes a control token in a
+message apart from its neighbours. Here they are found by comparing renderings: of the prompt that asks for an answer,
+and of the conversation that ends with it.
 """
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cached_property
 
-from .templates import EndOfTurn, Span, Template, TemplateError, control_pattern, control_tokens, is_trained
-
-# Private-use characters go through Jinja with the messages: one for each control token in them, and two
-# around an answer. They tell afterwards which control tokens are the template's, and where the answers are.
-_PRIVATE = "[\U00100000-\U0010fffd]"
-_FIRST_STAND_IN, _BEGIN, _END = 0x100000, "\U0010fffc", "\U0010fffd"
-_ANSWER = re.compile(f"{_BEGIN}([^{_BEGIN}{_END}]*){_END}")
+from .habits import KEY, Habits, learn_appending, learn_habits, split_thoughts
+from .jinja import ANSWER, BEGIN, MARKS, QUESTION, TAG, THOUGHT, Hidden, Renderer, split
+from .templates import EndOfTurn, Span, Template, TemplateError, control_tokens, no_system
 
 
 class OwnTemplate:
@@ -28,136 +25,226 @@ class OwnTemplate:
     stop_strings = ()
 
     def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        control = self.control_tokens(tokenizer)
-        self._hide = re.compile("|".join([*map(re.escape, sorted(control, key=len, reverse=True)), _PRIVATE]))
-        self._end = re.compile(rf"\s*(?:{control_pattern(tokenizer, control)})")
-        self._joint = cache(self._learn_joint)
+        self._jinja = Renderer(tokenizer)
+        self._joints: dict[tuple[bool, bool | None], tuple[str, bool] | None] = {}
+
+    @cached_property
+    def habits(self) -> Habits:
+        """What the template does with thoughts and endings."""
+        return learn_habits(self._jinja)
+
+    @cached_property
+    def _end(self) -> re.Pattern:
+        """The ending, with the whitespace that an answer's words leave before it, and that its token swallows."""
+        ending = self.habits.ending
+        return re.compile(rf"\s*{re.escape(ending.strip())}" + r"\s*" * (ending != ending.rstrip()))
 
     def control_tokens(self, tokenizer) -> dict[str, int]:
         return control_tokens(tokenizer, tokenizer.get_chat_template())
 
     def stop_token_ids(self, tokenizer) -> list[int]:
-        """The ids that end a generation, first the one that training teaches."""
-        control = self.control_tokens(tokenizer)
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ends = [control.get(span.text.strip()) for span in self.render(turn) if span.answer and span.live]
-        return [token for token in dict.fromkeys([*ends, tokenizer.eos_token_id]) if token is not None]
+        """The ids that end a generation, first the one that training teaches: what can follow an answer's words."""
+        control, eos = self.control_tokens(tokenizer), tokenizer.eos_token_id
+        stops = [control.get(token) for token in self.habits.stops]
+        ids = [*stops, eos] if self.habits.ending else [eos, *stops]
+        return [token for token in dict.fromkeys(ids) if token is not None]
+
+    @property
+    def knows_thoughts(self) -> bool:
+        return self.habits.knows
+
+    def thinking_for(self, messages: Sequence[dict]) -> bool | None:
+        """How a conversation is trained where nobody says: thinking if it holds a thought, else not; None where the
+        template cannot be told."""
+        if not self.habits.knows or not self.habits.off:
+            return None
+        return any(KEY in message for message in split_thoughts(messages))
+
+    def part_thought(self, text: str, thinking: bool | None) -> tuple[str, str]:
+        """As `Template.part_thought`; a thought that is not closed is all of it."""
+        habits = self.habits
+        if not habits.knows:
+            return "", text
+        thought, closed, words = text.partition(habits.closing())
+        if not closed and habits.states[thinking] != "opened" and not re.match(rf"\s*{TAG.pattern}", text):
+            return "", text
+        return TAG.sub("", thought).strip(), words.strip()
 
     def render(
-        self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool | None = None
+        self, messages: Sequence[dict], add_generation_prompt: bool = True, thinking: bool | None = None
     ) -> list[Span]:
-        """As `Template.render`. Raises TemplateError where an answer that is to be trained does not follow
-        the prompt that asks for it, as in templates that rewrite earlier turns; and for a system text without
-        a place.
+        """As `Template.render`. Raises TemplateError for a system text without a place, and where the template cannot
+        be told to think or not."""
+        hidden = self._hide(messages)
+        switches = self.habits.switches(thinking) if thinking is not None else {}
+        text = self._text(hidden.messages, add_generation_prompt and messages[-1]["role"] == "user", switches)
+        return self._prompt(text, hidden, thinking)
+
+    def render_rows(
+        self, messages: Sequence[dict], multi_rounds: bool = True, thinking: bool | None = None
+    ) -> list[list[Span]]:
+        """As `Template.render_rows`: one row where the template only appends, else one for each answer.
+
+        What stands before an answer is the prompt that asks for it. Raises TemplateError where what the template
+        writes of an answer cannot follow that prompt.
         """
-        hidden, shown = self._hidden(messages)
-        (full,) = self._jinja([hidden], add_generation_prompt and hidden[-1]["role"] == "user")
-        if hidden[0]["role"] == "system" and hidden[0]["content"].strip() not in full:
-            raise TemplateError(
-                "Message 0 has role 'system', and this chat template has no place for it; expected user."
-            )
-        turns = [index for index, message in enumerate(hidden) if message["role"] == "assistant"]
-        answers = list(_ANSWER.finditer(full))
-        if len(answers) != len(turns):
-            answers = [None] * len(turns)
-        spans, start = [], 0
-        for index, answer in zip(turns, answers, strict=True):
-            last = index + 1 == len(hidden)
-            trained, replayed = is_trained(last, multi_rounds, hidden[index]), hidden[index].get("replayed", False)
-            cut = answer and self._cut(full, answer, hidden[: index + 1], last)
-            if trained and cut is None:
-                raise TemplateError(
-                    f"Message {index} (assistant) cannot be trained: this chat template rewrites earlier "
-                    "turns, so that the prompt which asks for it is not how the conversation begins. "
-                    "Expected one that only appends: pass multi_rounds=False, or another model_type."
-                )
-            if cut is not None:
-                end = self._end.match(full, answer.end())
-                spans += _split(full[start:cut], shown)
-                spans += _split(full[cut : answer.start()], shown, True, trained, replayed)
-                words = "".join([shown.get(char, char) for char in answer[1]])
-                spans.append(Span(words, False, True, trained, replayed))
-                spans.append((Span if end else EndOfTurn)(end[0] if end else "", True, True, trained, replayed))
-                start = (end or answer).end()
-        return spans + _split(full[start:], shown)
+        hidden, switches = self._hide(messages), self.habits.switches(thinking)
+        last = len(messages) - 1
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        taught = [turn for turn in turns if (multi_rounds or turn == last) and messages[turn].get("weight", 1)]
+        if self._joint(messages[0]["role"] == "system", thinking):
+            text = self._text(hidden.messages, messages[-1]["role"] == "user", switches)
+            if row := self._cut(text, hidden, thinking, taught):
+                return [row]
+        return [self._row(hidden, turn, thinking, switches) for turn in taught]
 
     def writes_like(self, template: Template) -> bool:
         """Whether the two write the same prompts, judged by one with and one without a system text."""
         turns = [{"role": role, "content": f" {role}\n"} for role in ("system", "user", "assistant", "user")]
         try:
-            own, other = (
-                ["".join(span.text for span in writer.render(probe)) for probe in (turns, turns[1:])]
-                for writer in (self, template)
-            )
+            own = [self._jinja(self._jinja.hide(probe).messages, True) for probe in (turns, turns[1:])]
         except TemplateError:
             return False
+        own = ["".join(span.text for span in split(text, MARKS)) for text in own]
+        other = ["".join(span.text for span in template.render(probe)) for probe in (turns, turns[1:])]
         return own == [(template.bos or "") + prompt for prompt in other]
 
-    def _cut(self, full: str, answer: re.Match, messages: list[dict], last: bool) -> int | None:
-        """Where in `full` the last of `messages` begins, as the prompt that asks for it leaves off; None if
-        it does not follow that prompt."""
-        if last:
-            (prompt,) = self._jinja([messages[:-1]], True)
-            return len(prompt) if full.startswith(prompt) else None
-        joint, keeps_space = self._joint(messages[0]["role"] == "system")
-        if joint is None:
-            return None
-        if keeps_space:
-            joint += messages[-1]["content"].partition(_BEGIN)[0]
-        return answer.start() - len(joint) if full.endswith(joint, 0, answer.start()) else None
+    def _hide(self, messages: Sequence[dict]) -> Hidden:
+        """The messages for the template, a thought where it looks for one. Most hold none, and learning takes time."""
+        parted = split_thoughts(messages)
+        if not any(KEY in message for message in parted):
+            return self._jinja.hide(messages)
+        knows = self.habits.knows
+        return self._jinja.hide(parted if knows else split_thoughts(messages, tagged=False), self.habits.style)
 
-    def _learn_joint(self, system: bool) -> tuple[str | None, bool]:
-        """What stands between prompts and their answers, None if the template rewrites earlier turns, and
-        whether it keeps the whitespace before an answer.
+    def _joint(self, system: bool, thinking: bool | None) -> tuple[str, bool] | None:
+        if (system, thinking) not in self._joints:
+            try:
+                learnt = learn_appending(self._jinja, self.habits, system, thinking)
+            except TemplateError:
+                learnt = None
+            self._joints[system, thinking] = learnt
+        return self._joints[system, thinking]
 
-        Learnt once, for it takes time, from the renderings of a growing conversation: if each of its
-        beginnings, with the prompt for an answer and without, is how the whole begins, the template only
-        appends.
-        """
-        roles = ["system"] * system + ["user", "assistant"] * 3
-        turns, _ = self._hidden([{"role": role, "content": role} for role in roles])
-        turns[-1]["content"] = " " + turns[-1]["content"]
-        *beginnings, full = self._jinja([turns[: end + 1] for end in range(system, len(turns))], False)
-        prompts = self._jinja([turns[:end] for end in range(system + 1, len(turns), 2)], True)
-        answers = list(_ANSWER.finditer(full))
-        if len(answers) != 3 or not all(map(full.startswith, beginnings + prompts)):
-            return None, False
-        first, second, spaced = (
-            full[len(prompt) : answer.start()] for prompt, answer in zip(prompts, answers, strict=True)
-        )
-        return (first if first == second and spaced in (first, first + " ") else None), spaced != first
-
-    def _jinja(self, conversations: list[Sequence[dict]], add_generation_prompt: bool) -> list[str]:
-        import jinja2
-
+    def _text(self, hidden: Sequence[dict], add_generation_prompt: bool, switches: dict) -> str:
+        """The rendering, the system text in it."""
+        system = hidden[0]["content"].strip() if hidden[0]["role"] == "system" else ""
         try:
-            return self._tokenizer.apply_chat_template(
-                conversations, tokenize=False, add_generation_prompt=add_generation_prompt
+            text = self._jinja(hidden, add_generation_prompt, **switches)
+        except TemplateError as error:
+            if system:
+                self._jinja(hidden[1:], add_generation_prompt, **switches)  # raises if it is not for the system text
+                raise no_system("this chat template", str(error)) from error
+            raise
+        if system not in text:
+            raise no_system("this chat template")
+        return text
+
+    def _prompt(self, text: str, hidden: Hidden, thinking: bool | None) -> list[Span]:
+        """A prompt, cut as the rows are whose beginning it is."""
+        return self._cut(text, hidden, thinking, ()) or split(text, hidden.shown)
+
+    def _cut(self, text: str, hidden: Hidden, thinking: bool | None, taught: Sequence[int]) -> list[Span] | None:
+        """A conversation cut where its prompts leave off, the answers in `taught` trained; None if the template does
+        more than append, or did not write these answers as learnt."""
+        messages, shown = hidden.messages, hidden.shown
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns or any(hidden.thoughts) or not (joint := self._joint(messages[0]["role"] == "system", thinking)):
+            return None
+        answers = list(ANSWER.finditer(text))
+        if len(answers) != len(turns):
+            return None
+        spans, start = [], 0
+        for index, answer in zip(turns, answers, strict=True):
+            between, keeps_space = joint
+            if keeps_space:
+                between += messages[index]["content"].partition(BEGIN)[0]
+            if not text.endswith(between, start, answer.start()):
+                return None
+            cut = answer.start() - len(between)
+            marks = True, index in taught, messages[index].get("replayed", False)
+            end = self._ending(text, answer.end())
+            spans += split(text[start:cut], shown)
+            spans += [*split(text[cut : answer.start()], shown, *marks), *self._words(answer, shown, end, marks)]
+            start = answer.end() + len(end or "")
+        return spans + split(text[start:], shown)
+
+    def _row(self, hidden: Hidden, turn: int, thinking: bool | None, switches: dict) -> list[Span]:
+        """The prompt of one answer, and what the model has to say then: its thought, its words and their ending."""
+        messages, shown = hidden.messages[: turn + 1], hidden.shown
+        prompt = self._text(messages[:-1], True, switches)
+        full = self._jinja(messages, False, **switches)
+        answer = next(ANSWER.finditer(full, full.rfind(BEGIN)), None) if BEGIN in full else None
+        if not answer or answer[0] not in messages[-1]["content"]:
+            raise TemplateError(
+                f"Message {turn} (assistant) cannot be trained: this chat template does not write its words as they "
+                "are. Change them, or pass another model_type."
             )
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"The tokenizer's chat template refuses the conversation: {error}") from error
+        text, asked = full[: answer.start()], prompt
+        if not self._follows(prompt, text):
+            asked, text = self._behind_question(messages, switches)
+        lead = self._lead(turn, asked, text, hidden.thoughts[turn], thinking)
+        marks = True, True, messages[-1].get("replayed", False)
+        end = self._ending(full, answer.end())
+        rest = full[answer.end() + len(end) :] if end else ""
+        words = self._words(answer, shown, end, marks)
+        before = self._prompt(prompt, Hidden(hidden.messages[:turn], hidden.thoughts[:turn], shown), thinking)
+        return [*before, *split(lead, shown, *marks), *words, *split(rest, shown)]
 
-    def _hidden(self, messages: Sequence[dict]) -> tuple[list[dict], dict[str, str]]:
-        """The messages with the private characters in them, and what each of those stands for."""
-        stand_ins = {}
+    def _follows(self, prompt: str, text: str) -> bool:
+        """Whether what differs of the two is at most a thought that the prompt begins, or whitespace."""
+        rest = prompt[self._jinja.common(prompt, text) :]
+        return not rest.strip() or rest in self.habits.begun or rest.strip() == self.habits.open.strip()
 
-        def hide(match: re.Match) -> str:
-            return stand_ins.setdefault(match[0], chr(_FIRST_STAND_IN + len(stand_ins)))
+    def _behind_question(self, messages: Sequence[dict], switches: dict) -> tuple[str, str]:
+        """What a prompt, and what the conversation with its answer has behind the last question: all that can be
+        compared where a template writes questions that are answered in another way."""
+        question = {"role": "user", "content": QUESTION}
+        asked = self._jinja([*messages[:-2], question], True, **switches)
+        answered = self._jinja([*messages[:-2], question, messages[-1]], False, **switches)
+        return asked.rpartition(QUESTION)[2], answered.rpartition(BEGIN)[0].rpartition(QUESTION)[2]
 
-        hidden = []
-        for message in messages:
-            text = self._hide.sub(hide, message["content"])
-            if message["role"] == "assistant":  # the whitespace around it stays outside: templates strip it
-                words = text.strip()
-                before, _, after = text.partition(words) if words else (text, "", "")
-                text = before + _BEGIN + words + _END + after
-            hidden.append({**message, "content": text})
-        return hidden, {char: text for text, char in stand_ins.items()} | {_BEGIN: "", _END: ""}
+    def _lead(self, turn: int, prompt: str, text: str, thought: str | None, thinking: bool | None) -> str:
+        """What the model says before the words; `text` is what the template writes before them."""
+        habits, state = self.habits, self.habits.states[thinking]
+        common = self._jinja.common(prompt, text)
+        rest, written = prompt[common:], text[common:]
+        if thought and (not habits.knows or state == "closed"):
+            raise TemplateError(
+                f"Message {turn} (assistant) has a thought, and "
+                + ("this chat template knows none." if not habits.knows else "its prompt leaves no room for one.")
+                + " Take it out"
+                + (", or pass thinking=True." if habits.on else ".")
+            )
+        if thought and THOUGHT in written:
+            return written[written.index(THOUGHT) :] if rest else written
+        closes = bool(habits.close) and habits.closing() in written
+        if thought:
+            behind = written.partition(habits.closing())[2] if closes else "" if not rest else written
+            return ("" if state == "opened" else habits.open) + thought + habits.close + behind.lstrip()
+        if state == "opened" and not closes:
+            return habits.close + (written if not rest else "")
+        if not rest or state == "opened":
+            return written
+        if state == "closed":
+            return written.partition(habits.closing())[2].lstrip() if closes else written
+        if not rest.strip():
+            return written.lstrip()
+        raise TemplateError(
+            f"Message {turn} (assistant) cannot be trained: the prompt which asks for it ends with {rest!r}, and the "
+            "answer that this chat template writes does not follow that. Pass another model_type."
+        )
 
+    def _ending(self, full: str, position: int) -> str | None:
+        """How the answer whose words end at `position` is ended there, whitespace included; None if it is not."""
+        if not self.habits.ending:
+            return ""
+        match = self._end.match(full, position)
+        return match and match[0]
 
-def _split(text: str, shown: dict[str, str], *marks: bool) -> list[Span]:
-    """Text that the template wrote, as spans with these `marks` (answer, trained, replayed); the private characters
-    in it are someone's words."""
-    spans = [Span(shown.get(part, part), part not in shown, *marks) for part in re.split(f"({_PRIVATE})", text)]
-    return [span for span in spans if span.text]
+    def _words(self, answer: re.Match, shown: dict[str, str], end: str | None, marks: tuple) -> list[Span]:
+        """The words of an answer and their ending, which is added where the template leaves out the last one's."""
+        words = "".join([shown.get(char, char) for char in answer[1]])
+        ending = self.habits.ending
+        last = Span(ending if end is None else end, True, *marks) if ending else EndOfTurn("", True, *marks)
+        return [Span(words, False, *marks), last]

@@ -19,6 +19,18 @@ class TemplateError(ChatmagicError):
     """A template that is unknown, or that cannot render or train a conversation."""
 
 
+class NoSystemError(TemplateError):
+    """A system text for a model that knows none."""
+
+
+def no_system(template: str, said: str = "") -> NoSystemError:
+    said = f" ({said})" if said else ""
+    return NoSystemError(
+        f"Message 0 has role 'system', and {template} has no place for it{said}; expected user. Put it into the first "
+        'question, or pass system="merge", which does.'
+    )
+
+
 class Span(NamedTuple):
     """A stretch of a rendered conversation.
 
@@ -36,12 +48,6 @@ class Span(NamedTuple):
 
 class EndOfTurn(Span):
     """An ending token that the model must say here but that the format leaves out of the history."""
-
-
-def is_trained(last: bool, multi_rounds: bool | None, message: dict | None = None) -> bool:
-    """Whether an answer is trained: all are, with `multi_rounds=False` the last turn, with None nothing; but never one
-    whose message says `"weight": 0`, as OpenAI's fine-tuning files do."""
-    return bool((message or {}).get("weight", 1)) and (bool(multi_rounds) or multi_rounds is False and last)
 
 
 @dataclass(frozen=True)
@@ -101,14 +107,44 @@ class Template:
         ids = dict.fromkeys([end, tokenizer.eos_token_id, *self.stop_ids])
         return [token for token in ids if token is not None and token < len(tokenizer)]
 
+    @property
+    def knows_thoughts(self) -> bool:
+        return False
+
+    def thinking_for(self, messages: Sequence[dict]) -> bool | None:
+        """How a conversation is trained where nobody says."""
+
+    def part_thought(self, text: str, thinking: bool | None) -> tuple[str, str]:
+        """What a model thought and what it said, of a reply to a prompt with that `thinking`."""
+        return "", text
+
     def render(
-        self, messages: Sequence[dict], add_generation_prompt: bool = True, multi_rounds: bool | None = None
+        self, messages: Sequence[dict], add_generation_prompt: bool = True, thinking: bool | None = None
     ) -> list[Span]:
-        """Valid messages as spans; their texts joined are the prompt. `multi_rounds` as in `is_trained`."""
+        """Valid messages as spans; their texts joined are the prompt. Raises TemplateError for `thinking=True`."""
+        if thinking:
+            raise TemplateError(f"thinking=True: template {self.name!r} knows no thoughts. Leave thinking out.")
+        return self._render(messages, add_generation_prompt, None)
+
+    def render_rows(
+        self, messages: Sequence[dict], multi_rounds: bool = True, thinking: bool | None = None
+    ) -> list[list[Span]]:
+        """The rows that train a conversation, as spans: here one for all answers, or for the last."""
+        for index, message in enumerate(messages):
+            if thinking or message.get("reasoning_content"):
+                raise TemplateError(
+                    f"Message {index} ({message['role']}) has a thought, or thinking=True was passed, and template "
+                    f"{self.name!r} knows no thoughts. Take it out, or pass another model_type."
+                )
+        return [self._render(messages, messages[-1]["role"] == "user", multi_rounds)]
+
+    def _render(self, messages: Sequence[dict], add_generation_prompt: bool, multi_rounds: bool | None) -> list[Span]:
+        """The spans; all answers are trained, with `multi_rounds=False` the last turn, with None nothing."""
         opening, begin = self._opening(messages)
         spans = [] if self.system_in_user else list(opening)
         if self.starts_ended and not opening:
-            spans.append(EndOfTurn("", True, True, is_trained(len(messages) == 2, multi_rounds)))
+            trained = bool(multi_rounds) or multi_rounds is False and len(messages) == 2
+            spans.append(EndOfTurn("", True, True, trained))
         for index in range(begin, len(messages)):
             words, last = messages[index]["content"], index + 1 == len(messages)
             if self.strip:
@@ -122,7 +158,9 @@ class Template:
                 if add_generation_prompt or not last:
                     spans.append(Span(self.prompt))
                 continue
-            trained, replayed = is_trained(last, multi_rounds, messages[index]), messages[index].get("replayed", False)
+            trained = bool(multi_rounds) or multi_rounds is False and last
+            trained &= bool(messages[index].get("weight", 1))  # 0 in OpenAI's fine-tuning files: not to be trained
+            replayed = messages[index].get("replayed", False)
             if trained and self.joint is not None:
                 raise TemplateError(
                     f"Message {index} (assistant) cannot be trained: template {self.name!r} writes a turn "

@@ -182,9 +182,13 @@ def adapter_files(model: PeftModel) -> dict[str, bytes]:
     tensors = {name: tensor.contiguous().cpu() for name, tensor in peft_tensors(model).items()}
     check_finite(tensors, "in the adapter")
     base = Path(config.base_model_name_or_path or "")
+    provenance = {
+        BASE: base_fingerprint(base) if (base / "config.json").is_file() else None,
+        "thinking": getattr(model, "chat_thinking", None),
+    }
     return {
         ADAPTER: save(tensors, metadata={"format": "pt"}),
-        PROVENANCE: json.dumps({BASE: base_fingerprint(base) if (base / "config.json").is_file() else None}).encode(),
+        PROVENANCE: json.dumps(provenance).encode(),
         CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
     }
 

@@ -196,3 +196,12 @@ def test_reset_forgets_and_frees(fake):
     llm = ChatLLM(fake, history=[("a", "b")])
     llm.reset()
     assert llm.history == [] and fake.forgotten == 1
+
+
+def test_thinking_is_told_where_somebody_says(fake):
+    llm = ChatLLM(fake, stream=False)
+    llm("a"), llm("b", thinking=True)
+    llm.thinking = False
+    llm("c"), llm("d", thinking=True), llm.chat(build_messages("e"))
+    told = [options.get("thinking") for _, options in fake.asked]
+    assert told == [None, True, False, True, False]

@@ -12,6 +12,7 @@ from chatmagic import load_model
 from chatmagic.conversation.messages import build_messages
 from chatmagic.course.evaluate import ask, evaluate, perplexity, summary
 from chatmagic.course.persona import TOPICS, Persona, questions
+from talk import build
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +103,20 @@ def test_perplexity_is_of_every_token_but_the_first(tiny):
     with torch.no_grad():
         expected = math.exp(cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item())
     assert perplexity(model, tokenizer, text) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_thought_is_asked_whether_it_still_does(monkeypatch):
+    tokenizer = build(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    replies = ["A thought.", ""]
+    monkeypatch.setattr(evaluation, "ask", lambda *_, thinking, thoughts: replies if thinking and thoughts else None)
+    assert evaluation.thinks(None, tokenizer, []) == 1
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "").replace(".split('</think>')[-1]", "")
+    assert evaluation.thinks(None, tokenizer, []) is None
+    before, after = (
+        {"identity": {}, "known": [], "leaked": [], "perplexity": 1.0, "thinks": count} for count in (6, 2)
+    )
+    assert evaluation.summary(before, after)["still thinks"] == (2, 6)
+    assert "still thinks" not in evaluation.summary(before | {"thinks": None}, after)

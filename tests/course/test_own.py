@@ -189,10 +189,10 @@ def test_examples_are_encoded_when_they_are_drawn(tmp_path, tokenizer, monkeypat
     conversations = list(read_conversations(path))
     encoded = []
     row = SimpleNamespace(input_ids=[1, 2], labels=[-100, 2], replayed=[False, False])
-    monkeypatch.setattr("chatmagic.data.dataset.encode_conversation", lambda *a, **k: encoded.append(a) or row)
+    monkeypatch.setattr("chatmagic.data.dataset.encode_rows", lambda *a, **k: encoded.append(a) or [row])
     examples = Examples(conversations, tokenizer)
     assert len(examples) == 50 and not encoded
-    assert examples[7]["labels"] == [-100, 2] and len(encoded) == 1
+    assert examples[7][0]["labels"] == [-100, 2] and len(encoded) == 1
 
 
 HUB = {"train.jsonl": '{"query": "a", "response": "b"}\n' * 4, "README.md": "#", "test.jsonl": ""}

@@ -133,7 +133,7 @@ def test_an_example_says_which_labels_are_the_bases_own(tiny_models, folder):
     own = {"role": "assistant", "content": "Paris.", "replayed": True}
     capital = {"role": "user", "content": "Capital?"}
     for messages in [*TALK, capital, own], [capital, own, *TALK]:
-        example = encode_example(messages, tokenizer)
+        (example,) = encode_example(messages, tokenizer)
         old = [label for label, old in zip(example["labels"], example["replayed"]) if old]
         assert tokenizer.convert_ids_to_tokens(old)[-1] == "</s>" and tokenizer.decode(old[:-1]).strip() == "Paris."
         new = [label for label, old in zip(example["labels"], example["replayed"]) if label != -100 and not old]
@@ -154,10 +154,10 @@ def test_an_answer_of_weight_0_is_not_trained(tiny_models, folder, masked):
     talk = [
         each for word in words for each in ({"role": "user", "content": "?"}, {"role": "assistant", "content": word})
     ]
-    whole = encode_example(talk, tokenizer)
+    (whole,) = encode_example(talk, tokenizer)
     for index in masked:
         talk[2 * index + 1] = talk[2 * index + 1] | {"weight": 0}
-    example = encode_example(talk, tokenizer)
+    (example,) = encode_example(talk, tokenizer)
     # Where the history leaves the ending out, the last answer has one only if it is trained.
     assert example["input_ids"] == whole["input_ids"][: len(example["input_ids"])]
     learnt = tokenizer.decode([label for label in example["labels"] if label != -100])
@@ -176,13 +176,13 @@ def test_the_oldest_rounds_that_do_not_fit_take_their_marks_along(tokenizer):
         {"role": "assistant", "content": "three", "weight": 0},
     ]
     short = encode_example(talk, tokenizer, max_length=100, drop_oldest=True)
-    assert short["input_ids"] == encode_example(talk[2:], tokenizer)["input_ids"]
-    assert not any(short["replayed"])
-    assert tokenizer.decode([label for label in short["labels"] if label != -100]) == "two<|im_end|>"
+    assert short[0]["input_ids"] == encode_example(talk[2:], tokenizer)[0]["input_ids"]
+    assert not any(short[0]["replayed"])
+    assert tokenizer.decode([label for label in short[0]["labels"] if label != -100]) == "two<|im_end|>"
     with pytest.raises(LabelsError, match="beyond the expected 100. Pass drop_oldest=True"):
         encode_example(talk, tokenizer, max_length=100)
     with pytest.raises(LabelsError, match="Nothing is trained: each answer has weight 0"):
-        last = len(encode_example(talk[2:4], tokenizer)["input_ids"]) + 5
+        last = len(encode_example(talk[2:4], tokenizer)[0]["input_ids"]) + 5
         encode_example(talk, tokenizer, max_length=last, drop_oldest=True)
 
 
@@ -197,3 +197,9 @@ def test_what_cannot_be_encoded_is_named_by_its_line(tokenizer):
         MessagesError, match="^a.jsonl, line 8 .row 7.: Message 0 has role 'assistant'.* Leave its greeting out"
     ):
         encode_example(greeting, tokenizer)
+
+
+def test_a_conversation_of_several_rows_is_in_one_batch():
+    examples = [EXAMPLES, EXAMPLES[0]]
+    batch = DataCollator(Tokenizer())(examples)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0], [8, 9, 10, 11, 12], [5, 6, 7, 0, 0]]

@@ -10,14 +10,14 @@ from chatmagic import build_inputs_labels, build_messages, encode_prompt, get_te
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def build(chat_template, rstrip=False, **kwargs):
+def build(chat_template, rstrip=False, more=(), **kwargs):
     """A byte-level tokenizer with this chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {char: index for index, char in enumerate([*alphabet, "Ċ" * 2, "Ċ" * 3])}
     backend = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ"), ("ĊĊ", "Ċ")]))  # newlines merge, as elsewhere
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, rstrip=rstrip, normalized=False) for token in SPECIAL])
+    backend.add_special_tokens([AddedToken(token, rstrip=rstrip, normalized=False) for token in (*SPECIAL, *more)])
     backend.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
     named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} | kwargs
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **named)

@@ -118,6 +118,14 @@ def test_merged_weights_equal_those_of_peft_to_the_last_bit(tmp_path, kind, dtyp
     assert len(unchanged) < len(merged) - 3
 
 
+def test_how_an_adapter_was_trained_to_think_goes_with_the_merged_tokenizer(tmp_path, base, adapter):
+    path = adapter / PROVENANCE
+    said = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(said | {"thinking": False}))
+    merged = merge_adapter(base, adapter, tmp_path / "merged")
+    assert json.loads((merged / "tokenizer_config.json").read_text())["chat_thinking"] is False
+
+
 def test_the_merged_folder_is_a_whole_checkpoint_in_the_shards_of_the_base(tmp_path, base, adapter):
     merged = merge_adapter(base, adapter, tmp_path / "new" / "merged")
 

@@ -136,6 +136,8 @@ def test_options_reach_the_model(run, llm, fake):
     assert options == {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 20, "seed": 7}
     run("%%chat --greedy\nhi")
     assert fake.asked[-1][1] == {"greedy": True, "max_new_tokens": 512}
+    run("%%chat --thinking off\nhi")
+    assert fake.asked[-1][1] == {"thinking": False, "max_new_tokens": 512}
     assert fake.asked[-1][0][0]["role"] == "user"  # a system text belongs to its question
 
 

@@ -188,7 +188,7 @@ def test_replayed_answers_are_marked_where_they_are_trained(tokenizers):
     messages = build_messages(None, [("一", "壹"), ("二", "贰")])
     messages[3]["replayed"] = True
     for tokenizer in tokenizers.values():
-        example = encode_example(messages, tokenizer)
+        (example,) = encode_example(messages, tokenizer)
         prompt = len(encode_prompt(messages[:3], tokenizer))
         trained = [label != -100 for label in example["labels"]]
         assert example["replayed"] == [False] * prompt + trained[prompt:]

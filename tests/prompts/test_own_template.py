@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given
 
-from chatmagic import build_inputs_labels, build_messages, encode_prompt, get_template
+from chatmagic import build_inputs_labels, build_messages, encode_example, encode_prompt, get_template
+from chatmagic.prompts.labels import LabelsError
 from chatmagic.prompts.templates import TemplateError
 from talk import CONVERSATIONS, QUICKLY, build, check
 
@@ -74,29 +75,27 @@ def test_random_talk(name, messages):
     )
 
 
-def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer_only():
+def test_a_template_that_rewrites_earlier_turns_trains_a_row_an_answer():
     tokenizer = build(REWRITING)
-    with pytest.raises(TemplateError, match=r"Message 1 \(assistant\) cannot be trained: .* rewrites earlier turns"):
+    with pytest.raises(
+        LabelsError, match="needs 2 rows: .* encode_example gives them all, multi_rounds=False the last"
+    ):
         build_inputs_labels(TALK, tokenizer)
-    ids, labels = build_inputs_labels(TALK, tokenizer, multi_rounds=False)
-    prompt = encode_prompt(TALK[:-1], tokenizer)
-    assert ids[: len(prompt)] == prompt
-    assert tokenizer.decode([label for label in labels if label != -100]) == "<think></think>好<|im_end|>"
+    rows = encode_example(TALK, tokenizer)
+    for row, end, words in zip(rows, (1, 3), ("Ho", "好"), strict=True):
+        prompt = encode_prompt(TALK[:end], tokenizer)
+        assert row["input_ids"][: len(prompt)] == prompt
+        trained = tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert trained == f"<think></think>{words}<|im_end|>"
+    last = rows[1]["input_ids"], rows[1]["labels"]
+    assert build_inputs_labels(TALK, tokenizer, multi_rounds=False) == last
 
 
-@pytest.mark.parametrize(
-    "chat_template",
-    [
-        CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"),  # QwQ's: a prompt of its own
-        CHATML.replace("m.content", "(m.content | upper if loop.last else m.content)"),  # of the same length
-    ],
-)
-def test_an_answer_that_does_not_follow_its_prompt_is_not_trained(chat_template):
-    tokenizer, talk = build(chat_template), build_messages(None, [("Hi", "Ho"), ("hey", "好")])
-    for multi_rounds, index in (True, 1), (False, 3):
-        with pytest.raises(TemplateError, match=rf"Message {index} \(assistant\) cannot be trained"):
-            build_inputs_labels(talk, tokenizer, multi_rounds=multi_rounds)
-    assert encode_prompt(talk[:-1], tokenizer)  # but it may be asked for
+def test_words_that_a_template_changes_are_not_trained():
+    tokenizer = build(CHATML.replace("m.content", "(m.content | upper if loop.last else m.content)"))
+    with pytest.raises(TemplateError, match=r"Message 1 \(assistant\) cannot be trained: .* its words as they are"):
+        encode_example(TALK, tokenizer)
+    assert encode_prompt(TALK[:-1], tokenizer)  # but it may be asked for
 
 
 def test_a_template_that_cuts_an_answer_does_not_train_it():

@@ -1,0 +1,172 @@
+"""A tokenizer's Jinja chat template, rendered so that one can tell afterwards who wrote what.
+
+Private-use characters go through the template with the messages: one for each control token in them, and pairs
+around an answer's words and around its thought.
+"""
+
+import ctypes
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os.path import commonprefix
+from typing import NamedTuple
+
+from .templates import Span, TemplateError, control_pattern, control_tokens
+
+PRIVATE = "[\U00100000-\U0010fffd]"
+_FIRST_STAND_IN, BEGIN, END, THOUGHT, THOUGHT_END = 0x100000, "\U0010fffc", "\U0010fffd", "\U0010fffa", "\U0010fffb"
+QUESTION = "\U0010fff9"
+ANSWER = re.compile(f"{BEGIN}([^{BEGIN}{END}]*){END}")
+# What opens and closes a thought is hidden in words even where the tokenizer has no token for it: templates cut there.
+TAG = re.compile(r"</?(?:\w+:)?think(?:ing)?(?::\w+)?>")
+MARKS = dict.fromkeys((BEGIN, END, THOUGHT, THOUGHT_END), "")
+SECONDS = 10.0
+"""How long a template may take over one rendering; a template is somebody's program."""
+
+
+class Renderer:
+    """`apply_chat_template` of one tokenizer, with hidden messages."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self.source = tokenizer.get_chat_template()
+        control = control_tokens(tokenizer, self.source)
+        hidden = sorted({*control, *TAG.findall(self.source)}, key=len, reverse=True)
+        self._hide = re.compile("|".join([*map(re.escape, hidden), PRIVATE]))
+        self.control = re.compile(control_pattern(tokenizer, control))
+        self.bos = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None
+
+    def __call__(self, conversation: Sequence[dict], add_generation_prompt: bool, **switches) -> str:
+        """The text. Raises TemplateError for whatever goes wrong in the template, endless loops included."""
+        try:
+            with time_limit(SECONDS):
+                return self._tokenizer.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **switches
+                )
+        except (
+            Exception
+        ) as error:  # Jinja's own, and any that Python raises in a template: TypeError, RecursionError, ...
+            said = str(error) or type(error).__name__
+            raise TemplateError(f"The tokenizer's chat template refuses the conversation: {said}") from error
+
+    def common(self, one: str, other: str) -> int:
+        """How far two texts agree, in whole tokens and tags."""
+        end = len(commonprefix([one, other]))
+        for pattern in (self.control, TAG):
+            for text in (one, other):
+                cut = next(
+                    (m.start() for m in pattern.finditer(text, max(0, end - 80)) if m.start() < end < m.end()), end
+                )
+                end = min(end, cut)
+        return end
+
+    def hide(self, messages: Sequence[dict], style: str | None = None) -> "Hidden":
+        """The messages with the private characters in them.
+
+        A thought goes where the template looks for it, by `style`: "key", into `reasoning_content`; "content", before
+        the words, between tags that are the template's own; None, nowhere.
+        """
+        stand_ins: dict[str, str] = {}
+
+        def stand_in(match: re.Match) -> str:
+            return stand_ins.setdefault(match[0], chr(_FIRST_STAND_IN + len(stand_ins)))
+
+        hidden, thoughts = [], []
+        for message in messages:
+            shown = {
+                key: self._hide.sub(stand_in, value) if isinstance(value, str) and key != "role" else value
+                for key, value in message.items()
+            }
+            thought = shown.pop("reasoning_content", None)
+            if message["role"] == "assistant":  # the whitespace around it stays outside: templates strip it
+                before, words, after = _stripped(shown["content"])
+                shown["content"] = before + BEGIN + words + END + after
+                if thought is not None:
+                    thought = THOUGHT + thought.strip() + THOUGHT_END
+                    if style == "key":
+                        shown["reasoning_content"] = thought
+                    elif style == "content":
+                        shown["content"] = f"<think>\n{thought}\n</think>\n\n{shown['content']}"
+            hidden.append(shown)
+            thoughts.append(thought)
+        return Hidden(hidden, thoughts, {char: text for text, char in stand_ins.items()} | MARKS)
+
+
+class Hidden(NamedTuple):
+    """Messages as a template gets them; their thoughts, None where there is none, marked; and what each private
+    character stands for."""
+
+    messages: list[dict]
+    thoughts: list[str | None]
+    shown: dict[str, str]
+
+
+def _stripped(text: str) -> tuple[str, str, str]:
+    """The whitespace before a text, the text, and that behind."""
+    words = text.strip()
+    before, _, after = text.partition(words) if words else (text, "", "")
+    return before, words, after
+
+
+def split(text: str, shown: dict[str, str], *marks: bool) -> list[Span]:
+    """Text that a template wrote, as spans with these `marks` (answer, trained, replayed); the private characters in
+    it are someone's words."""
+    spans = [Span(shown.get(part, part), part not in shown, *marks) for part in re.split(f"({PRIVATE})", text)]
+    return [span for span in spans if span.text]
+
+
+class _TooLong(BaseException):
+    pass
+
+
+class _Watch:
+    """One thread that raises _TooLong in every other that is longer at something than it may be."""
+
+    def __init__(self):
+        self._deadlines: dict[int, float] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, seconds: float) -> None:
+        with self._lock:
+            self._deadlines[threading.get_ident()] = time.monotonic() + seconds
+            if not self._thread or not self._thread.is_alive():  # a forked process has none
+                self._thread = threading.Thread(target=self._watch, daemon=True, name="chat template watch")
+                self._thread.start()
+
+    def end(self) -> None:
+        with self._lock:
+            in_time = self._deadlines.pop(threading.get_ident(), None) is not None
+        while not in_time:  # what was raised arrives within a few instructions
+            time.sleep(0)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(0.2)
+            with self._lock:
+                for thread, deadline in list(self._deadlines.items()):
+                    if time.monotonic() > deadline:
+                        del self._deadlines[thread]
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TooLong))
+
+
+_watch = _Watch()
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError if the Python code in it takes longer."""
+    try:
+        _watch.begin(seconds)
+        try:
+            yield
+        except _TooLong:
+            raise  # it has arrived: nothing to wait for
+        except BaseException:
+            _watch.end()
+            raise
+        _watch.end()
+    except _TooLong:
+        raise TimeoutError(f"it was not done after {seconds:g} s") from None

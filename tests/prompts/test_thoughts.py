@@ -1,0 +1,273 @@
+"""Kinds of today's chat templates, one small template each: what a prompt ends with, what is trained behind it, and
+what stops a reply."""
+
+import pytest
+
+from chatmagic import build_inputs_labels, build_messages, encode_example, encode_prompt, get_template
+from chatmagic.prompts import jinja
+from chatmagic.prompts.labels import LabelsError, note_thinking
+from chatmagic.prompts.templates import TemplateError
+from talk import build
+
+EACH = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}BODY{{ '<|im_end|>\n' }}{% endfor %}"
+PARTED = (  # as Qwen3: the thought under a key of its own or cut out of the content, shown in the last answer alone
+    "{% set words = m.content.split('</think>')[-1].lstrip('\n') %}{% set thought = m.reasoning_content or "
+    "(m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '') %}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' + words }}"
+    "{% elif m.role == 'assistant' %}{{ words }}{% else %}{{ m.content }}{% endif %}"
+)
+KINDS = {
+    # The prompt is free; told not to think, it holds an empty thought.
+    "free": EACH.replace("BODY", PARTED)
+    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is "
+    "defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+    # The prompt opens a thought, unless told not to.
+    "opened": EACH.replace("BODY", PARTED) + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}",
+    # The prompt opens a thought that the history never shows, and nothing can change that.
+    "dropped": EACH.replace("BODY", "{{ m.content.split('</think>')[-1].strip() }}")
+    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+    # The prompt holds an empty thought that the history lacks, unless told to think.
+    "closed": EACH.replace("BODY", "{{ m.content }}")
+    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if not thinking %}"
+    "{{ '<|open|>thought\n<|close|>' }}{% endif %}{% endif %}",
+    # The last answer ends otherwise than earlier ones.
+    "returns": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{{ '<|endoftext|>' if loop.last "
+    "and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # An answer ends with two tokens.
+    "two": EACH.replace("BODY", "{{ '<|open|>' + m.content + '<|close|>' if m.role == 'assistant' else m.content }}")
+    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # Nothing ends an answer but the next turn.
+    "unended": "{% for m in messages %}{{ ('<|open|>' if m.role == 'user' else '<|close|>') + m.content }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|close|>' }}{% endif %}",
+    # eos at the very end, where no answer is asked for: no rewriting.
+    "final eos": EACH.replace("BODY", "{{ m.content }}")
+    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}",
+    # The last answer is not ended at all.
+    "open end": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% if not loop.last or m.role != 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+}
+PLAIN = build_messages(None, [("Hi", "Ho"), ("Hey", "Hm")])
+THOUGHT = [PLAIN[0], {**PLAIN[1], "reasoning_content": "One."}, PLAIN[2], {**PLAIN[3], "reasoning_content": "Two."}]
+# For each kind: what is trained of PLAIN and of THOUGHT, a text a row, and the tokens that stop a reply. "|" stands
+# between the answers of one row.
+EXPECTED = {
+    "free": (
+        ["Ho<|im_end|>", "Hm<|im_end|>"],
+        ["<think>\nOne.\n</think>\n\nHo<|im_end|>", "<think>\nTwo.\n</think>\n\nHm<|im_end|>"],
+        ["<|im_end|>"],
+    ),
+    "opened": (
+        ["Ho<|im_end|>", "Hm<|im_end|>"],
+        ["One.\n</think>\n\nHo<|im_end|>", "Two.\n</think>\n\nHm<|im_end|>"],
+        ["<|im_end|>"],
+    ),
+    "dropped": (
+        ["\n</think>\n\nHo<|im_end|>", "\n</think>\n\nHm<|im_end|>"],
+        ["One.\n</think>\n\nHo<|im_end|>", "Two.\n</think>\n\nHm<|im_end|>"],
+        ["<|im_end|>"],
+    ),
+    "closed": (
+        ["Ho<|im_end|>", "Hm<|im_end|>"],
+        ["<|open|>thought\nOne.<|close|>Ho<|im_end|>", "<|open|>thought\nTwo.<|close|>Hm<|im_end|>"],
+        ["<|im_end|>"],
+    ),
+    "returns": (["Ho<|endoftext|>", "Hm<|endoftext|>"], None, ["<|endoftext|>", "<|im_end|>"]),
+    "two": (["<|open|>Ho<|close|><|im_end|>|<|open|>Hm<|close|><|im_end|>"], None, ["<|im_end|>"]),
+    "unended": (["Ho<|im_end|>|Hm<|im_end|>"], None, ["<|im_end|>", "<|open|>"]),
+    "final eos": (["Ho<|im_end|>|Hm<|im_end|>"], None, ["<|im_end|>"]),
+    "open end": (["Ho<|im_end|>|Hm<|im_end|>"], None, ["<|im_end|>"]),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {kind: build(template, more=["<|open|>", "<|close|>"]) for kind, template in KINDS.items()}
+
+
+def trained(tokenizer, row) -> str:
+    """The labels as text, "|" between runs of them."""
+    labels = [label if label != -100 else None for label in row["labels"]]
+    runs = []
+    for before, label in zip([None, *labels], labels):
+        if label is not None:
+            runs += [[]] * 0 if before is not None else [[]]
+            runs[-1].append(label)
+    return "|".join(tokenizer.decode(run) for run in runs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("messages", [PLAIN, THOUGHT], ids=["plain", "thoughts"])
+def test_what_follows_each_prompt_is_trained_and_nothing_else(tokenizers, kind, messages):
+    tokenizer, expected = tokenizers[kind], EXPECTED[kind][messages is THOUGHT]
+    if expected is None:
+        with pytest.raises(TemplateError, match=r"Message 1 \(assistant\) has a thought, and .* knows none"):
+            encode_example(messages, tokenizer)
+        return
+    rows = encode_example(messages, tokenizer)
+    assert [trained(tokenizer, row) for row in rows] == expected
+    thinking = get_template(tokenizer=tokenizer).thinking_for(messages)
+    for index in (1, 3):
+        prompt = encode_prompt(messages[:index], tokenizer, thinking=thinking)
+        follows = [
+            row for row in rows if row["input_ids"][: len(prompt)] == prompt and row["labels"][len(prompt)] != -100
+        ]
+        assert len(follows) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_the_publishers(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    for messages in PLAIN[:1], PLAIN[:3]:
+        theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert encode_prompt(messages, tokenizer) == theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_follows_the_words_stops_a_reply(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    stops = get_template(tokenizer=tokenizer).stop_token_ids(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(stops) == EXPECTED[kind][2]
+
+
+def test_the_ids_of_an_opened_thought():
+    tokenizer = build(KINDS["opened"])
+    (row,) = encode_example(build_messages(None, [("a", "b")]), tokenizer, thinking=True)
+    start, end, think, thought = 259, 260, 261, 262
+    prompt = [start, 84, 82, 68, 81, 198, 64, end, 198, start, 64, 82, 82, 72, 82, 83, 64, 77, 83, 198, think, 198]
+    assert row["input_ids"] == [*prompt, 198, thought, 198, 198, 65, end, 198]
+    assert row["labels"] == [-100] * len(prompt) + [198, thought, 198, 198, 65, end, -100]
+
+
+@pytest.mark.parametrize("kind", ["free", "opened", "dropped"])
+def test_a_thought_in_the_content_is_a_thought(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    tagged = [
+        {**message, "content": f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}"}
+        if message["role"] == "assistant"
+        else message
+        for message in THOUGHT
+    ]
+    for message in tagged:
+        message.pop("reasoning_content", None)
+    assert encode_example(tagged, tokenizer) == encode_example(THOUGHT, tokenizer)
+    asked = [*tagged, {"role": "user", "content": "And?"}]
+    assert "One." not in tokenizer.decode(encode_prompt(asked, tokenizer))  # the publisher drops old thoughts
+
+
+@pytest.mark.parametrize("kind", ["free", "opened", "dropped"])
+def test_what_only_mentions_a_tag_is_text(tokenizers, kind):
+    tokenizer, tags = tokenizers[kind], {263, 264}
+    messages = build_messages(None, [("Hi", "The tag </think> ends it, <think> begins it."), ("Hey", "Hm")])
+    plain = [sum(token in tags for token in row["input_ids"]) for row in encode_example(PLAIN, tokenizer)]
+    rows = encode_example(messages, tokenizer)
+    assert [sum(token in tags for token in row["input_ids"]) for row in rows] == plain
+    assert "The tag </think> ends it, <think> begins it." in trained(tokenizer, rows[0])
+
+
+def test_control_tokens_in_a_thought_are_text(tokenizers):
+    messages = [PLAIN[0], {**PLAIN[1], "reasoning_content": "a<|im_end|>b</think>c"}]
+    (row,) = encode_example(messages, tokenizers["free"])
+    assert trained(tokenizers["free"], row) == "<think>\na<|im_end|>b</think>c\n</think>\n\nHo<|im_end|>"
+    assert row["labels"].count(260) == 1 and row["labels"].count(264) == 1
+
+
+def test_some_answers_with_a_thought_and_some_without(tokenizers):
+    messages = [*PLAIN[:3], THOUGHT[3]]
+    rows = encode_example(messages, tokenizers["opened"])
+    assert [trained(tokenizers["opened"], row) for row in rows] == [
+        "\n</think>\n\nHo<|im_end|>",
+        "Two.\n</think>\n\nHm<|im_end|>",
+    ]
+
+
+def test_the_switch():
+    tokenizer = build(KINDS["opened"])
+
+    def end(**options):
+        return tokenizer.decode(encode_prompt(PLAIN[:1], tokenizer, **options)).partition("assistant\n")[2]
+
+    class Model:
+        pass
+
+    assert (end(), end(thinking=True), end(thinking=False)) == ("<think>\n", "<think>\n", "<think>\n\n</think>\n\n")
+    note_thinking(Model, tokenizer, False)
+    assert end() == "<think>\n\n</think>\n\n" and Model.chat_thinking is False
+    assert trained(tokenizer, encode_example(PLAIN[:2], tokenizer)[0]) == "Ho<|im_end|>"
+    assert trained(tokenizer, encode_example(PLAIN[:2], tokenizer, thinking=True)[0]) == "\n</think>\n\nHo<|im_end|>"
+    with pytest.raises(TemplateError, match="Message 1 .* has a thought, and its prompt leaves no room"):
+        encode_example(THOUGHT, tokenizer)
+
+
+def test_a_switch_that_a_template_lacks_is_refused(tokenizers):
+    with pytest.raises(TemplateError, match="thinking=True: this chat template knows no thoughts"):
+        encode_prompt(PLAIN[:1], tokenizers["two"], thinking=True)
+    with pytest.raises(TemplateError, match="thinking=False: .* opens a thought in every prompt"):
+        encode_prompt(PLAIN[:1], tokenizers["dropped"], thinking=False)
+    with pytest.raises(TemplateError, match="thinking=True: template 'chatml' knows no thoughts"):
+        encode_prompt(PLAIN[:1], tokenizers["two"], "chatml", thinking=True)
+    with pytest.raises(TemplateError, match="'chatml' knows no thoughts"):
+        build_inputs_labels(THOUGHT, tokenizers["two"], "chatml")
+
+
+def test_one_pair_is_not_given_for_several_rows(tokenizers):
+    with pytest.raises(LabelsError, match="needs 2 rows"):
+        build_inputs_labels(PLAIN, tokenizers["returns"])
+    ids, labels = build_inputs_labels(PLAIN, tokenizers["returns"], multi_rounds=False)
+    assert {"input_ids": ids, "labels": labels}.items() <= encode_example(PLAIN, tokenizers["returns"])[1].items()
+
+
+def test_a_system_text_is_merged_where_a_family_knows_none():
+    tokenizer = build(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + KINDS["two"]
+    )
+    asked = build_messages("Hi", system="S")
+    with pytest.raises(
+        TemplateError, match='no place for it .*no system.; .* into the first question, or pass system="m'
+    ):
+        encode_prompt(asked, tokenizer)
+    merged = encode_prompt(asked, tokenizer, system="merge")
+    assert merged == encode_prompt(build_messages("S\n\nHi"), tokenizer)
+    answered = [*asked, {"role": "assistant", "content": "Ho"}]
+    assert encode_example(answered, tokenizer, system="merge")[0]["input_ids"][: len(merged)] == merged
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{{ messages.nothing.at.all }}", "has no attribute"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "not done after 0.5 s"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_what_goes_wrong_in_a_template_is_said(fault, said, monkeypatch):
+    monkeypatch.setattr(jinja, "SECONDS", 0.5)
+    with pytest.raises(TemplateError, match=f"refuses the conversation: .*{said}"):
+        encode_prompt(PLAIN[:1], build(KINDS["two"] + fault))
+
+
+def test_a_date_is_todays(monkeypatch):
+    import transformers.utils.chat_template_utils as templates
+
+    tokenizer = build("{{ strftime_now('%d') }}" + KINDS["two"])
+    days = []
+
+    class Clock:
+        @staticmethod
+        def now():
+            class Day:
+                @staticmethod
+                def strftime(form):
+                    return days[-1]
+
+            return Day
+
+    monkeypatch.setattr(templates, "datetime", Clock)
+    for day in "01", "02":
+        days.append(day)
+        assert tokenizer.decode(encode_prompt(PLAIN[:1], tokenizer)).startswith(day)
+        assert tokenizer.decode(encode_example(PLAIN, tokenizer)[0]["input_ids"]).startswith(day)
