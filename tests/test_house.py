@@ -170,8 +170,8 @@ def public(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             yield node
-        if isinstance(node, (ast.ClassDef, ast.If)):
-            yield from public(node)
+            if isinstance(node, ast.ClassDef):
+                yield from public(node)
 
 
 def raised(function: ast.FunctionDef) -> set[str]:

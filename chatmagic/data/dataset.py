@@ -6,12 +6,16 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import nlargest
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
 from ..files import writing
 from ..prompts.labels import IGNORE, encode_rows
 from .rows import DataError, existing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[str, str]]]:
@@ -71,13 +75,16 @@ class Conversation(list):
     """
 
     __slots__ = ("place",)
+    place: tuple[str, int, int]
 
     @property
     def where(self) -> str:
+        """The place in words."""
         return named(*self.place)
 
 
 def named(name: str, line: int, row: int) -> str:
+    """A place in words: the row's number too, where it is another than the line's."""
     return f"{name}, line {line}" if line == row else f"{name}, line {line} (row {row})"
 
 
@@ -88,7 +95,7 @@ class ConversationFile(Sequence):
     are kept. `without`: conversations that are passed over. Raises DataError as `read_jsonl` does.
     """
 
-    def __init__(self, path: str | Path, without: Iterable[list[dict]] = ()):
+    def __init__(self, path: str | Path, without: Iterable[list[dict]] = ()) -> None:
         self.path, self.starts, self.numbers, self.lengths = existing(path), array("q"), array("q"), array("q")
         passed_over = {json.dumps(messages) for messages in without}
         start = 0
@@ -118,7 +125,11 @@ class Examples(Sequence):
     """
 
     def __init__(
-        self, conversations: Sequence[list[dict]], tokenizer, max_length: int | None = None, drop_oldest: bool = False
+        self,
+        conversations: Sequence[list[dict]],
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int | None = None,
+        drop_oldest: bool = False,
     ):
         self.conversations, self.tokenizer = conversations, tokenizer
         self.cut = {"max_length": max_length, "drop_oldest": drop_oldest}
@@ -139,19 +150,21 @@ class Examples(Sequence):
         every, sizes = range(len(self)), self.conversations.lengths
         limit = self.cut["max_length"] or self.tokenizer.model_max_length
         drawn = every if len(self) <= 1000 else random.Random(0).sample(every, 1000)
-        trained = (
-            sum(label != IGNORE for index in drawn for row in self[index] for label in row["labels"])
-            * len(self)
-            // len(drawn)
-        )
+        labels = (label for index in drawn for row in _rows(self[index]) for label in row["labels"])
+        trained = sum(label != IGNORE for label in labels) * len(self) // len(drawn)
         long = {index for index in every if sizes[index] > limit / 2} | {*nlargest(8, every, key=sizes.__getitem__)}
-        tokens, index = max((len(row["input_ids"]), index) for index in long for row in self[index])
+        tokens, index = max((len(row["input_ids"]), index) for index in long for row in _rows(self[index]))
         about = "" if len(drawn) == len(self) else "about "
         context = "" if limit > 10**9 else f" of {limit:,}"
         return (
             f"{about}{trained:,} tokens trained, the longest row has {tokens:,}{context} "
             f"({self.conversations[index].where})"
         )
+
+
+def _rows(example: dict[str, list] | list[dict[str, list]]) -> list[dict[str, list]]:
+    """The rows of a conversation, of which some templates need more than one."""
+    return example if isinstance(example, list) else [example]
 
 
 # What ShareGPT files call the roles, next to their proper names.
@@ -164,7 +177,7 @@ _ROLES = {
 }
 
 
-def _messages(row) -> list[dict]:
+def _messages(row: Any) -> list[dict]:
     """The messages of one line, not yet validated."""
     keys = set(row) if isinstance(row, dict) else set()
     if "messages" in keys:
@@ -184,7 +197,7 @@ def _messages(row) -> list[dict]:
 
 def encode_example(
     messages: Sequence[dict],
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None = None,
     drop_oldest: bool = False,
     thinking: bool | None = None,
@@ -205,7 +218,8 @@ def encode_example(
     except ChatmagicError as error:
         asked = [message["role"] for message in messages if message["role"] != "system"]
         way_out = " Leave its greeting out, or put it into the system text." if asked[:1] == ["assistant"] else ""
-        raise type(error)(f"{where}: {error}{way_out}".removeprefix(": ")) from error
+        error.args = (f"{where}: {error}{way_out}".removeprefix(": "),)
+        raise
     return [vars(row) for row in rows]
 
 
@@ -231,10 +245,12 @@ class DataCollator:
         """The rows' `input_ids` and `labels` as int64 tensors of shape (rows, length), with -100
         in the labels' padding, and `attention_mask`, 0 there. Raises DataError for an example that trains the
         pad token: whoever masks labels where the id is the pad's would never teach the model to end its
-        turn. Examples that have `replayed` give a bool tensor of it too."""
+        turn. Examples that have `replayed` give a bool tensor of it too; a list of examples, as of a conversation, is
+        as many."""
         import torch
 
-        examples = [row for each in examples for row in ([each] if isinstance(each, dict) else each)]
+        examples = [row for example in examples for row in _rows(example)]
+
         length = max(len(example["input_ids"]) for example in examples)
         shape = len(examples), -(-length // self.multiple) * self.multiple
         batch = {

@@ -5,9 +5,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..conversation.messages import MessagesError, validate_messages
+from ..conversation.messages import Message, MessagesError, validate_messages
 from .rows import DataError
 
 # What the parts of a row are called; the first of each is the name that messages to the reader use.
@@ -71,14 +71,14 @@ class Forms:
     unused: how often a key stood in a row that nothing reads. unanswered: how many rows ended with a question.
     """
 
-    def __init__(self, columns: Mapping[str, str] | Iterable[str] | None = None, persona=None):
+    def __init__(self, columns: Mapping[str, str] | Iterable[str] | None = None, persona: object = None) -> None:
         self.names = _named(columns)
         self.filling = persona if isinstance(persona, Mapping) else vars(persona) if persona else {}
         self.unused: Counter[str] = Counter()
         self.unanswered = 0
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
 
-    def messages(self, row) -> list[dict]:
+    def messages(self, row: object) -> list[Message]:
         """The valid messages of a row; an answer that is not to be trained has `"weight": 0`, as OpenAI says it.
 
         Raises DataError for what cannot be read, or would be trained otherwise than it is meant; LeftOut for what is
@@ -112,7 +112,7 @@ class Forms:
             raise LeftOut("no answer that is to be trained")
         return messages
 
-    def _row(self, row) -> list[dict]:
+    def _row(self, row: object) -> list[Message]:
         if not isinstance(row, dict):
             raise DataError(f"expected an object or a list of messages; found a JSON {type(row).__name__}.")
         try:
@@ -146,19 +146,19 @@ class Forms:
             del talk[0]
         return [{"role": "system", "content": system}, *talk] if system else talk
 
-    def _asked(self, keys: dict[str, str], read: dict) -> list[dict]:
+    def _asked(self, keys: dict[str, str], read: dict[str, Any]) -> list[Message]:
         """The history and the question."""
         talk = self._turns(_unpacked("history", read["history"])) if read.get("history") else []
         if isinstance(read["question"], list):  # a prompt of messages, whose answers TRL does not train
-            asked = self._turns(read["question"])
-            return talk + [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in asked]
+            turns = self._turns(read["question"])
+            return talk + [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
         asked, more = _text(read["question"], keys["question"]), read.get("input")
         if more and (more := _text(more, keys["input"])).strip():
             asked = f"{asked}\n{more}" if asked.strip() else more
         talk.append({"role": "user", "content": asked})
         return talk
 
-    def _answered(self, talk: list[dict], key: str, answer, reasoning) -> list[dict]:
+    def _answered(self, talk: list[Message], key: str, answer: Any, reasoning: Any) -> list[Message]:
         """What was said, with the answer: a text, a message, or messages, which may be the whole conversation."""
         if isinstance(answer, str) and reasoning is None:
             talk.append({"role": "assistant", "content": answer})
@@ -177,9 +177,9 @@ class Forms:
             message["reasoning_content"] = _text(reasoning, "reasoning_content")
         return [*talk, message]
 
-    def _turns(self, listed: list) -> list[dict]:
+    def _turns(self, listed: list[Any]) -> list[Message]:
         """Messages of a list: of messages, of rounds, of pairs, or of texts that take turns."""
-        talk: list[dict] = []
+        talk: list[Message] = []
         for index, turn in enumerate(listed):
             if isinstance(turn, dict):
                 talk += self._turn(turn, len(talk))
@@ -192,9 +192,9 @@ class Forms:
                 raise DataError(f"turn {index} is a {_kind(turn)}; expected a message, a text or a pair of texts.")
         return talk
 
-    def _turn(self, turn: dict, index: int) -> list[dict]:
+    def _turn(self, turn: Message, index: int) -> list[Message]:
         """The message that a dict is, or the messages of a round."""
-        role = turn.get("role", turn.get("from"))
+        role: Any = turn.get("role") or turn.get("from")  # in a table of both kinds the other is null
         if role is None:
             try:
                 talk = self._row(turn)
@@ -203,8 +203,9 @@ class Forms:
             return talk[1:] if index and talk[0]["role"] == "system" else talk
         role = _ROLE_OF.get(role) or _ROLE_OF.get(str(role).strip().lower(), role)
         if role == "tool":
-            raise DataError(f"Message {index} is a tool's ({turn.get('role', turn.get('from'))}). {_NO_TOOLS}")
-        key = next((key for key in ("content", "value", "text") if key in turn), None)
+            raise DataError(f"Message {index} is a tool's ({turn.get('role') or turn.get('from')}). {_NO_TOOLS}")
+        given = [key for key in ("content", "value", "text") if key in turn]
+        key = next((key for key in given if turn[key] is not None), given[0] if given else None)
         message = {"role": role}
         if len(turn) > 2:
             message |= self._beside(turn, key, role, index)
@@ -214,9 +215,9 @@ class Forms:
         message["content"] = text if isinstance(text, str) else _text(text, f"Message {index} ({role})")
         return [message]
 
-    def _beside(self, turn: dict, content: str | None, role: str, index: int) -> dict:
+    def _beside(self, turn: Message, content: str | None, role: str, index: int) -> Message:
         """What a message has beside its role and its content, where it matters."""
-        kept = {}
+        kept: Message = {}
         for key, value in turn.items():
             if key in ("role", "from", content) or _is_nothing(value):
                 continue
@@ -237,7 +238,7 @@ class Forms:
                 self.unused[f"messages.{key}"] += 1
         return kept
 
-    def _decide(self, key: str, value, row: dict) -> None:
+    def _decide(self, key: str, value: Any, row: dict[str, Any]) -> None:
         """Honour or refuse a key on which the meaning hangs."""
         if key in _WEIGHTS or key in _VERDICTS:
             if _is_one_of(value, _OFF):
@@ -258,9 +259,9 @@ class Forms:
         else:
             raise DataError(_preference([key for key in row if _PREFERENCE.search(key)]))
 
-    def _make_plan(self, keys: tuple) -> Plan:
+    def _make_plan(self, keys: tuple[str, ...]) -> Plan:
         """What the keys of a row are. Raises DataError where they are no conversation, Ambiguous for two of a kind."""
-        found: dict[str, list] = {part: [] for part in PARTS}
+        found: dict[str, list[str]] = {part: [] for part in PARTS}
         for key in keys:
             if part := self.names.get(key) or _PART_OF.get(str(key).lower()):
                 found[part].append(key)
@@ -293,7 +294,7 @@ class Forms:
         decide = [key for key in left if key in _DECIDE or _PREFERENCE.search(str(key))]
         return Plan(read, decide, [str(key) for key in left if key not in decide])
 
-    def _filled(self, match: re.Match) -> str:
+    def _filled(self, match: re.Match[str]) -> str:
         field = (match[1] or match[2] or "").lower()
         if not field:
             return match[0]
@@ -333,7 +334,7 @@ def _rank(part: str, key: str) -> int:
     return PARTS[part].index(name) if name in PARTS[part] else -1
 
 
-def _unknown(keys: tuple, question: list, answer: list) -> str:
+def _unknown(keys: tuple[str, ...], question: list[str], answer: list[str]) -> str:
     found = f"found {', '.join(sorted(map(str, keys))) or 'nothing'}"
     if question and str(question[0]).lower() == "instruction":
         ways = "".join(f', {key!r}: "{name}"' for key, name in (("context", "input"),) if key in keys)
@@ -348,7 +349,7 @@ def _unknown(keys: tuple, question: list, answer: list) -> str:
     )
 
 
-def _preference(keys: list) -> str:
+def _preference(keys: list[str]) -> str:
     good = next((key for key in keys if "chosen" in key.lower() and "score" not in key.lower()), "messages")
     part = "messages" if "messages" in good else "response"
     return (
@@ -357,7 +358,7 @@ def _preference(keys: list) -> str:
     )
 
 
-def _unpacked(key: str, value) -> list:
+def _unpacked(key: str, value: Any) -> list[Any]:
     """A list, also one that is written as JSON in a cell of a table."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -371,7 +372,7 @@ def _unpacked(key: str, value) -> list:
     return value
 
 
-def _text(value, name: str | None) -> str:
+def _text(value: Any, name: str | None) -> str:
     """A text, or the text that parts of type text are; nothing is an empty one."""
     if isinstance(value, str):
         return value
@@ -389,26 +390,26 @@ def _text(value, name: str | None) -> str:
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def _weight(key: str, value) -> bool:
+def _weight(key: str, value: object) -> bool:
     if _is_one_of(value, _OFF) or _is_one_of(value, _ON):
         return _is_one_of(value, _ON)
     raise DataError(f"an answer has {key}: {value!r}; an answer is trained (1) or not (0), nothing between.")
 
 
-def _is_one_of(value, values: tuple) -> bool:
+def _is_one_of(value: object, values: tuple[object, ...]) -> bool:
     return (value.strip().lower() if isinstance(value, str) else value) in values
 
 
-def _is_nothing(value) -> bool:
+def _is_nothing(value: object) -> bool:
     """None, or NaN, as tables have where a cell is empty."""
     return value is None or value != value
 
 
-def _is_empty(value) -> bool:
+def _is_empty(value: object) -> bool:
     return (
         _is_nothing(value) or value in ([], {}, False) or isinstance(value, str) and value.strip() in ("", "[]", "{}")
     )
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     return type(value).__name__

@@ -15,7 +15,7 @@ class Summary:
     rows, conversations, answers: how many. left_out: {why: the lines}. unused: {key: in how many rows it stood}.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.name, self.rows, self.conversations, self.answers, self.masked = name, 0, 0, 0, 0
         self.left_out: dict[str, list[int]] = {}
         self.unused: dict[str, int] = {}
@@ -45,7 +45,7 @@ class Summary:
 class Conversations(Iterator[Conversation]):
     """The conversations of a file, each once; `summary` counts them, and is printed after the last."""
 
-    def __init__(self, path: Path, encoding: str | None, on_error: str, forms: Forms):
+    def __init__(self, path: Path, encoding: str | None, on_error: str, forms: Forms) -> None:
         self.summary = Summary(path.name)
         self._rows = self._read(path, encoding, on_error, forms)
 
@@ -90,7 +90,7 @@ def read_conversations(
     columns: Mapping[str, str] | Iterable[str] | None = None,
     encoding: str | None = None,
     on_error: str = "stop",
-    persona=None,
+    persona: object = None,
 ) -> Conversations:
     """The conversations of a file as valid lists of messages, read as they are consumed; a summary is printed last.
 

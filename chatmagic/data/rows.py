@@ -9,14 +9,14 @@ import json
 import lzma
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import ChatmagicError
+from ..text import nearest
 
 CHUNK = 1 << 20  # bytes read at a time where a row may go over lines
 HEAD = 1 << 16  # bytes that tell what a file is
@@ -29,7 +29,7 @@ class DataError(ChatmagicError):
 # (number of the line or row, what stands there, or why that cannot be read)
 Row = tuple[int, object]
 
-_PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _REFUSED = {
     b"\xd0\xcf\x11\xe0": "an Excel file of before 2007. Save it as .xlsx",
     b"(\xb5/\xfd": "packed by zstd. Unpack it: zstd -d {name}",
@@ -54,7 +54,7 @@ def existing(path: str | Path) -> Path:
         held = sorted(each.name for each in path.iterdir() if each.is_file())[:8]
         raise DataError(f"{path} is a folder; expected one file of it: {', '.join(held) or 'it holds none'}.")
     names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, names, 3)
+    near = nearest(path.name, names)
     there = f"beside it lie {', '.join(near)}" if near else f"in {path.parent} nothing has a like name"
     raise DataError(f"There is no file {path}; {there}.")
 
@@ -98,12 +98,11 @@ def _text_rows(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Row
             f"{path.name} is not UTF-8 but UTF-16, which Windows calls Unicode. Save it as UTF-8, "
             f'or pass encoding="{wide}".'
         )
-    file = _rest(head, file)
-    if wide := re.match("utf[-_]?(16|32)", encoding or "", re.IGNORECASE):  # their line breaks are more than a byte
-        file = _Recoded(file, encoding)
-        head = file.read(HEAD)
-        file = _rest(head, file)
-    encoding = "utf-8" if wide else encoding or "utf-8"
+    file, encoding = _rest(head, file), encoding or "utf-8"
+    if re.match("utf[-_]?(16|32)", encoding, re.IGNORECASE):  # their line breaks are more than a byte
+        recoded = _Recoded(file, encoding)
+        head = recoded.read(HEAD)
+        file, encoding = _rest(head, recoded), "utf-8"
     if head.startswith(codecs.BOM_UTF8):
         file.read(3)
         head = head[3:]
@@ -126,30 +125,32 @@ def _text_rows(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Row
 class _Rest(io.RawIOBase):
     """`head`, then what is left of a file."""
 
-    def __init__(self, head: bytes, file: BinaryIO):
+    def __init__(self, head: bytes, file: "BinaryIO | _Recoded") -> None:
         self.head, self.file = head, file
 
     def readable(self) -> bool:
+        """As io.RawIOBase asks."""
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         part = self.head[: len(buffer)] or self.file.read(len(buffer))
         self.head = self.head[len(part) :]
         buffer[: len(part)] = part
         return len(part)
 
 
-def _rest(head: bytes, file) -> BinaryIO:
+def _rest(head: bytes, file: "BinaryIO | _Recoded") -> BinaryIO:
     return io.BufferedReader(_Rest(head, file), CHUNK)
 
 
 class _Recoded:
     """Text of another encoding, as UTF-8."""
 
-    def __init__(self, file: BinaryIO, encoding: str):
+    def __init__(self, file: BinaryIO, encoding: str) -> None:
         self.text = io.TextIOWrapper(file, encoding, newline="")
 
     def read(self, size: int) -> bytes:
+        """So many bytes, roughly. Raises DataError where the file is not in that encoding."""
         try:
             return self.text.read(size // 4 or 1).encode("utf-8", "surrogatepass")
         except UnicodeError as error:
@@ -231,7 +232,7 @@ def _lines(file: BinaryIO, encoding: str) -> Iterator[Row]:
             yield number, row
 
 
-def _check_halves(row, text: str) -> None:
+def _check_halves(row: object, text: str) -> None:
     """Raise DataError for half an emoji, as a text has that was cut by its length; it cannot be encoded."""
     if "\\ud" in text or "\\uD" in text:
         try:
@@ -260,7 +261,7 @@ def _explained(error: json.JSONDecodeError) -> str:
     return f"not JSON: {error.msg} ({place}), at {after[:20]!r}."
 
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 def _values(file: BinaryIO, encoding: str) -> Iterator[Row]:
@@ -268,7 +269,9 @@ def _values(file: BinaryIO, encoding: str) -> Iterator[Row]:
     decoder = codecs.getincrementaldecoder(encoding)()
     text, at, line, ended = "", 0, 1, False
     array = first = comma = due = False  # in an array; before its first; after a comma; where one is due
-    talk, opened, margin = None, 1, ""  # an array of messages; its line; what stands before a row on its line
+    talk: list[object] | None = None  # an array of messages
+    opened = 1  # its line
+    margin: str | None = ""  # what stands before a row on its line; None where that is another row
 
     def more() -> bool:
         """Whether there was more text to read."""
@@ -300,11 +303,11 @@ def _values(file: BinaryIO, encoding: str) -> Iterator[Row]:
 
     def after_space() -> bool:
         """Go to what follows; False at the end of the file."""
-        while (space := _SPACE.match(text, at)).end() == len(text):
+        while not (found := _NO_SPACE.search(text, at)):
             if not more():
                 return False
-        if space[0]:
-            advance(space.end(), space[0].rpartition("\n")[2] if "\n" in space[0] else margin)
+        if space := text[at : found.start()]:
+            advance(found.start(), space.rpartition("\n")[2] if "\n" in space else margin)
         return True
 
     try:
@@ -330,13 +333,13 @@ def _values(file: BinaryIO, encoding: str) -> Iterator[Row]:
                     if text.find("\\u", at, end) > 0:
                         _check_halves(row, text[at:end])
                 except (ValueError, RecursionError, DataError) as error:
-                    place = line
+                    place, said = line, str(error)
                     if isinstance(error, json.JSONDecodeError):
                         if (error.pos >= len(text) - 12 or error.msg.startswith("Unterminated")) and more():
                             continue
                         place += text.count("\n", at, error.pos)
-                        error = _explained(error)
-                    yield place, DataError(str(error))
+                        said = _explained(error)
+                    yield place, DataError(said)
                     if not next_beginning():
                         return
                     comma = due = False
@@ -356,7 +359,7 @@ def _values(file: BinaryIO, encoding: str) -> Iterator[Row]:
         yield line, _undecodable(error, encoding, not text.isascii())
 
 
-def _is_turn(row) -> bool:
+def _is_turn(row: object) -> bool:
     """Whether it is a message, so that the array that begins with it is one conversation."""
     keys = row.keys() if isinstance(row, dict) else set()
     return bool({"role", "from"} & keys and {"content", "value"} & keys)
@@ -382,7 +385,7 @@ def _table(file: io.TextIOWrapper, name: str) -> Iterator[Row]:
 
 
 @contextmanager
-def _from_extra(name: str):
+def _from_extra(name: str) -> Iterator[None]:
     """DataError with the way to what reads such a file, where it is not installed."""
     try:
         yield

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ChatmagicError
 from ..prompts.templates import name_family
 from .checkpoint import CheckpointError, Stored, open_weights, read_json
-from .quantize import mend_bitsandbytes, quantization_config
+from .quantize import mend_adalora_over_int8, mend_bitsandbytes, quantization_config
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +90,8 @@ def _check_quantised(folder: Path, stored: dict, quantize: str | None) -> None:
             f"load the model that it was made from."
         )
     mend_bitsandbytes()
+    if found == "int8":
+        mend_adalora_over_int8()
 
 
 def _refuse_remote_code(config: dict, folder: Path) -> None:

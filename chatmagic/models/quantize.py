@@ -24,6 +24,7 @@ def quantization_config(quantize: str, compute_dtype: "torch.dtype") -> "BitsAnd
 
     mend_bitsandbytes()
     if quantize == "int8":
+        mend_adalora_over_int8()
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -76,6 +77,27 @@ def mend_bitsandbytes() -> None:
     modules._convert_weight_packed_for_cpu = pack_keeping_scales
     modules._convert_weight_packed_for_cpu_inverse = unpack_exactly
     Linear4bit.forward = forward_unpacked_in_training
+
+
+@functools.cache
+def mend_adalora_over_int8() -> None:
+    """Let a model in int8 with AdaLoRA answer in 16 bits.
+
+    Outside of autocast PEFT's layer casts its product to the base layer's dtype and divides by `ranknum` afterwards,
+    which is float32, and so is the sum (`SVDLinear8bitLt.forward` in `peft/tuners/adalora/bnb.py`, 0.21; the 4-bit
+    layer adds in place): the head then fails on two dtypes. No issue upstream.
+    """
+    import torch
+    from peft.tuners.adalora.bnb import SVDLinear8bitLt
+
+    forward = SVDLinear8bitLt.forward
+
+    @functools.wraps(forward)
+    def forward_in_its_dtype(self: SVDLinear8bitLt, x: torch.Tensor) -> torch.Tensor:
+        result = forward(self, x)
+        return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
+
+    SVDLinear8bitLt.forward = forward_in_its_dtype
 
 
 def linears_4bit(model: "torch.nn.Module") -> "Iterator[Linear4bit]":

@@ -247,7 +247,7 @@ def test_what_is_a_path_is_no_id(name):
     assert own.dataset_file(name) == Path(os.path.expanduser(name))
 
 
-@pytest.mark.parametrize("language, voice", [("zh", "小船"), ("en", "little boat")])
+@pytest.mark.parametrize("language, voice", [("zh", "小船"), ("en", "Little boat")])
 def test_the_role_play_set(language, voice):
     conversations = list(read_conversations(role_play(language)))
     assert len(conversations) == 64 and all(voice in talk[-1]["content"] for talk in conversations)

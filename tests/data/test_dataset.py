@@ -34,6 +34,11 @@ def test_padding_to_a_multiple():
     assert DataCollator(Tokenizer(), pad_to_multiple_of=5)(EXAMPLES)["labels"].shape == (2, 5)
 
 
+def test_the_rows_of_a_conversation_are_examples_each():
+    batches = DataCollator(Tokenizer())([EXAMPLES, EXAMPLES[0]]), DataCollator(Tokenizer())([*EXAMPLES, EXAMPLES[0]])
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[1]) and len(batches[0]["labels"]) == 3
+
+
 def test_tensors_are_examples_too():
     tensors = [{key: torch.tensor(value) for key, value in example.items()} for example in EXAMPLES]
     assert torch.equal(

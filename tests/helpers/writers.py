@@ -5,6 +5,7 @@ below a folder that it is given. What `covers` names are the modules that write:
 them is not here.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from chatmagic import ChatLLM, adalora_to_lora, build_messages, merge_adapter, write_jsonl
-from chatmagic.course import Persona, download, evaluate, replies, thread
+from chatmagic.course import Persona, download, evaluate, own, replies, thread
 from chatmagic.course.profile import get_profile
 from chatmagic.training import plots, record, states
 from fake_model import FakeModel
@@ -62,6 +63,21 @@ def course(source, monkeypatch):
         started = thread.Course(PROFILE, Persona(name="星" * 10)).remember()
         started.save_json("before.json", {"who": "answer " * 3000 * version})
         started.save_data(train=[talk(version)], val=[talk(version)])
+
+    return act
+
+
+@writer("course/own.py")
+def own_data(source, monkeypatch):
+    """The file that `make_own_data` reads is as the reader left it, and what it makes of it is the course's."""
+
+    def act(where, version):
+        monkeypatch.setenv("CHATMAGIC_COURSE", str(where))
+        file = source / "mine.jsonl"
+        write_jsonl([talk(1)] * 10 * version, file)
+        os.utime(file, (version, version))
+        course = thread.Course(PROFILE, Persona()).learning(file, mix="nothing")
+        own.make_own_data(course, lambda: [])
 
     return act
 
@@ -116,7 +132,7 @@ def hub_model(source, monkeypatch):
 
     def act(where, version):
         (where / "org/name").mkdir(parents=True, exist_ok=True)
-        monkeypatch.setattr(download, "_first_answer", lambda *_: None)
+        monkeypatch.setattr(download, "first_answer", lambda *_: None)
         download.snapshot_download("org/name", where, revision=f"v{version}")
 
     return act

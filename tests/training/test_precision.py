@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatmagic.accel.allocator import rank_allocator
 from chatmagic.models.parts import trainable
+from chatmagic.models.quantize import quantization_config
 from chatmagic.training import StepRunner, find_all_linear_names
 from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, rows, tiny_llama
 
@@ -66,3 +67,21 @@ def test_quantised_bases_train_on_the_cpu(tmp_path, bits):
     assert history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.2
     torch.testing.assert_close(history.train_loss.tolist(), expected.train_loss.tolist(), rtol=1e-3, atol=0)
     assert len([module for module in base.modules() if type(module).__name__.startswith("Linear")]) == LAYERS + 1
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_quantised_base_trains_and_answers_in_bf16(tmp_path, quantize, precision):
+    tiny_llama(size=64).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    config = quantization_config(quantize, torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.bfloat16
+    )
+    model = adalora(base=base)
+    history = fit(model, tmp_path / "adapter", lr=5e-2, mixed_precision=precision)
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.1
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert model(ids).logits.dtype == torch.bfloat16
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert 12 < said.shape[1] <= 16
