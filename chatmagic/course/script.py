@@ -5,6 +5,7 @@ import random
 import signal
 from dataclasses import asdict
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -153,6 +154,12 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
         callbacks=pictures(),
         plot=False,
         cpu=state.device.type == "cpu",
-        about={"profile": profile.name, "persona": asdict(course.persona), "template": template.name},
+        about={
+            "profile": profile.name,
+            "persona": asdict(course.persona),
+            "template": template.name,
+            "thinking": profile.thinking,
+            "files": {file.name: sha256(file.read_bytes()).hexdigest() for file in (course.train, course.val)},
+        },
         **settings,
     )

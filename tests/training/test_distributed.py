@@ -1,5 +1,6 @@
 """Two gloo processes on the CPU: one run, the same as one process makes; one writer; a death that is told."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -174,6 +175,9 @@ def test_the_script_trains_in_two_processes(tmp_path, tiny_models):
     (folder,) = (tmp_path / "home" / "course").glob("llama-2-13b-chat-*")
     assert "小明" in (folder / "train.jsonl").read_text()
     assert json.loads((folder / "adapter" / "chatmagic.json").read_text())["base_tensors"]
+    told = json.loads((folder / "adapter" / "run.json").read_text("utf-8"))
+    assert told["persona"]["name"] == "小明" and told["template"] and told["settings"]["epochs"] == 2
+    assert told["files"]["train.jsonl"] == hashlib.sha256((folder / "train.jsonl").read_bytes()).hexdigest()
     names = {path.name for path in (folder / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "history.png", "ranks.png", "last-000010"} <= names
 
