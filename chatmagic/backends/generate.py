@@ -3,15 +3,17 @@
 import copy
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..accel.attention import without_cudnn_attention
-from ..accel.decode import NOT_ON_A_GPU, NoGraph, can_be_cut, capture, cut
+from ..accel.decode import NOT_ON_A_GPU, GraphedForward, NoGraph, can_be_cut, capture, cut
+from ..conversation.llm import Stats
 from ..errors import ChatmagicError
 from ..models.load import context_limit
 from ..prompts.labels import encode_prompt
@@ -31,7 +33,13 @@ class LocalModel:
     loop is theirs too: nothing is captured, patched or kept, and a reply comes when all of it is there.
     """
 
-    def __init__(self, model, tokenizer, model_type: str | None = None, fast: bool = True):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        model_type: str | None = None,
+        fast: bool = True,
+    ) -> None:
         self.fast = fast
         self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
         name_family(tokenizer, getattr(model.config, "name_or_path", ""))
@@ -68,12 +76,12 @@ class LocalModel:
     def stream(
         self,
         messages: list[dict],
-        stats,
+        stats: Stats,
         max_new_tokens: int,
         seed: int | None = None,
         thinking: bool | None = None,
-        **options,
-    ) -> Iterator[str]:
+        **options: Any,
+    ) -> Generator[str, None, None]:
         """The reply, a piece of text for every token ("" while a character or a stop string is incomplete).
 
         `options` are `greedy=True` or fields of `GenerationConfig`; the rest is as the model's own
@@ -117,7 +125,7 @@ class LocalModel:
             for module in training:  # as it was, part by part: an adapter may train in a model that does not
                 module.training = True
 
-    def _generation_config(self, greedy: bool = False, **options):
+    def _generation_config(self, greedy: bool = False, **options: Any) -> GenerationConfig:
         """A copy of the model's `generation_config`, `options` over it and the template's stop ids in it."""
         config = copy.deepcopy(self.model.generation_config)
         if unknown := [name for name in options if not hasattr(config, name)]:
@@ -134,7 +142,7 @@ class LocalModel:
             config.pad_token_id = config.eos_token_id[0]  # unused at batch 1; generate warns without one
         return config
 
-    def _tokens(self, ids: list[int], config, seed: int | None, stats) -> Iterator[int]:
+    def _tokens(self, ids: list[int], config: GenerationConfig, seed: int | None, stats: Stats) -> Iterator[int]:
         """The new token ids, without end; `generate` prepares, `_decode` runs as they are asked for."""
         stats.tokens_reused = self._reuse(ids)
         input_ids = torch.tensor([ids], device=self.model.device)
@@ -147,7 +155,7 @@ class LocalModel:
             custom_generate=self._decode,
         )
 
-    def _plain_tokens(self, ids: list[int], config, seed: int | None, stats) -> list[int]:
+    def _plain_tokens(self, ids: list[int], config: GenerationConfig, seed: int | None, stats: Stats) -> list[int]:
         """The new token ids, by `generate` alone."""
         input_ids = torch.tensor([ids], device=self.model.device)
         with torch.random.fork_rng(enabled=seed is not None):
@@ -157,7 +165,15 @@ class LocalModel:
         return output[0, len(ids) :].tolist()
 
     @torch.no_grad()  # on a generator function torch enters and leaves this around every yield
-    def _decode(self, model, input_ids, logits_processor, generation_config, generator=None, **kwargs) -> Iterator[int]:
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Iterator[int]:
         """Prefill what is not kept, then one forward a token. `input_ids`: int64, (1, length)."""
         for chunk in input_ids[:, len(self._kept_ids) :].split(PREFILL_CHUNK, dim=1):
             ids = chunk[0].tolist()  # waits for the chunk before: Stop finds the device not far behind
@@ -175,7 +191,7 @@ class LocalModel:
             self._kept_ids.append(token_id)
 
     @without_cudnn_attention()
-    def _forward(self, model, input_ids) -> torch.Tensor:
+    def _forward(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
         """Run `input_ids`, (1, n), after what the cache holds: the last position's logits, float32."""
         if input_ids.shape[1] == 1 and self._kept_ids and not self.no_graph:
             self._graphed = self._graphed or self._capture(model, input_ids)
@@ -184,7 +200,7 @@ class LocalModel:
         output = model(input_ids=input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].float()
 
-    def _capture(self, model, token):
+    def _capture(self, model: PreTrainedModel, token: torch.Tensor) -> GraphedForward | None:
         try:
             return capture(model, token, self._cache)
         except NoGraph as reason:
@@ -229,7 +245,7 @@ class TextStream:
     text of a token is what decoding it together with the tokens shown just before adds to theirs.
     """
 
-    def __init__(self, tokenizer, stop_strings: list[str]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str]) -> None:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
         self.shown: list[int] = []  # the tokens of the last piece
         self.pending: list[int] = []  # tokens after those, up to the end of a character
@@ -237,6 +253,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
+        """The text that a token adds; "" while a character or a stop string is incomplete."""
         self.pending.append(token)
         before, after = self._decode(self.shown), self._decode(self.shown + self.pending)
         if after == before or after.endswith("\ufffd"):

@@ -1,11 +1,12 @@
 """A chat model behind an OpenAI-compatible server, such as vLLM or Ollama: a class can share one GPU."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
+from typing import Any
 
-from ..conversation.llm import ChatLLM
+from ..conversation.llm import ChatLLM, Stats
 from ..errors import ChatmagicError
 from ..text import nearest
 
@@ -13,7 +14,7 @@ FIELDS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p":
 BROKE_OFF = "broke off in the middle of a reply; ask again"
 
 
-def connect(url: str, model: str, **settings) -> ChatLLM:
+def connect(url: str, model: str, **settings: Any) -> ChatLLM:
     """A ChatLLM over `model` at `url`, such as "http://localhost:8000/v1"; `settings` are ChatLLM's own.
 
     The key, where the server wants one, is read from the environment variable OPENAI_API_KEY.
@@ -27,7 +28,7 @@ class ServerModel:
 
     context = None
 
-    def __init__(self, url: str, model: str):
+    def __init__(self, url: str, model: str) -> None:
         from openai import OpenAI
 
         self.url, self.name = url, model
@@ -41,8 +42,8 @@ class ServerModel:
         """The server keeps nothing of ours."""
 
     def stream(
-        self, messages: list[dict], stats, greedy: bool = False, thinking: bool | None = None, **options
-    ) -> Iterator[str]:
+        self, messages: list[dict], stats: Stats, greedy: bool = False, thinking: bool | None = None, **options: Any
+    ) -> Generator[str, None, None]:
         """The reply, in the pieces that the server sends. `thinking` goes to the chat template there, as vLLM and
         llama.cpp take it. Raises ChatmagicError for what goes wrong there."""
         if unknown := options.keys() - FIELDS.keys():
@@ -70,7 +71,7 @@ class ServerModel:
         stats.stop_reason = finished
 
     @contextmanager
-    def _errors_in_words(self, lost: str):
+    def _errors_in_words(self, lost: str) -> Iterator[None]:
         """The client's exceptions as ChatmagicError; `lost` tells of a connection that was not, or no longer."""
         import openai
 

@@ -1,19 +1,22 @@
 """ChatLLM: a conversation with a chat model, local or behind a server."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ChatmagicError
 from ..files import write
-from .messages import build_messages, validate_messages
+from .messages import Message, build_messages, validate_messages
 from .registry import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -30,12 +33,12 @@ class Stats:
     @property
     def tokens_per_second(self) -> float | None:
         """Speed of the tokens after the first."""
-        if self.seconds_to_first_token is None or (self.tokens_out or 0) < 2:
+        if self.seconds_to_first_token is None or self.tokens_out is None or self.tokens_out < 2:
             return None
         return (self.tokens_out - 1) / (self.seconds - self.seconds_to_first_token)
 
     def __str__(self) -> str:
-        def known(value, form: str) -> str:
+        def known(value: float | None, form: str) -> str:
             return "?" if value is None else format(value, form)
 
         return (
@@ -52,7 +55,7 @@ class Reply(str):
     model: str
     stats: Stats
 
-    def json(self):
+    def json(self) -> Any:
         """The reply parsed as JSON, in a Markdown fence or not. Raises ChatmagicError if it is none."""
         text = self.strip()
         if text.startswith("```") and text.endswith("```"):
@@ -71,14 +74,14 @@ class Interrupted(KeyboardInterrupt):
 
     _render_traceback_ = ChatmagicError._render_traceback_
 
-    def __init__(self, reply: Reply):
+    def __init__(self, reply: Reply) -> None:
         out = reply.stats.tokens_out
         after = "" if out is None else f" after {out} tokens"
         super().__init__(f"stopped by you{after}; the conversation is as it was before")
         self.reply = reply
 
 
-LIMITS = {
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (lambda value: isinstance(value, int) and value >= 1, "a whole number, 1 or more"),
     "temperature": (lambda value: value >= 0, "0 (greedy) or more"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
@@ -92,10 +95,12 @@ class ChatModel(Protocol):
     name: str
     context: int | None  # tokens that prompt and reply may have together, if known
 
-    def count(self, messages: list[dict]) -> int | None:
+    def count(self, messages: list[Message], thinking: bool | None = None) -> int | None:
         """Tokens of the prompt, if that can be known."""
 
-    def stream(self, messages: list[dict], stats: Stats, max_new_tokens: int, **options) -> Iterator[str]:
+    def stream(
+        self, messages: list[Message], stats: Stats, max_new_tokens: int, **options: Any
+    ) -> Generator[str, None, None]:
         """Pieces of the reply as they come; fills the token counts and stop reason of `stats`."""
 
     def forget(self) -> None:
@@ -116,8 +121,8 @@ class ChatLLM:
 
     def __init__(
         self,
-        model,
-        tokenizer=None,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
         model_type: str | None = None,
         max_chat_rounds: int = 20,
         max_new_tokens: int = 512,
@@ -127,7 +132,7 @@ class ChatLLM:
         name: str | None = None,
         fast: bool = True,
         thinking: bool | None = None,
-    ):
+    ) -> None:
         self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
         if tokenizer is None:
             self.backend: ChatModel = model
@@ -144,12 +149,14 @@ class ChatLLM:
 
     build_messages = staticmethod(build_messages)
 
-    def build_prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The prompt as a string. The model is sent ids: see `encode_prompt`."""
+    def build_prompt(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
+        """The prompt as a string. The model is sent ids: see `encode_prompt`. Raises ChatmagicError for a server's."""
         validate_messages(messages)
-        return "".join(span.text for span in self.backend.template.render(messages, add_generation_prompt))
+        if (template := getattr(self.backend, "template", None)) is None:
+            raise ChatmagicError(f"only the server has the chat template of {self.name}")
+        return "".join(span.text for span in template.render(messages, add_generation_prompt))
 
-    def build_inputs_labels(self, messages: list[dict], multi_rounds: bool = True) -> tuple[list[int], list[int]]:
+    def build_inputs_labels(self, messages: list[Message], multi_rounds: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation for training: see `chatmagic.build_inputs_labels`."""
         from ..prompts.labels import build_inputs_labels
 
@@ -163,7 +170,7 @@ class ChatLLM:
         remember: bool = True,
         new: bool = False,
         check: Callable[[Reply], object] | None = None,
-        **generation,
+        **generation: Any,
     ) -> Reply:
         """Ask `query` in the conversation so far, and remember the round; arguments as for `chat`.
 
@@ -184,13 +191,14 @@ class ChatLLM:
         self.history = self._last_rounds([*before, (query, reply)]) if remember else before
         return reply
 
-    def chat(self, messages: list[dict], stream: bool | Callable[[str], None] = False, **generation) -> Reply:
+    def chat(self, messages: list[Message], stream: bool | Callable[[str], None] = False, **generation: Any) -> Reply:
         """The reply to `messages`, history untouched.
 
         `stream=True` prints it as it comes; a function is called with every piece of text instead.
         `generation`: `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, `thinking`, for a local model also
         any other field of transformers' `GenerationConfig`; what is not given is as the model's own has it.
-        A KeyboardInterrupt becomes Interrupted, which has the part there is.
+        Raises ChatmagicError for an option that is out of its range, and Interrupted, which has the part there is, in
+        the place of a KeyboardInterrupt.
         """
         write = partial(print, end="", flush=True) if stream is True else stream or (lambda piece: None)
         stats, pieces, start = Stats(), [], perf_counter()
@@ -229,7 +237,7 @@ class ChatLLM:
             self.backend.count(build_messages("", self.history[:index], self.system))
             for index in range(len(self.history) + 1)
         ]
-        return [None if end is None else end - start for start, end in pairwise(ends)]
+        return [None if start is None or end is None else end - start for start, end in pairwise(ends)]
 
     def save(self, path: str | Path) -> None:
         """Write system text and history as a line of JSON, `{"messages": [...]}`: also a row to train on.
@@ -259,23 +267,23 @@ class ChatLLM:
         contents = [message["content"] for message in messages]
         self.history, self.system = list(zip(contents[::2], contents[1::2])), system
 
-    def _last_rounds(self, history: list) -> list:
+    def _last_rounds(self, history: list[tuple[str, str]]) -> list[tuple[str, str]]:
         return history[max(0, len(history) - self.max_chat_rounds) :]
 
-    def _told(self, generation: dict) -> dict[str, bool]:
+    def _told(self, generation: dict[str, Any]) -> dict[str, bool]:
         """Whether the model is told to think or not, as an option; nothing where nobody says."""
         thinking = generation.get("thinking")
         thinking = self.thinking if thinking is None else thinking
         return {} if thinking is None else {"thinking": thinking}
 
     def _rounds_that_fit(
-        self, history: list, query: str, system: str | None, max_new_tokens: int, told: dict[str, bool]
-    ) -> list:
+        self, history: list[tuple[str, str]], query: str, system: str | None, max_new_tokens: int, told: dict[str, bool]
+    ) -> list[tuple[str, str]]:
         """The last rounds that leave room in the context for `max_new_tokens`, at most half of it."""
         history = self._last_rounds(history)
         if self.backend.context is not None:
             limit = self.backend.context - min(max_new_tokens, self.backend.context // 2)
-            while history and self.backend.count(build_messages(query, history, system), **told) > limit:
+            while history and (self.backend.count(build_messages(query, history, system), **told) or 0) > limit:
                 history = history[1:]
         return history
 

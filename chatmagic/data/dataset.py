@@ -84,7 +84,7 @@ class Conversation(list):
 
 
 def named(name: str, line: int, row: int) -> str:
-    """A place in words: the row's number too, where it is another than the line's."""
+    """A place in words: the row too, where it is not that of the line."""
     return f"{name}, line {line}" if line == row else f"{name}, line {line} (row {row})"
 
 
@@ -130,7 +130,7 @@ class Examples(Sequence):
         tokenizer: "PreTrainedTokenizerBase",
         max_length: int | None = None,
         drop_oldest: bool = False,
-    ):
+    ) -> None:
         self.conversations, self.tokenizer = conversations, tokenizer
         self.cut = {"max_length": max_length, "drop_oldest": drop_oldest}
 
@@ -231,7 +231,7 @@ class DataCollator:
     token.
     """
 
-    def __init__(self, tokenizer, pad_to_multiple_of: int | None = None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", pad_to_multiple_of: int | None = None) -> None:
         if tokenizer.pad_token_id is None:
             raise DataError(
                 "The tokenizer has no pad token. Choose one that is never trained: "

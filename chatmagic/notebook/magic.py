@@ -3,25 +3,35 @@
 import json
 import re
 import string
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from keyword import iskeyword
+from typing import TYPE_CHECKING, Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, context_matcher
 from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import clear_output, display
-from traitlets import Bool, CaselessStrEnum, Float, Int, Unicode
+from traitlets import Bool, CaselessStrEnum, Float, Int, TraitType, Unicode
 
 from ..conversation.llm import ChatLLM, Interrupted, Reply
 from ..conversation.registry import registered
 from ..errors import ChatmagicError
 from ..text import did_you_mean, visible, width
 
+if TYPE_CHECKING:
+    from markdown_it.renderer import RendererHTML
+    from markdown_it.token import Token
+    from markdown_it.utils import OptionsDict
+
 FORMATS = ["text", "markdown", "json"]
 WORDS = ["undo", "save", "load"]
 
 
-def optional(trait, help: str):
+def optional(trait: type[TraitType], help: str) -> TraitType:
+    """A trait that `%config` sets, None by default."""
     return trait(None, allow_none=True, help=help).tag(config=True)
 
 
@@ -63,11 +73,12 @@ class ChatMagics(Magics):
     @argument("--stats", action="store_true", help="print token counts and times after the reply")
     @argument("--vars", action="store_true", help="fill {name} and {name:format} from the notebook's variables")
     @line_cell_magic
-    def chat(self, line, cell=None):
+    def chat(self, line: str, cell: str | None = None) -> Reply | None:
         """Ask a chat model.
 
         `%%chat` sends the cell and shows the reply as it comes; `%chat TEXT` returns the reply as a string.
-        Options come first; all after them is text as it stands. `--` ends the options.
+        Options come first; all after them is text as it stands. `--` ends the options. What cannot be asked raises
+        ChatmagicError.
         """
         args, text = self._parse(line)
         text = (text if cell is None else f"{text}\n{cell}").strip("\n")
@@ -90,7 +101,7 @@ class ChatMagics(Magics):
             self.shell.push({args.output: reply})
         return reply if cell is None else None
 
-    def _ask(self, llm: ChatLLM, text: str, args, form: str, stream: bool) -> Reply:
+    def _ask(self, llm: ChatLLM, text: str, args: Namespace, form: str, stream: bool) -> Reply:
         """The reply, printed as it comes if `stream`; that it is not the JSON asked for fails like all else."""
         try:
             return llm(
@@ -110,7 +121,7 @@ class ChatMagics(Magics):
             if stream:
                 print()
 
-    def _generation(self, args) -> dict:
+    def _generation(self, args: Namespace) -> dict:
         """The options that go to the model; what nobody set is left out."""
         generation = {name: self._option(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
         generation = {name: value for name, value in generation.items() if value is not None}
@@ -132,11 +143,11 @@ class ChatMagics(Magics):
             print(visible(reply))
 
     @line_magic
-    def chat_history(self, line):
+    def chat_history(self, line: str) -> None:
         """Show the conversation, a round a line.
 
         `%chat_history undo` forgets the last round, `%chat_history save FILE` writes the conversation as one
-        line of JSON, and `%chat_history load FILE` takes it from there.
+        line of JSON, and `%chat_history load FILE` takes it from there. Any other word raises ChatmagicError.
         """
         llm = self._model()
         word, _, path = line.strip().partition(" ")
@@ -160,12 +171,12 @@ class ChatMagics(Magics):
         )
 
     @line_magic
-    def chat_reset(self, line):
+    def chat_reset(self, line: str) -> None:
         """Forget the conversation, and free the memory kept for it."""
         self._model().reset()
 
     @line_magic
-    def chat_models(self, line):
+    def chat_models(self, line: str) -> None:
         """Show the models there are; `*` marks the one that is asked, where `-m` names no other.
 
         That is the newest, or what `%config ChatMagics.model` says.
@@ -192,12 +203,12 @@ class ChatMagics(Magics):
             )
         return list(registered.values())[-1]
 
-    def _option(self, args, name: str):
+    def _option(self, args: Namespace, name: str) -> Any:
         """An option of the cell, or its default."""
         value = getattr(args, name)
         return getattr(self, name) if value is None else value
 
-    def _parse(self, line: str):
+    def _parse(self, line: str) -> tuple[Namespace, str]:
         """Options, and the text after them. An option's value may be quoted; the text is left alone."""
         parser, argv, rest = ChatMagics.chat.parser, [], line.strip()
         actions = {option: action for action in parser._actions for option in action.option_strings}
@@ -258,14 +269,17 @@ VALUE = re.compile(r"""(?:"([^"]*)"|'([^']*)'|(\S+))\s*""")
 
 
 class _Filler(string.Formatter):
-    def get_value(self, key, args, variables):
+    def get_value(self, key: int | str, args: Sequence, variables: Mapping[str, Any]) -> Any:
         if key in variables:
             return variables[key]
         raise ChatmagicError(f"--vars: there is no variable {key!r}{did_you_mean(str(key), variables)}")
 
 
 def fill(text: str, variables: dict) -> str:
-    """`text` with `{name}` and `{name:format}` filled in, `{{` and `}}` being braces."""
+    """`text` with `{name}` and `{name:format}` filled in, `{{` and `}}` being braces.
+
+    Raises ChatmagicError for a name that is no variable, and for what is no such place.
+    """
     try:
         return _Filler().vformat(text, (), variables)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
@@ -273,6 +287,7 @@ def fill(text: str, variables: dict) -> str:
 
 
 def write(piece: str) -> None:
+    """Print a piece of a reply as it comes."""
     print(visible(piece), end="", flush=True)
 
 
@@ -281,7 +296,7 @@ def render_markdown(text: str) -> str:
     from markdown_it import MarkdownIt
     from markdown_it.common.utils import escapeHtml
 
-    def image(self, tokens, index, options, env):
+    def image(self: "RendererHTML", tokens: Sequence["Token"], index: int, options: "OptionsDict", env: Any) -> str:
         source, alt = escapeHtml(tokens[index].attrs["src"]), escapeHtml(tokens[index].content)
         return f'<a href="{source}">{alt or source}</a>'
 
@@ -299,6 +314,7 @@ def print_table(heads: list[str], rows: list[list[str]]) -> None:
 
 
 def brief(text: str) -> str:
+    """The text in one line of at most 32 characters."""
     text = " ".join(visible(text).split())
     return text if len(text) <= 32 else text[:31] + "…"
 
@@ -310,14 +326,16 @@ def reach_empty_cell(lines: list[str]) -> list[str]:
     return lines
 
 
-def load_ipython_extension(shell) -> None:
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """Register the magics, the completion of their options, and what gives an empty cell a line."""
     magics = ChatMagics(shell)
     shell.register_magics(magics)
     shell.input_transformers_cleanup.append(reach_empty_cell)
     shell.Completer.custom_matchers.append(magics.complete)
 
 
-def unload_ipython_extension(shell) -> None:
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """Take back what `load_ipython_extension` registered."""
     magics = next(magics for magics in shell.configurables if isinstance(magics, ChatMagics))
     shell.configurables.remove(magics)
     shell.input_transformers_cleanup.remove(reach_empty_cell)

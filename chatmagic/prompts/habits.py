@@ -4,7 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
+from typing import Any
 
+from ..conversation.messages import Message
 from .jinja import ANSWER, TAG, THOUGHT, THOUGHT_END, Renderer
 from .templates import TemplateError
 
@@ -25,7 +27,7 @@ _LEADING = re.compile(r"\s*<((?:\w+:)?think(?:ing)?)>(.*?)</\1>\s*", re.DOTALL)
 _ASKS, _SAYS, _THINKS, _NEXT = "Who are you?", "I am here.", "They ask who I am.", "And then?"
 
 
-def split_thoughts(messages: Sequence[dict], tagged: bool = True) -> list[dict]:
+def split_thoughts(messages: Sequence[Message], tagged: bool = True) -> list[Message]:
     """The messages, the thought of an answer under KEY: that under another key, and if `tagged` what its content begins
     with in <think>...</think>. What only mentions a tag stays."""
     found = []
@@ -41,7 +43,8 @@ def split_thoughts(messages: Sequence[dict], tagged: bool = True) -> list[dict]:
     return found
 
 
-def has_thought(messages: Sequence[dict]) -> bool:
+def has_thought(messages: Sequence[Message]) -> bool:
+    """Whether any message has a thought, beside its words or tagged in them."""
     return any(KEY in message for message in split_thoughts(messages))
 
 
@@ -66,13 +69,13 @@ class Habits:
     close: str = ""
     ending: str = ""
     stops: list[str] = field(default_factory=list)
-    on: dict = field(default_factory=dict)
-    off: dict = field(default_factory=dict)
+    on: dict[str, Any] = field(default_factory=dict)
+    off: dict[str, Any] = field(default_factory=dict)
     states: dict[bool | None, str] = field(default_factory=dict)
     begun: set[str] = field(default_factory=set)
-    control: re.Pattern = re.compile("(?!)")
+    control: re.Pattern[str] = re.compile("(?!)")
 
-    def switches(self, thinking: bool | None) -> dict:
+    def switches(self, thinking: bool | None) -> dict[str, Any]:
         """What to give the template. Raises TemplateError where it cannot be told so."""
         if thinking and not self.knows:
             raise TemplateError("thinking=True: this chat template knows no thoughts. Leave thinking out.")
@@ -105,7 +108,7 @@ def learn_habits(jinja: Renderer) -> Habits:
     return habits
 
 
-def _talk(jinja: Renderer, style: str | None = None, more: bool = False) -> list[dict]:
+def _talk(jinja: Renderer, style: str | None = None, more: bool = False) -> list[Message]:
     """A question and its answer, with a thought if a `style` says how, and with the next question."""
     turns = [{"role": "user", "content": _ASKS}, {"role": "assistant", "content": _SAYS}]
     if style:
@@ -121,12 +124,12 @@ def _learn_endings(habits: Habits, jinja: Renderer) -> None:
     """The ending is what follows the words of an answer, as far as no next turn begins there: control tokens side by
     side, with what leads to them."""
     last, middle = jinja(_talk(jinja), False), jinja(_talk(jinja, more=True), False)
-    answers = ANSWER.search(last), ANSWER.search(middle)
-    if not all(answers):
+    in_last, in_middle = ANSWER.search(last), ANSWER.search(middle)
+    if not in_last or not in_middle:
         return
-    header = last[last.find(_ASKS) + len(_ASKS) : answers[0].start()]
+    header = last[last.find(_ASKS) + len(_ASKS) : in_last.start()]
     before = middle[: middle.find(_ASKS)]
-    behind_last, behind = last[answers[0].end() :], middle[answers[1].end() :].partition(_NEXT)[0]
+    behind_last, behind = last[in_last.end() :], middle[in_middle.end() :].partition(_NEXT)[0]
     # A user's turn begins as the first one does; what ends the turn before that one is no part of it.
     opening = commonprefix([before[::-1], behind[::-1]])[::-1]
     tokens = [token.strip() for token in jinja.control.findall(header)]
@@ -135,7 +138,7 @@ def _learn_endings(habits: Habits, jinja: Renderer) -> None:
     between = behind.removesuffix(opening)
     if behind_last.strip() and behind.startswith(behind_last):
         between, opening = behind_last, behind[len(behind_last) :]
-    openers = {jinja.bos} | {token.strip() for token in jinja.control.findall(opening)} | set(tokens[1:])
+    openers = {jinja.bos or ""} | {token.strip() for token in jinja.control.findall(opening)} | set(tokens[1:])
     regions = commonprefix([behind_last, between]), behind_last, between
     habits.ending = next(filter(None, (_ending(jinja.control, region, openers) for region in regions)), "")
     if (
@@ -144,14 +147,14 @@ def _learn_endings(habits: Habits, jinja: Renderer) -> None:
         and re.search(rf"(?:{jinja.control.pattern})\s*$", between)
     ):
         habits.ending = between if between.endswith(habits.ending) else between.rstrip()
-    if tokens := list(jinja.control.finditer(habits.ending)):  # the first of what stops a reply ends it
-        last = next(token for token in tokens if token[0].strip() == tokens[-1][0].strip())
-        habits.ending = habits.ending[: last.end()]
+    if found := list(jinja.control.finditer(habits.ending)):  # the first of what stops a reply ends it
+        first = next(token for token in found if token[0].strip() == found[-1][0].strip())
+        habits.ending = habits.ending[: first.end()]
     habits.stops = jinja.control.findall(habits.ending)[-1:] or jinja.control.findall(opening)[:1]
     habits.stops = [token.strip() for token in habits.stops]
 
 
-def _ending(control: re.Pattern, text: str, openers: set[str]) -> str:
+def _ending(control: re.Pattern[str], text: str, openers: set[str]) -> str:
     """The control tokens side by side with which a text begins, and what leads to the first of them; but none that
     opens a turn."""
     found = list(control.finditer(text))
@@ -197,13 +200,14 @@ def _learn_thoughts(habits: Habits, jinja: Renderer) -> None:
         elif style == "content":
             habits.style = style  # it drops the thought, as of earlier answers
     plain = _after_question(jinja(_talk(jinja), False))
-    plain = plain[: plain.find(ANSWER.search(plain)[0])] if ANSWER.search(plain) else plain
+    plain = plain[: found.start()] if (found := ANSWER.search(plain)) else plain
     prompts = [_after_question(jinja(_talk(jinja)[:1], True, **each)) for each in (habits.on, {}, habits.off)]
     for text in (*prompts, plain):
         tag = next((tag for tag in TAG.finditer(text) if not tag[0].startswith("</")), None)
         tokens = list(jinja.control.finditer(rest := text[jinja.common(text, plain) :]))
         if tag:
-            space = re.match(r"\s*", text[tag.end() :])[0]
+            after = text[tag.end() :]
+            space = after[: len(after) - len(after.lstrip())]
             habits.open, habits.close = tag[0] + space, space + tag[0].replace("<", "</") + 2 * space
         elif len(tokens) > 1:
             habits.open, habits.close = rest[: tokens[-1].start()], rest[tokens[-1].start() :]
@@ -215,7 +219,7 @@ def _learn_thoughts(habits: Habits, jinja: Renderer) -> None:
     habits.knows = bool(habits.close)
 
 
-def _state(habits: Habits, jinja: Renderer, switches: dict) -> str:
+def _state(habits: Habits, jinja: Renderer, switches: dict[str, Any]) -> str:
     """Where in a thought a prompt leaves off."""
     prompt, closing = jinja(_talk(jinja)[:1], True, **switches), habits.closing()
     text = jinja(_talk(jinja, habits.style), False, **switches) if habits.style else ""

@@ -11,9 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os.path import commonprefix
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..conversation.messages import Message
 from .templates import Span, TemplateError, control_pattern, control_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PRIVATE = "[\U00100000-\U0010fffd]"
 _FIRST_STAND_IN, BEGIN, END, THOUGHT, THOUGHT_END = 0x100000, "\U0010fffc", "\U0010fffd", "\U0010fffa", "\U0010fffb"
@@ -29,7 +33,7 @@ SECONDS = 10.0
 class Renderer:
     """`apply_chat_template` of one tokenizer, with hidden messages."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         self.source = tokenizer.get_chat_template()
         control = control_tokens(tokenizer, self.source)
@@ -38,13 +42,14 @@ class Renderer:
         self.control = re.compile(control_pattern(tokenizer, control))
         self.bos = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None
 
-    def __call__(self, conversation: Sequence[dict], add_generation_prompt: bool, **switches) -> str:
+    def __call__(self, conversation: Sequence[Message], add_generation_prompt: bool, **switches: Any) -> str:
         """The text. Raises TemplateError for whatever goes wrong in the template, endless loops included."""
         try:
             with time_limit(SECONDS):
-                return self._tokenizer.apply_chat_template(
+                text: str = self._tokenizer.apply_chat_template(
                     conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **switches
                 )
+                return text
         except (
             Exception
         ) as error:  # Jinja's own, and any that Python raises in a template: TypeError, RecursionError, ...
@@ -62,7 +67,7 @@ class Renderer:
                 end = min(end, cut)
         return end
 
-    def hide(self, messages: Sequence[dict], style: str | None = None) -> "Hidden":
+    def hide(self, messages: Sequence[Message], style: str | None = None) -> "Hidden":
         """The messages with the private characters in them.
 
         A thought goes where the template looks for it, by `style`: "key", into `reasoning_content`; "content", before
@@ -70,7 +75,7 @@ class Renderer:
         """
         stand_ins: dict[str, str] = {}
 
-        def stand_in(match: re.Match) -> str:
+        def stand_in(match: re.Match[str]) -> str:
             return stand_ins.setdefault(match[0], chr(_FIRST_STAND_IN + len(stand_ins)))
 
         hidden, thoughts = [], []
@@ -98,7 +103,7 @@ class Hidden(NamedTuple):
     """Messages as a template gets them; their thoughts, None where there is none, marked; and what each private
     character stands for."""
 
-    messages: list[dict]
+    messages: list[Message]
     thoughts: list[str | None]
     shown: dict[str, str]
 
@@ -124,7 +129,7 @@ class _TooLong(BaseException):
 class _Watch:
     """One thread that raises _TooLong in every other that is longer at something than it may be."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._deadlines: dict[int, float] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None

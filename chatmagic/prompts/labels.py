@@ -6,11 +6,18 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..conversation.messages import MessagesError, validate_messages
+from ..conversation.messages import Message, MessagesError, validate_messages
 from ..errors import ChatmagicError
 from .templates import EndOfTurn, Span, TemplateError, control_pattern, get_template, no_system
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .own import OwnTemplate
+    from .templates import Template
 
 Encoded = TypeVar("Encoded")
 IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
@@ -64,7 +71,7 @@ class Encoder:
     that the ids before it, which inference sends, never depend on it.
     """
 
-    def __init__(self, tokenizer, template):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: "Template | OwnTemplate") -> None:
         self.template = template
         self._control = template.control_tokens(tokenizer)
         stops, end = template.stop_token_ids(tokenizer), template.end.strip()
@@ -117,7 +124,8 @@ class Encoder:
 
     def _runs(self, spans: list[Span]) -> Iterator[list[Span] | Span]:
         """The spans in runs: lists of those that are encoded as one string, and each control token by itself."""
-        run, in_answer = [], False
+        run: list[Span] = []
+        in_answer = False
         for span in spans:
             starts = self.template.piecewise or span.answer and not in_answer
             in_answer = span.answer
@@ -138,7 +146,7 @@ class Encoder:
         if run:
             yield run
 
-    def _add_text(self, row: Row, run: list[Span], backend) -> int:
+    def _add_text(self, row: Row, run: list[Span], backend: "Tokenizer") -> int:
         """Add a run, encoded as one string; the trained spans of a run come first. Returns where they end."""
         text = "".join([span.text for span in run])
         trained = sum([len(span.text) for span in run if span.trained])
@@ -156,7 +164,9 @@ class Encoder:
         return len(row.input_ids) - len(new) + count
 
 
-def _text_backends(tokenizer, control: dict[str, int]) -> tuple:
+def _text_backends(
+    tokenizer: "PreTrainedTokenizerBase", control: dict[str, int]
+) -> "tuple[Tokenizer, Tokenizer, bool]":
     """Two copies of a tokenizer's backend that take control tokens for ordinary characters: for a text that
     starts afresh, and for one that continues another, to which SentencePiece adds no space. And whether the
     tokenizer itself starts afresh after every added token.
@@ -179,7 +189,7 @@ def _text_backends(tokenizer, control: dict[str, int]) -> tuple:
         elif step["type"] == "Prepend":
             always, step["prepend"] = True, ""
 
-    def copy(steps: dict) -> Tokenizer:
+    def copy(steps: dict[str, Any]) -> Tokenizer:
         made = Tokenizer.from_str(json.dumps(steps | {"model": {"type": "BPE", "vocab": {}, "merges": []}}))
         made.model = backend.model
         for _, token in sorted(tokenizer.added_tokens_decoder.items()):
@@ -193,7 +203,7 @@ def _text_backends(tokenizer, control: dict[str, int]) -> tuple:
     return first, first if joined == fresh else copy(joined), always
 
 
-def _steps(step: dict | None) -> list[dict]:
+def _steps(step: dict[str, Any] | None) -> list[Message]:
     """A normalizer or pre-tokenizer, or the members of a Sequence of them."""
     if step is None:
         return []
@@ -201,7 +211,7 @@ def _steps(step: dict | None) -> list[dict]:
     return [each for member in members for each in _steps(member)] if members else [step]
 
 
-def get_encoder(tokenizer, model_type: str | None = None) -> Encoder:
+def get_encoder(tokenizer: "PreTrainedTokenizerBase", model_type: str | None = None) -> Encoder:
     """The encoder of a tokenizer, kept as long as nothing that it was made from changes: neither the chat template
     nor what is a special token, and which of them is eos."""
     special = *tokenizer.special_tokens_map.items(), *tokenizer.all_special_tokens, len(tokenizer)
@@ -211,11 +221,11 @@ def get_encoder(tokenizer, model_type: str | None = None) -> Encoder:
 
 
 @lru_cache(maxsize=8)
-def _make_encoder(tokenizer, model_type: str | None, state: tuple) -> Encoder:
+def _make_encoder(tokenizer: "PreTrainedTokenizerBase", model_type: str | None, state: tuple[object, ...]) -> Encoder:
     return Encoder(tokenizer, get_template(model_type, tokenizer))
 
 
-def _prepare(messages: Sequence[dict], encoder: Encoder, system: str | None) -> Sequence[dict]:
+def _prepare(messages: Sequence[Message], encoder: Encoder, system: str | None) -> Sequence[Message]:
     """The messages, the system text in the first question if `system` is "merge". Raises NoSystemError."""
     if system not in (None, "merge"):
         raise TemplateError(f'system={system!r} is not known: give "merge", or leave it out.')
@@ -230,8 +240,8 @@ def _prepare(messages: Sequence[dict], encoder: Encoder, system: str | None) -> 
 
 
 def _encode_shorter(
-    messages: Sequence[dict],
-    encode: Callable[[Sequence[dict]], Encoded],
+    messages: Sequence[Message],
+    encode: Callable[[Sequence[Message]], Encoded],
     length: Callable[[Encoded], int],
     limit: int,
     drop_oldest: bool,
@@ -240,7 +250,7 @@ def _encode_shorter(
     """What `encode` makes of a conversation that is longer than `limit`, without the oldest rounds if that is allowed,
     but with the last `shortest` messages. Raises LabelsError, naming the message that goes beyond, if none fits."""
 
-    def fits(part: Sequence[dict]) -> bool:
+    def fits(part: Sequence[Message]) -> bool:
         return length(encode(part)) <= limit
 
     system = messages[0]["role"] == "system"
@@ -260,8 +270,8 @@ def _encode_shorter(
 
 
 def encode_prompt(
-    messages: Sequence[dict],
-    tokenizer,
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
     model_type: str | None = None,
     max_length: int | None = None,
     drop_oldest: bool = False,
@@ -285,7 +295,7 @@ def encode_prompt(
     thinking = vars(tokenizer).get("chat_thinking") if thinking is None else thinking
     messages = _prepare(messages, encoder, system)
 
-    def encode(part: Sequence[dict]) -> list[int]:
+    def encode(part: Sequence[Message]) -> list[int]:
         return encoder.encode(encoder.template.render(part, True, thinking)).input_ids
 
     ids = encode(messages)
@@ -293,8 +303,8 @@ def encode_prompt(
 
 
 def build_inputs_labels(
-    messages: Sequence[dict],
-    tokenizer,
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
     model_type: str | None = None,
     multi_rounds: bool = True,
     max_length: int | None = None,
@@ -319,8 +329,8 @@ def build_inputs_labels(
 
 
 def encode_rows(
-    messages: Sequence[dict],
-    tokenizer,
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
     model_type: str | None = None,
     multi_rounds: bool = True,
     max_length: int | None = None,
@@ -344,7 +354,7 @@ def encode_rows(
     thinking = encoder.template.thinking_for(messages) if thinking is None else thinking
     messages = _prepare(messages, encoder, system)
 
-    def encode(part: Sequence[dict]) -> list[Row]:
+    def encode(part: Sequence[Message]) -> list[Row]:
         if all(message["role"] != "assistant" for message in part):  # to tell whether the first question is too long
             return [encoder.encode(encoder.template.render(part, True, thinking))]
         finished = part[-1]["role"] == "assistant"
@@ -374,7 +384,7 @@ def _joined(rows: list[Row]) -> list[Row]:
     return kept
 
 
-def note_thinking(model, tokenizer, thinking: bool | None) -> None:
+def note_thinking(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", thinking: bool | None) -> None:
     """Note with model and tokenizer, as their `chat_thinking`, how the model is trained: whoever encodes does the same
     then, an adapter is saved with it, and so is a tokenizer."""
     model.chat_thinking = tokenizer.chat_thinking = thinking

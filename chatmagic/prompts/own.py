@@ -9,10 +9,15 @@ and of the conversation that ends with it.
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+from ..conversation.messages import Message
 from .habits import KEY, Habits, learn_appending, learn_habits, split_thoughts
 from .jinja import ANSWER, BEGIN, MARKS, QUESTION, TAG, THOUGHT, Hidden, Renderer, split
 from .templates import EndOfTurn, Span, Template, TemplateError, control_tokens, no_system
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class OwnTemplate:
@@ -24,7 +29,7 @@ class OwnTemplate:
     piecewise = False
     stop_strings = ()
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._jinja = Renderer(tokenizer)
         self._joints: dict[tuple[bool, bool | None], tuple[str, bool] | None] = {}
 
@@ -34,15 +39,16 @@ class OwnTemplate:
         return learn_habits(self._jinja)
 
     @cached_property
-    def _end(self) -> re.Pattern:
+    def _end(self) -> re.Pattern[str]:
         """The ending, with the whitespace that an answer's words leave before it, and that its token swallows."""
         ending = self.habits.ending
         return re.compile(rf"\s*{re.escape(ending.strip())}" + r"\s*" * (ending != ending.rstrip()))
 
-    def control_tokens(self, tokenizer) -> dict[str, int]:
+    def control_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+        """The tokens that no message may write, with their ids."""
         return control_tokens(tokenizer, tokenizer.get_chat_template())
 
-    def stop_token_ids(self, tokenizer) -> list[int]:
+    def stop_token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """The ids that end a generation, first the one that training teaches: what can follow an answer's words."""
         control, eos = self.control_tokens(tokenizer), tokenizer.eos_token_id
         stops = [control.get(token) for token in self.habits.stops]
@@ -51,9 +57,10 @@ class OwnTemplate:
 
     @property
     def knows_thoughts(self) -> bool:
+        """Whether the template has a place for what a model thinks before it answers."""
         return self.habits.knows
 
-    def thinking_for(self, messages: Sequence[dict]) -> bool | None:
+    def thinking_for(self, messages: Sequence[Message]) -> bool | None:
         """How a conversation is trained where nobody says: thinking if it holds a thought, else not; None where the
         template cannot be told."""
         if not self.habits.knows or not self.habits.off:
@@ -71,7 +78,7 @@ class OwnTemplate:
         return TAG.sub("", thought).strip(), words.strip()
 
     def render(
-        self, messages: Sequence[dict], add_generation_prompt: bool = True, thinking: bool | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, thinking: bool | None = None
     ) -> list[Span]:
         """As `Template.render`. Raises TemplateError for a system text without a place, and where the template cannot
         be told to think or not."""
@@ -81,7 +88,7 @@ class OwnTemplate:
         return self._prompt(text, hidden, thinking)
 
     def render_rows(
-        self, messages: Sequence[dict], multi_rounds: bool = True, thinking: bool | None = None
+        self, messages: Sequence[Message], multi_rounds: bool = True, thinking: bool | None = None
     ) -> list[list[Span]]:
         """As `Template.render_rows`: one row where the template only appends, else one for each answer.
 
@@ -109,7 +116,7 @@ class OwnTemplate:
         other = ["".join(span.text for span in template.render(probe)) for probe in (turns, turns[1:])]
         return own == [(template.bos or "") + prompt for prompt in other]
 
-    def _hide(self, messages: Sequence[dict]) -> Hidden:
+    def _hide(self, messages: Sequence[Message]) -> Hidden:
         """The messages for the template, a thought where it looks for one. Most hold none, and learning takes time."""
         parted = split_thoughts(messages)
         if not any(KEY in message for message in parted):
@@ -126,7 +133,7 @@ class OwnTemplate:
             self._joints[system, thinking] = learnt
         return self._joints[system, thinking]
 
-    def _text(self, hidden: Sequence[dict], add_generation_prompt: bool, switches: dict) -> str:
+    def _text(self, hidden: Sequence[Message], add_generation_prompt: bool, switches: dict[str, Any]) -> str:
         """The rendering, the system text in it."""
         system = hidden[0]["content"].strip() if hidden[0]["role"] == "system" else ""
         try:
@@ -169,7 +176,7 @@ class OwnTemplate:
             start = answer.end() + len(end or "")
         return spans + split(text[start:], shown)
 
-    def _row(self, hidden: Hidden, turn: int, thinking: bool | None, switches: dict) -> list[Span]:
+    def _row(self, hidden: Hidden, turn: int, thinking: bool | None, switches: dict[str, Any]) -> list[Span]:
         """The prompt of one answer, and what the model has to say then: its thought, its words and their ending."""
         messages, shown = hidden.messages[: turn + 1], hidden.shown
         prompt = self._text(messages[:-1], True, switches)
@@ -196,7 +203,7 @@ class OwnTemplate:
         rest = prompt[self._jinja.common(prompt, text) :]
         return not rest.strip() or rest in self.habits.begun or rest.strip() == self.habits.open.strip()
 
-    def _behind_question(self, messages: Sequence[dict], switches: dict) -> tuple[str, str]:
+    def _behind_question(self, messages: Sequence[Message], switches: dict[str, Any]) -> tuple[str, str]:
         """What a prompt, and what the conversation with its answer has behind the last question: all that can be
         compared where a template writes questions that are answered in another way."""
         question = {"role": "user", "content": QUESTION}
@@ -242,7 +249,9 @@ class OwnTemplate:
         match = self._end.match(full, position)
         return match and match[0]
 
-    def _words(self, answer: re.Match, shown: dict[str, str], end: str | None, marks: tuple) -> list[Span]:
+    def _words(
+        self, answer: re.Match[str], shown: dict[str, str], end: str | None, marks: tuple[bool, ...]
+    ) -> list[Span]:
         """The words of an answer and their ending, which is added where the template leaves out the last one's."""
         words = "".join([shown.get(char, char) for char in answer[1]])
         ending = self.habits.ending

@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..conversation.messages import Message
 from ..text import visible
 from .labels import IGNORE, build_inputs_labels
 from .templates import get_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Name of a kind of token: CSS, ANSI. Black or white text, so that light and dark themes both show it.
 STYLES = {
@@ -31,7 +35,7 @@ class Group(NamedTuple):
 class LabelPicture:
     """The groups of one row; a notebook shows them as HTML, `print` with ANSI colours."""
 
-    def __init__(self, groups: list[Group]):
+    def __init__(self, groups: list[Group]) -> None:
         self.groups = groups
 
     def _repr_html_(self) -> str:
@@ -62,7 +66,9 @@ class LabelPicture:
         return [(kind, count) for kind, count in counts.items() if count]
 
 
-def show_labels(example: Sequence[dict] | dict, tokenizer, model_type: str | None = None) -> LabelPicture:
+def show_labels(
+    example: Sequence[Message] | dict[str, Any], tokenizer: "PreTrainedTokenizerBase", model_type: str | None = None
+) -> LabelPicture:
     """The picture of a conversation (a list of messages), or of a row of a batch: a dict with `input_ids`,
     `labels` and, if it has padding, `attention_mask`, each a list or a tensor of shape (length,)."""
     if isinstance(example, dict):
@@ -80,20 +86,25 @@ def show_labels(example: Sequence[dict] | dict, tokenizer, model_type: str | Non
         names = ["trained"] * (label != IGNORE) + ["control"] * (token_id in control)
         return " ".join(names) or "masked"
 
-    groups = []
+    groups: list[Group] = []
     for name, tokens in groupby(zip(ids, labels, mask, strict=True), kind):
         groups += _whole_characters(name, list(tokens), groups[-1:], tokenizer, control)
     return LabelPicture(groups)
 
 
 def _whole_characters(
-    kind: str, tokens: list[tuple[int, int, int]], before: list[Group], tokenizer, control: set[int]
+    kind: str,
+    tokens: list[tuple[int, int, int]],
+    before: list[Group],
+    tokenizer: "PreTrainedTokenizerBase",
+    control: set[int],
 ) -> list[Group]:
     """Tokens of one kind, split after every token that ends a character: a Chinese one may take several."""
     if kind == "padding":
         ids, labels, _ = zip(*tokens, strict=True)
         return [Group(kind, f"{tokenizer.convert_ids_to_tokens(ids[0])} × {len(ids)}", ids, labels)]
-    groups, start = [], 0
+    groups: list[Group] = []
+    start = 0
     for end, (token_id, _, _) in enumerate(tokens, 1):
         ids, labels, _ = zip(*tokens[start:end], strict=True)
         if token_id in control:

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..conversation.messages import validate_messages
+from ..conversation.messages import Message, validate_messages
 from ..errors import ChatmagicError
 from ..text import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .own import OwnTemplate
 
 
 class TemplateError(ChatmagicError):
@@ -24,6 +29,7 @@ class NoSystemError(TemplateError):
 
 
 def no_system(template: str, said: str = "") -> NoSystemError:
+    """The error for that template, with what it said itself."""
     said = f" ({said})" if said else ""
     return NoSystemError(
         f"Message 0 has role 'system', and {template} has no place for it{said}; expected user. Put it into the first "
@@ -96,12 +102,12 @@ class Template:
     stop_ids: Sequence[int] = ()
     sign: tuple[str, int] | None = None
 
-    def control_tokens(self, tokenizer) -> dict[str, int]:
+    def control_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
         """The tokens that no message may write, with their ids."""
         texts = self.bos, self.system, self.default_system, self.user, self.prompt, self.end, self.gap
         return control_tokens(tokenizer, "\0".join(filter(None, texts)), self.reserved)
 
-    def stop_token_ids(self, tokenizer) -> list[int]:
+    def stop_token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """The ids that end a generation, first the one that training teaches."""
         end = self.control_tokens(tokenizer).get(self.end.strip())
         ids = dict.fromkeys([end, tokenizer.eos_token_id, *self.stop_ids])
@@ -109,9 +115,10 @@ class Template:
 
     @property
     def knows_thoughts(self) -> bool:
+        """Whether a model of this format thinks before it answers."""
         return False
 
-    def thinking_for(self, messages: Sequence[dict]) -> bool | None:
+    def thinking_for(self, messages: Sequence[Message]) -> bool | None:
         """How a conversation is trained where nobody says."""
 
     def part_thought(self, text: str, thinking: bool | None) -> tuple[str, str]:
@@ -119,7 +126,7 @@ class Template:
         return "", text
 
     def render(
-        self, messages: Sequence[dict], add_generation_prompt: bool = True, thinking: bool | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, thinking: bool | None = None
     ) -> list[Span]:
         """Valid messages as spans; their texts joined are the prompt. Raises TemplateError for `thinking=True`."""
         if thinking:
@@ -127,9 +134,12 @@ class Template:
         return self._render(messages, add_generation_prompt, None)
 
     def render_rows(
-        self, messages: Sequence[dict], multi_rounds: bool = True, thinking: bool | None = None
+        self, messages: Sequence[Message], multi_rounds: bool = True, thinking: bool | None = None
     ) -> list[list[Span]]:
-        """The rows that train a conversation, as spans: here one for all answers, or for the last."""
+        """The rows that train a conversation, as spans: here one for all answers, or for the last.
+
+        Raises TemplateError for a thought, and where an answered turn is written in another way than one that asks.
+        """
         for index, message in enumerate(messages):
             if thinking or message.get("reasoning_content"):
                 raise TemplateError(
@@ -138,7 +148,9 @@ class Template:
                 )
         return [self._render(messages, messages[-1]["role"] == "user", multi_rounds)]
 
-    def _render(self, messages: Sequence[dict], add_generation_prompt: bool, multi_rounds: bool | None) -> list[Span]:
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, multi_rounds: bool | None
+    ) -> list[Span]:
         """The spans; all answers are trained, with `multi_rounds=False` the last turn, with None nothing."""
         opening, begin = self._opening(messages)
         spans = [] if self.system_in_user else list(opening)
@@ -183,19 +195,19 @@ class Template:
     def _answer(self) -> list[str]:
         return self.answer.split("{}")
 
-    def _opening(self, messages: Sequence[dict]) -> tuple[list[Span], int]:
+    def _opening(self, messages: Sequence[Message]) -> tuple[list[Span], int]:
         """The system text's spans, and the index of the first message after it."""
         given = messages[0]["role"] == "system"
-        words = messages[0]["content"] if given else self.default_system
+        words: str | None = messages[0]["content"] if given else self.default_system
         before, slot, after = self.system.partition("{}")
         if not slot:
             return [Span(before)] if before else [], given
         if not words and self.default_system is None:
             return [], given
-        return [Span(before), Span(words, live=not given), Span(after)], given
+        return [Span(before), Span(words or "", live=not given), Span(after)], given
 
 
-def control_tokens(tokenizer, literals: str, reserved: str = "(?!)") -> dict[str, int]:
+def control_tokens(tokenizer: "PreTrainedTokenizerBase", literals: str, reserved: str = "(?!)") -> dict[str, int]:
     """The added tokens that are marked special, are named in `tokenizer.chat_control_tokens`, stand in a
     template's own text, `literals`, or match the pattern `reserved`; with their ids."""
     named = set(getattr(tokenizer, "chat_control_tokens", None) or ())
@@ -209,7 +221,7 @@ def control_tokens(tokenizer, literals: str, reserved: str = "(?!)") -> dict[str
     }
 
 
-def control_pattern(tokenizer, control: dict[str, int]) -> str:
+def control_pattern(tokenizer: "PreTrainedTokenizerBase", control: dict[str, int]) -> str:
     """A pattern of these control tokens, longer ones first, with the whitespace that some of them swallow."""
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content in control]
     return (
@@ -223,11 +235,11 @@ def control_pattern(tokenizer, control: dict[str, int]) -> str:
 
 @cache
 def _table() -> dict[str, Template]:
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for file in "families.toml", "fastchat.toml":
         rows |= tomllib.loads((files(__package__) / file).read_text("utf-8"))
 
-    def fields(row: dict) -> dict:
+    def fields(row: dict[str, Any]) -> dict[str, Any]:
         own = {key: value for key, value in row.items() if key != "like"}
         return fields(rows[row["like"]]) | {"sign": None} | own if "like" in row else own
 
@@ -237,7 +249,7 @@ def _table() -> dict[str, Template]:
 LLAMA_2 = re.compile(r"llama-?2.*chat", re.IGNORECASE)  # nothing in its files but their folder says what they are
 
 
-def name_family(tokenizer, folder: str | Path) -> None:
+def name_family(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:
     """Note with a tokenizer, as its `chat_family`, what only the name of its model's folder tells: Llama-2's brings no
     chat template. Saved with it, and read again.
 
@@ -247,7 +259,9 @@ def name_family(tokenizer, folder: str | Path) -> None:
         tokenizer.chat_family = tokenizer.init_kwargs["chat_family"] = "llama-2"
 
 
-def get_template(model_type: str | None = None, tokenizer=None):
+def get_template(
+    model_type: str | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> "Template | OwnTemplate":
     """The template named `model_type`; without a name, the one that fits a tokenizer.
 
     Most families of the course are found by their vocabulary, a Llama-2 without a chat template by its folder (see
@@ -259,6 +273,8 @@ def get_template(model_type: str | None = None, tokenizer=None):
         if template := _table().get(model_type):
             return template
         raise TemplateError(f"No template is called {model_type!r}{did_you_mean(model_type, _table(), cutoff=0)}")
+    if tokenizer is None:
+        raise TemplateError("Pass the name of a template, model_type=..., or a tokenizer to find it by.")
     for template in _table().values():
         if template.sign and tokenizer.convert_tokens_to_ids(template.sign[0]) == template.sign[1]:
             return template
@@ -275,7 +291,7 @@ def get_template(model_type: str | None = None, tokenizer=None):
     )
 
 
-def build_prompt(messages: Sequence[dict], model_type: str, add_generation_prompt: bool = True) -> str:
+def build_prompt(messages: Sequence[Message], model_type: str, add_generation_prompt: bool = True) -> str:
     """The conversation as one string; after a last user turn with what leads to an answer.
 
     Byte for byte FastChat's under its own names, but for "internlm-chat", which follows the publisher. For

@@ -205,3 +205,8 @@ def test_thinking_is_told_where_somebody_says(fake):
     llm("c"), llm("d", thinking=True), llm.chat(build_messages("e"))
     told = [options.get("thinking") for _, options in fake.asked]
     assert told == [None, True, False, True, False]
+
+
+def test_a_model_without_a_template_here_has_no_prompt_to_show(fake):
+    with pytest.raises(ChatmagicError, match="only the server has the chat template of fake"):
+        ChatLLM(fake).build_prompt(build_messages("a"))
