@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from chatmagic import encode_example, read_conversations, read_jsonl, write_jsonl
+from chatmagic import build_messages, encode_example, read_conversations, read_jsonl, write_jsonl
 from chatmagic.data.rows import CHUNK, DataError
 from chatmagic.prompts.labels import LabelsError
 
 CASES = Path(__file__).with_name("cases")
 EXPECTED = tomllib.loads((CASES / "expected.toml").read_text("utf-8"))
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "cases" / "data"
+REPORTED = Path(__file__).with_name("reported")
 SIGNS = {"user": "问", "assistant": "答", "system": "系统", "masked": "不学", "thought": "想"}
 
 
@@ -58,8 +58,8 @@ def test_the_cases(name, capsys):
     check(CASES / name, EXPECTED[name], capsys)
 
 
-# The cases that lie beside the checkout, each with a README of what is expected.
-OF_SHARED = {
+# What people reported, a folder each, with a README of what was expected.
+EXPECTED_OF_REPORTED = {
     "01-json-array": {"read": ["问 天为什么蓝？ 答 因为瑞利散射。"] * 2},
     "02-json-array-one-line": {"read": ["问 天为什么蓝？ 答 因为瑞利散射。"] * 2},
     "04-pretty-objects": {"read": ["问 甲 答 乙"] * 2},
@@ -98,21 +98,23 @@ OF_SHARED = {
 }
 
 
-@pytest.mark.parametrize("name", OF_SHARED)
-def test_the_shared_cases(shared, name, capsys):
-    (path,) = (each for each in (SHARED / name).iterdir() if each.name != "README")
-    check(path, OF_SHARED[name], capsys)
+@pytest.mark.parametrize("name", EXPECTED_OF_REPORTED)
+def test_the_reported_cases(name, capsys):
+    (path,) = (each for each in (REPORTED / name).iterdir() if each.name != "README")
+    check(path, EXPECTED_OF_REPORTED[name], capsys)
 
 
 @pytest.mark.parametrize("name, way", [("12-placeholders", "persona="), ("26-gbk", 'encoding="gbk"')])
-def test_the_way_out_is_told(shared, name, way):
-    (path,) = (each for each in (SHARED / name).iterdir() if each.name != "README")
+def test_the_way_out_is_told(name, way):
+    (path,) = (each for each in (REPORTED / name).iterdir() if each.name != "README")
     with pytest.raises(DataError, match=way):
         list(read_conversations(path))
 
 
-def test_a_row_beyond_the_context_is_named_and_can_be_cut(shared, tokenizer):
-    *_, long = read_conversations(SHARED / "31-too-long" / "a.jsonl")
+def test_a_row_beyond_the_context_is_named_and_can_be_cut(tmp_path, tokenizer):
+    rows = [build_messages(None, [(question, "乙。")]) for question in ("甲？", "很长的问题。" * 20_000)]
+    write_jsonl(rows, tmp_path / "a.jsonl")
+    *_, long = read_conversations(tmp_path / "a.jsonl")
     with pytest.raises(LabelsError, match="^a.jsonl, line 2: "):
         encode_example(long, tokenizer, max_length=1000)
 
