@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..conversation.messages import Message, MessagesError, validate_messages
 from ..errors import ChatmagicError
-from .templates import EndOfTurn, Span, TemplateError, control_pattern, get_template, no_system
+from .templates import EndOfTurn, Span, TemplateError, control_pattern, get_template, is_greeting, no_system
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -256,7 +256,7 @@ def _encode_shorter(
     system = messages[0]["role"] == "system"
     hint = "Pass drop_oldest=True to leave out its oldest rounds."
     if drop_oldest:
-        starts = range(system, len(messages) - shortest + 1, 2)
+        starts = range(system + is_greeting(messages, system), len(messages) - shortest + 1, 2)
         shorter = [[*messages[:system], *messages[start:]] for start in starts]
         if (first := bisect_left(shorter, True, key=fits)) < len(shorter):
             return encode(shorter[first])
@@ -343,9 +343,11 @@ def encode_rows(
 
     The ids before an answer are `encode_prompt` of the messages before it, with the same `thinking`; None is what was
     noted with the tokenizer, else off where no answer holds a thought, in `reasoning_content` or before its words in
-    `<think>...</think>`. Other arguments and errors as for `encode_prompt`; LabelsError also where nothing is trained.
+    `<think>...</think>`. A greeting, an assistant's message of weight 0 before the first question, stays where the
+    template writes one. Other arguments and errors as for `encode_prompt`; LabelsError also where nothing is trained.
     """
-    validate_messages(messages)
+    greeted = is_greeting(messages, start := bool(messages) and messages[0]["role"] == "system")
+    validate_messages([*messages[:start], *messages[start + 1 :]] if greeted else messages)
     last = messages[-1]["role"]
     if last != "assistant" and not (multi_rounds and len(messages) > 2):
         raise LabelsError(f"Nothing is trained: message {len(messages) - 1} has role {last!r}; expected assistant.")

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from ..conversation.messages import Message
 from .habits import KEY, Habits, learn_appending, learn_habits, split_thoughts
 from .jinja import ANSWER, BEGIN, MARKS, QUESTION, TAG, THOUGHT, Hidden, Renderer, split
-from .templates import EndOfTurn, Span, Template, TemplateError, control_tokens, no_system
+from .templates import (
+    EndOfTurn,
+    NoSystemError,
+    Span,
+    Template,
+    TemplateError,
+    control_tokens,
+    is_greeting,
+    no_greeting,
+    no_system,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,6 +106,8 @@ class OwnTemplate:
         writes of an answer cannot follow that prompt.
         """
         hidden, switches = self._hide(messages), self.habits.switches(thinking)
+        if is_greeting(messages, start := messages[0]["role"] == "system"):
+            self._check_greeting(hidden, start, switches)
         last = len(messages) - 1
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         taught = [turn for turn in turns if (multi_rounds or turn == last) and messages[turn].get("weight", 1)]
@@ -104,6 +116,17 @@ class OwnTemplate:
             if row := self._cut(text, hidden, thinking, taught):
                 return [row]
         return [self._row(hidden, turn, thinking, switches) for turn in taught]
+
+    def _check_greeting(self, hidden: Hidden, start: int, switches: dict[str, Any]) -> None:
+        """Raise TemplateError where the template leaves a greeting out, or refuses it."""
+        try:
+            text = self._text(hidden.messages[: start + 2], True, switches)
+        except NoSystemError:
+            raise
+        except TemplateError as error:
+            raise no_greeting("this chat template") from error
+        if hidden.messages[start]["content"].strip() not in text:
+            raise no_greeting("this chat template")
 
     def writes_like(self, template: Template) -> bool:
         """Whether the two write the same prompts, judged by one with and one without a system text."""

@@ -37,6 +37,17 @@ def no_system(template: str, said: str = "") -> NoSystemError:
     )
 
 
+def is_greeting(messages: Sequence[Message], index: int) -> bool:
+    """Whether the message there is an assistant's that nobody asked for, and that is not trained."""
+    greeting = messages[index] if index < len(messages) else {}
+    return greeting.get("role") == "assistant" and greeting.get("weight") == 0
+
+
+def no_greeting(template: str) -> TemplateError:
+    """What to say where a greeting has no place."""
+    return TemplateError(f"The conversation begins with the assistant, and {template} has no place for that.")
+
+
 class Span(NamedTuple):
     """A stretch of a rendered conversation.
 
@@ -138,8 +149,11 @@ class Template:
     ) -> list[list[Span]]:
         """The rows that train a conversation, as spans: here one for all answers, or for the last.
 
-        Raises TemplateError for a thought, and where an answered turn is written in another way than one that asks.
+        Raises TemplateError for a thought, for a greeting, and where an answered turn is written in another way than
+        one that asks.
         """
+        if is_greeting(messages, messages[0]["role"] == "system"):
+            raise no_greeting(f"template {self.name!r}")
         for index, message in enumerate(messages):
             if thinking or message.get("reasoning_content"):
                 raise TemplateError(

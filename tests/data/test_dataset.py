@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from chatmagic import DataCollator, load_model, read_jsonl
 from chatmagic.conversation.messages import MessagesError
 from chatmagic.data.dataset import Conversation, DataError, encode_example
 from chatmagic.prompts.labels import LabelsError
+from chatmagic.prompts.templates import TemplateError
 
 
 class Tokenizer:
@@ -203,3 +205,40 @@ def test_a_conversation_of_several_rows_is_in_one_batch():
     examples = [EXAMPLES, EXAMPLES[0]]
     batch = DataCollator(Tokenizer())(examples)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0], [8, 9, 10, 11, 12], [5, 6, 7, 0, 0]]
+
+
+GREETING = {"role": "assistant", "content": "Welcome.", "weight": 0}
+
+
+@pytest.mark.parametrize("start", [[], SYSTEM])
+def test_a_greeting_stays_where_the_template_writes_it(tokenizer, start):
+    """ChatML does: before the question, as the assistant's, and not trained."""
+    (example,) = encode_example([*start, GREETING, *TALK], tokenizer)
+    system = "<|im_start|>system\nS<|im_end|>\n" if start else ""
+    asked = "<|im_start|>assistant\nWelcome.<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(example["input_ids"]) in (written := f"{system}{asked}好<|im_end|>", written + "\n")
+    assert tokenizer.decode([label for label in example["labels"] if label != -100]) == "好<|im_end|>"
+    (short,) = encode_example([*start, GREETING, *TALK, *TALK], tokenizer, max_length=60, drop_oldest=True)
+    assert "Welcome" not in tokenizer.decode(short["input_ids"])
+
+
+@pytest.mark.parametrize("folder", ["llama-2-13b-chat", "baichuan2-7b-chat"])
+def test_a_greeting_without_a_place_is_refused_with_the_way_out(tiny_models, folder):
+    tokenizer = load_model(tiny_models / folder)[1]
+    with pytest.raises(TemplateError, match="begins with the assistant, .* no place for that. Leave its greeting out"):
+        encode_example([GREETING, *TALK], tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}",
+        "{% set messages = messages[1:] if messages[0].role == 'assistant' else messages %}",
+    ],
+)
+def test_a_chat_template_that_refuses_or_drops_a_greeting(tokenizer, template):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template + tokenizer.chat_template
+    assert encode_example(TALK, own) == encode_example(TALK, tokenizer)
+    with pytest.raises(TemplateError, match="begins with the assistant, .* no place for that. Leave its greeting out"):
+        encode_example([GREETING, *TALK], own)
