@@ -122,7 +122,7 @@ def test_home_where_roots_folder_is_closed(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_is_refused_before_a_byte_is_fetched(monkeypatch, home):
-    monkeypatch.setattr(download, "_first_answer", lambda *args: pytest.fail("went to the network"))
+    monkeypatch.setattr(download, "first_answer", lambda *args: pytest.fail("went to the network"))
     monkeypatch.setattr(profiles, "ram", lambda: 4 * 10**9)
     monkeypatch.setattr(profiles, "gpu_memory", lambda: 0)
     with pytest.raises(ProfileError, match="baichuan2-7b-chat needs 8.3 GB of RAM, and there are 4.0") as error:
