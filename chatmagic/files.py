@@ -157,37 +157,44 @@ def nearest_existing(folder: Path) -> Path:
 
 @contextmanager
 def _in_words(path: Path, hint: str) -> Iterator[None]:
-    """Say what kept the block from writing to `path`: what was found, and what to type."""
-    path = path.absolute()
+    """Say what kept the block from writing to `path`."""
     try:
         yield
-    except Exception as raised:
+    except Exception as error:
         # Of something in a folder that is being made: the outermost has the name that was asked for, and the hint.
-        error = raised.__cause__ if isinstance(raised, WriteError) and raised.__cause__ else raised
-        number = _errno(error)
-        folder, found = path.parent, nearest_existing(path.parent)
-        mine = str(getattr(error, "filename", None) or path).startswith((str(path), str(folder / _stem(path))))
-        if number in FULL:
-            free = shutil.disk_usage(found).free / 1e6
-            said = f"The disk of {folder} is full: {free:.0f} MB are free, and {path.name} does not fit."
-            advice = "Make room there, or name a folder on another disk."
-        elif not isinstance(error, OSError):
+        inner = isinstance(error, WriteError) and error.__cause__ is not None
+        said = _said(error.__cause__ if inner else error, path.absolute(), hint)
+        if said is None:
             raise
-        elif not found.is_dir():
-            said, advice = f"{found} is a file, where a folder must be.", "Name another, or move it away."
-        elif number in CLOSED and (mine or found != folder):
-            said = f"{path if found == folder else folder} cannot be written: {found} is closed to you, or read-only."
-            advice = "Name another folder, or let its owner open it: chmod u+w"
-        elif found != folder:
-            said, advice = f"There is no folder {folder}.", f"Make it: mkdir -p {folder}"
-        elif path.is_dir() and number in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST):
-            said, advice = f"{path} is a folder that is there already.", f"Name another, or: rm -r {path}"
-        else:
-            raise
-        raise WriteError(f"{said} What was there is as it was. {hint or advice}") from error
+        raise WriteError(said) from (error.__cause__ if inner else error)
 
 
-def _errno(error: BaseException) -> int | None:
+def _said(error: BaseException | None, path: Path, hint: str) -> str | None:
+    """What was found and what to type, where it is the disk or the folder of `path` that failed."""
+    number = _errno(error)
+    folder, found = path.parent, nearest_existing(path.parent)
+    mine = str(getattr(error, "filename", None) or path).startswith((str(path), str(folder / _stem(path))))
+    if number in FULL:
+        free = shutil.disk_usage(found).free / 1e6
+        said = f"The disk of {folder} is full: {free:.0f} MB are free, and {path.name} does not fit."
+        advice = "Make room there, or name a folder on another disk."
+    elif not isinstance(error, OSError):
+        return None
+    elif not found.is_dir():
+        said, advice = f"{found} is a file, where a folder must be.", "Name another, or move it away."
+    elif number in CLOSED and (mine or found != folder):
+        said = f"{path if found == folder else folder} cannot be written: {found} is closed to you, or read-only."
+        advice = "Name another folder, or let its owner open it: chmod u+w"
+    elif found != folder:
+        said, advice = f"There is no folder {folder}.", f"Make it: mkdir -p {folder}"
+    elif path.is_dir() and number in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST):
+        said, advice = f"{path} is a folder that is there already.", f"Name another, or: rm -r {path}"
+    else:
+        return None
+    return f"{said} What was there is as it was. {hint or advice}"
+
+
+def _errno(error: BaseException | None) -> int | None:
     """What the system answered: Rust's libraries (tokenizers, safetensors) tell it in their text."""
     told = re.search(r"\(os error (\d+)\)", str(error))
     return getattr(error, "errno", None) or (int(told[1]) if told else None)
