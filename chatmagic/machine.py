@@ -75,7 +75,7 @@ def report(folder: Path) -> list[tuple[str, str]]:
         ("disk", f"{disk.free / GB:.0f} GB free of {disk.total / GB:.0f} at {short(folder)}"),
     ]
     rows += [("GPU", gpu) for gpu in _gpus()] or [("GPU", "none: the course runs on the CPU")]
-    return rows + [(package, _version(package)) for package in PACKAGES]
+    return rows + [(package, package_version(package)) for package in PACKAGES]
 
 
 def _gpus() -> list[str]:
@@ -100,7 +100,8 @@ def _nvidia_smi(what: str, fields: str) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The version of an installed package, or what to type where it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..files import write
+from ..machine import package_version
 
 if TYPE_CHECKING:
     from .keras import KerasModel
@@ -45,7 +45,7 @@ def write_run(run: "KerasModel", about: dict) -> None:
             "captured": run.captured is not None,
         },
         "device": torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
     }
     write(run.ckpt_path / RUN, json.dumps(record | about, ensure_ascii=False, indent=1, default=str))
 
