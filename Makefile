@@ -20,7 +20,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks tests
 
 quick: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not network and not browser and not gpu" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not browser and not gpu" tests
 
 lab: kernel
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks

@@ -1,4 +1,5 @@
-"""The seed's own cells, taken from its text, run against SmolLM2 with only their import lines changed."""
+"""The seed's own cells, taken from its text, run against its own model in miniature with only their import lines
+changed."""
 
 import re
 import sys
@@ -32,7 +33,7 @@ def cells(shared):
 
 
 @pytest.fixture(scope="module")
-def notebook(cells, small):
+def notebook(cells, golden_models):
     """Runs the seed's cell that holds a text (the first of those after the last one run), and returns its result."""
     shell = start_ipython() or sys.modules["IPython"].get_ipython()
     shell.reset()
@@ -53,7 +54,7 @@ def notebook(cells, small):
         return result.result
 
     run.code, run.variables = code, shell.user_ns
-    shell.user_ns["model_name_or_path"] = str(small)
+    shell.user_ns["model_name_or_path"] = str(golden_models / "baichuan2-7b-chat")
     code(LOADING)
     yield run
     shell.reset()
@@ -68,7 +69,7 @@ def test_the_seeds_cells_run(notebook, capsys, tmp_path, monkeypatch):
         monkeypatch.setattr(KerasModel, patched, getattr(KerasModel, patched))
     get = notebook.variables
     notebook("llm = ChatLLM(model,tokenizer,model_type='baichuan2-chat',stream=False)")
-    notebook.code("llm.max_new_tokens = 8")  # SmolLM2 knows no Baichuan format and would go on and on
+    notebook.code("llm.max_new_tokens = 8")  # random weights would go on and on
     reply = notebook("llm.chat(messages=llm.build_messages(query=")
     assert isinstance(reply, str)
     capsys.readouterr()
