@@ -6,6 +6,7 @@ import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from chatmagic.accel.captured import CapturedStep, why_not
 from chatmagic.accel.layers import fast_layers
@@ -17,6 +18,7 @@ from tiny_runs import Replayed, adalora, fit, loader, lora, rows, tiny_llama, un
 def forty_steps(batches, captured=None):
     """The log of each step, and the model."""
     model, logs = adalora(), []
+    AcceleratorState._reset_state()  # another test's fit may have left one of another precision
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=40)
