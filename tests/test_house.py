@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,15 @@ def test_every_public_name_tells_what_it_is_and_what_it_raises():
             if isinstance(node, ast.FunctionDef):
                 untold += [f"{name} raises {error}" for error in raised(node) if error not in told]
     assert (sorted(undocumented), sorted(untold)) == ([], [])
+
+
+def test_what_a_text_tells_to_run_as_a_module_is_one():
+    """`python -m` and `accelerate launch -m`, in messages and in documents."""
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *PACKAGE.rglob("*.py"), *ROOT.glob("notebooks/*.ipynb")]
+    found = {path.name: re.findall(r"-m (chatmagic[\w.]*\w)", path.read_text("utf-8")) for path in texts}
+    told = {(name, file) for file, names in found.items() for name in names}
+    assert {name for name, _ in told} >= {"chatmagic.cli", "chatmagic.course.replies"}
+    for name, file in told:
+        module = find_spec(name)
+        assert module and not module.submodule_search_locations, f"{file} tells to run {name}, which is no module"
+        assert '__name__ == "__main__"' in Path(module.origin).read_text("utf-8"), f"{name}, of {file}, does nothing"

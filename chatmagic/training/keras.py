@@ -70,8 +70,8 @@ class KerasModel(kerasmodel.KerasModel):
         """Refused with a ChatmagicError, which names the ways there are."""
         raise ChatmagicError(
             "torchkeras' fit_ddp would train on another way than fit, and save what no one can load. Several GPUs: "
-            "accelerate launch --multi_gpu --num_processes N -m chatmagic.training PROFILE, or fit in a script of your "
-            "own under accelerate launch."
+            "accelerate launch --multi_gpu --num_processes N -m chatmagic.cli train PROFILE, or fit in a script of "
+            "your own under accelerate launch."
         )
 
     def save_ckpt(self, ckpt_path: str | Path | None = None, accelerator: Accelerator | None = None) -> None:
