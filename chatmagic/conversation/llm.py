@@ -114,9 +114,8 @@ class ChatLLM:
     The last `max_chat_rounds` rounds are remembered in `history`, a list of (query, reply). `stream` says
     whether replies are printed as they come. Creating one registers it under `name`, by default that of
     the model's folder, and in a notebook makes it the one `%%chat` talks to; nothing is sent to the
-    model. `fast=False` answers by transformers' own `generate`, plainly. `thinking` tells a model
-    that can be told so to think or not; None: as it was trained, else its own default. Without a tokenizer, `model`
-    is a `ChatModel`.
+    model. `fast=False` answers by transformers' own `generate`, plainly. `thinking` tells a model that can be told
+    so to think or not; None: as it was trained, else its own default. Without a tokenizer, `model` is a `ChatModel`.
     """
 
     def __init__(
@@ -154,13 +153,13 @@ class ChatLLM:
         validate_messages(messages)
         if (template := getattr(self.backend, "template", None)) is None:
             raise ChatmagicError(f"only the server has the chat template of {self.name}")
-        return "".join(span.text for span in template.render(messages, add_generation_prompt))
+        return "".join(span.text for span in template.render(messages, add_generation_prompt, self.thinking))
 
     def build_inputs_labels(self, messages: list[Message], multi_rounds: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation for training: see `chatmagic.build_inputs_labels`."""
         from ..prompts.labels import build_inputs_labels
 
-        return build_inputs_labels(messages, self.tokenizer, self.model_type, multi_rounds)
+        return build_inputs_labels(messages, self.tokenizer, self.model_type, multi_rounds, thinking=self.thinking)
 
     def __call__(
         self,

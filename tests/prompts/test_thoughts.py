@@ -3,11 +3,12 @@ what stops a reply."""
 
 import pytest
 
-from chatmagic import build_inputs_labels, build_messages, encode_example, encode_prompt, get_template
+from chatmagic import ChatLLM, build_inputs_labels, build_messages, encode_example, encode_prompt, get_template
 from chatmagic.prompts import jinja
 from chatmagic.prompts.labels import LabelsError, note_thinking
 from chatmagic.prompts.templates import TemplateError
 from talk import build
+from tiny_runs import tiny_llama
 
 EACH = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}BODY{{ '<|im_end|>\n' }}{% endfor %}"
 PARTED = (  # as Qwen3: the thought under a key of its own or cut out of the content, shown in the last answer alone
@@ -199,6 +200,15 @@ def test_the_switch():
     assert trained(tokenizer, encode_example(PLAIN[:2], tokenizer, thinking=True)[0]) == "\n</think>\n\nHo<|im_end|>"
     with pytest.raises(TemplateError, match="Message 1 .* has a thought, and its prompt leaves no room"):
         encode_example(THOUGHT, tokenizer)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_chatllm_trains_behind_the_prompt_that_it_sends(thinking):
+    tokenizer = build(KINDS["opened"])
+    llm = ChatLLM(tiny_llama(), tokenizer, thinking=thinking)
+    prompt = encode_prompt(PLAIN[:1], tokenizer, thinking=thinking)
+    assert llm.build_inputs_labels(PLAIN[:2])[0][: len(prompt)] == prompt
+    assert llm.build_prompt(PLAIN[:1]) == tokenizer.decode(prompt)
 
 
 def test_a_switch_that_a_template_lacks_is_refused(tokenizers):
