@@ -127,7 +127,8 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
 
     held_out = ConversationFile(course.val)
     learnt, own = ConversationFile(course.train, without=held_out), course.own
-    note_thinking(model, tokenizer, thinking_of(course, tokenizer, learnt))
+    thinking = thinking_of(course, tokenizer, learnt)
+    note_thinking(model, tokenizer, thinking)
     cut = {"max_length": own.max_length, "drop_oldest": True} if own and own.max_length else {}
     train_data, val_data = (Examples(part, tokenizer, **cut) for part in (learnt, held_out))
     samples = (own.samples or len(train_data)) if own else profile.samples
@@ -158,7 +159,7 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
             "profile": profile.name,
             "persona": asdict(course.persona),
             "template": template.name,
-            "thinking": profile.thinking,
+            "thinking": thinking,
             "files": {file.name: sha256(file.read_bytes()).hexdigest() for file in (course.train, course.val)},
         },
         **settings,

@@ -207,3 +207,16 @@ def test_before_any_training_the_way_to_it_is_told(home, capsys, monkeypatch):
     monkeypatch.setenv("CHATMAGIC_HOME", str(home))
     assert cli.main(["evaluate", NAME]) == 1
     assert f"chatmagic train {NAME}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_run_tells_how_it_was_trained_to_think(trained, tmp_path, monkeypatch):
+    """What was decided by the rows, not only what a profile says."""
+    shutil.copytree(trained, tmp_path / "home")
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "home"))
+    profiles()[NAME] = replace(profiles()[NAME], quantize="no")
+    told = {}
+    monkeypatch.setattr(script, "thinking_of", lambda *_: False)
+    monkeypatch.setattr(script.KerasModel, "fit", lambda self, *_, **settings: told.update(settings, net=self.net))
+    script.train(course.resume())
+    assert told["about"]["thinking"] is False and told["net"].chat_thinking is False
