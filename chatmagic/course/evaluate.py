@@ -14,7 +14,7 @@ from ..conversation.messages import build_messages
 from ..errors import ChatmagicError
 from ..machine import short
 from ..models.load import load_model
-from ..models.merge import trained_thinking
+from ..models.provenance import trained_thinking
 from ..prompts.labels import encode_prompt, note_thinking
 from ..prompts.templates import get_template
 from .persona import Persona, holds, questions

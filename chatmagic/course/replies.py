@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..conversation.messages import build_messages
 from ..files import make_folder, write
 from ..machine import courses
-from ..models.merge import base_fingerprint
+from ..models.provenance import base_fingerprint
 from .evaluate import ask
 from .persona import questions
 

@@ -5,13 +5,12 @@ The arithmetic is PEFT's `merge_and_unload`, operation for operation (`peft/tune
 the base go from its files, past the adapter, into the new ones.
 """
 
-import hashlib
 import json
 import math
 import re
 import shutil
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
@@ -24,10 +23,9 @@ from safetensors.torch import save_file
 from ..errors import ChatmagicError
 from ..files import new_folder, write
 from .checkpoint import first_not_finite, open_file, open_weights, read_json, weight_files
+from .provenance import BASE, PROVENANCE, base_fingerprint, trained_thinking
 from .shard import Part, write_shard
 
-# Beside an adapter: {BASE: base_fingerprint(of what it is for), "thinking": how it was trained, see `note_thinking`}.
-PROVENANCE, BASE = "chatmagic.json", "base_tensors"
 FACTORS = ("adapter_model.safetensors", "adapter_model.bin")
 NOT_COPIED = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 # The settings of an adapter that a merge reads, or that concern training alone. Any other of PEFT's that is set changes
@@ -38,16 +36,8 @@ KNOWN_SETTINGS = """
     alpha_pattern use_rslora fan_in_fan_out init_lora_weights megatron_core qalora_group_size eva_config
     init_r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step
 """
-
-
 # What PEFT takes where a setting is missing.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "fan_in_fan_out": False, "init_r": 12}
-# Settings of a base that say how it is run or who wrote it, not what it computes.
-NOT_OF_THE_MODEL = """
-    use_cache transformers_version _name_or_path name_or_path torch_dtype dtype architectures auto_map tokenizer_class
-    output_attentions output_hidden_states return_dict attn_implementation _attn_implementation gradient_checkpointing
-    bos_token_id eos_token_id pad_token_id initializer_range
-"""
 
 
 class MergeError(ChatmagicError):
@@ -170,35 +160,6 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
     return output
 
 
-def base_fingerprint(folder: str | Path) -> str | None:
-    """A SHA-256 of a model's settings, and of its tensors by name, shape, dtype and about a thousand of their numbers:
-    the same however they are laid out in files.
-
-    Training stores it beside the adapter (see PROVENANCE); merging compares. None for a quantised folder: its
-    16-bit original, which the adapter will be merged into, cannot be told from it.
-    """
-    folder = Path(folder)
-    if _read_base_config(folder).get("quantization_config"):
-        return None
-    files = [folder / "config.json", *weight_files(folder)]
-    return _fingerprint(folder, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-
-
-@cache
-def _fingerprint(folder: Path, files: tuple) -> str:
-    """Of the folder while its files are these: a run asks at each state that it saves."""
-    config = {name: value for name, value in _read_base_config(folder).items() if name not in NOT_OF_THE_MODEL.split()}
-    config = {name: value for name, value in config.items() if value is not None}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    stored = {name: tensor for name, (tensor, _) in sorted(open_weights(folder).items())}
-    step = sum(tensor.numel() for tensor in stored.values()) // 1000 + 1
-    for name, tensor in stored.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        some = tensor.reshape(-1)[::step].clone(memory_format=torch.contiguous_format)
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read_base_config(folder: Path) -> dict:
     if config := read_json(folder / "config.json"):
         return config
@@ -283,11 +244,6 @@ def _adalora_update(config: dict, module: str, A: torch.Tensor, B: torch.Tensor,
     return Update(A, B, E, scale, divisor, bool(config.get("rank_pattern")), config["fan_in_fan_out"])
 
 
-def trained_thinking(adapter: Path) -> bool | None:
-    """Whether an adapter was trained to think; None where nothing says."""
-    return read_json(adapter / PROVENANCE).get("thinking")
-
-
 def _note_thinking(file: Path, thinking: bool | None) -> None:
     """Write it where the merged model's tokenizer reads it, see `prompts.labels.note_thinking`."""
     if thinking is not None:
@@ -362,8 +318,7 @@ def _open_family(family: ModuleType, base: Path, config: dict, output: Path) -> 
         shards[file] = {
             name: Part(weights[name].dtype, weights[name].shape, partial(weights.pop, name)) for name in names
         }
-    weight_map = {name: file for file, shard in shards.items() for name in shard}
-    write(output / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _write_index(shards, output)
     return shards
 
 
@@ -383,7 +338,8 @@ def _untie_head(shards: dict[str, dict[str, Part]], config: dict, output: Path) 
 
 
 def _write_index(shards: dict[str, dict[str, Part]], output: Path) -> None:
-    if len(shards) > 1:
+    """In which file each tensor is; one file of the name that everybody looks for needs none."""
+    if shards.keys() != {"model.safetensors"}:
         weight_map = {name: file for file, shard in shards.items() for name in shard}
         index = json.dumps({"metadata": {}, "weight_map": weight_map})
         write(output / "model.safetensors.index.json", index)

@@ -24,8 +24,8 @@ from ..accel.allocator import rank_allocator
 from ..errors import ChatmagicError
 from ..files import new_folder, remove, write, write_together
 from ..models.checkpoint import first_not_finite
-from ..models.merge import BASE, PROVENANCE, base_fingerprint
 from ..models.parts import trainable
+from ..models.provenance import BASE, PROVENANCE, base_fingerprint
 
 ADAPTER, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
 FILES = {ADAPTER, CONFIG, PROVENANCE, STATE}

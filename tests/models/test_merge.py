@@ -20,7 +20,8 @@ from chatmagic import ChatmagicError, adalora_to_lora, load_model, merge_adapter
 from chatmagic.files import WriteError
 from chatmagic.models import merge
 from chatmagic.models.checkpoint import CheckpointError
-from chatmagic.models.merge import BASE, PROVENANCE, MergeError, base_fingerprint
+from chatmagic.models.merge import MergeError
+from chatmagic.models.provenance import BASE, PROVENANCE, base_fingerprint
 from published import MODELS
 
 IDS = torch.tensor([[5, 17, 3, 250, 9, 9, 41, 2]])

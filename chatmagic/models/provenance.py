@@ -1,0 +1,53 @@
+"""What an adapter was trained on and how, noted beside it: what a merge compares."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .checkpoint import open_weights, read_json, weight_files
+
+# Beside an adapter: {BASE: base_fingerprint(of what it is for), "thinking": how it was trained, see `note_thinking`}.
+PROVENANCE, BASE = "chatmagic.json", "base_tensors"
+# Settings of a base that say how it is run or who wrote it, not what it computes.
+NOT_OF_THE_MODEL = """
+    use_cache transformers_version _name_or_path name_or_path torch_dtype dtype architectures auto_map tokenizer_class
+    output_attentions output_hidden_states return_dict attn_implementation _attn_implementation gradient_checkpointing
+    bos_token_id eos_token_id pad_token_id initializer_range
+"""
+
+
+def base_fingerprint(folder: str | Path) -> str | None:
+    """A SHA-256 of a model's settings, and of its tensors by name, shape, dtype and about a thousand of their numbers:
+    the same however they are laid out in files.
+
+    Training stores it beside the adapter (see PROVENANCE); merging compares. None for a quantised folder: its
+    16-bit original, which the adapter will be merged into, cannot be told from it.
+    """
+    folder = Path(folder)
+    if read_json(folder / "config.json").get("quantization_config"):
+        return None
+    files = [folder / "config.json", *weight_files(folder)]
+    return _fingerprint(folder, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@cache
+def _fingerprint(folder: Path, files: tuple) -> str:
+    """Of the folder while its files are these: a run asks at each state that it saves."""
+    left_out, config = NOT_OF_THE_MODEL.split(), read_json(folder / "config.json")
+    config = {name: value for name, value in config.items() if name not in left_out and value is not None}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    stored = {name: tensor for name, (tensor, _) in sorted(open_weights(folder).items())}
+    step = sum(tensor.numel() for tensor in stored.values()) // 1000 + 1
+    for name, tensor in stored.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        some = tensor.reshape(-1)[::step].clone(memory_format=torch.contiguous_format)
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def trained_thinking(adapter: Path) -> bool | None:
+    """Whether an adapter was trained to think; None where nothing says."""
+    return read_json(adapter / PROVENANCE).get("thinking")
