@@ -27,7 +27,7 @@ from chatmagic.models.parts import trainable
 from chatmagic.training import StepRunner, keras
 from chatmagic.training.keras import TrainingInterrupted
 from chatmagic.training.states import newest_state
-from tiny_runs import Drawn, Replayed, adalora, fit, loader, lora, rows
+from tiny_runs import Drawn, Replayed, adalora, fit, loader, lora, rows, runner_that
 
 COLUMNS = ["epoch", "train_loss", "lr", "grad_norm"]
 STEPS = 20
@@ -71,36 +71,20 @@ def run(kind: tuple, folder: Path, runner: type[StepRunner] = StepRunner, **chan
     return {"history": history[COLUMNS].values.tolist(), "weights": weights}
 
 
-def runner_that(acts, batch: int) -> type[StepRunner]:
-    """A StepRunner that calls `acts`, with its parameters, before the `batch`-th training batch of a process."""
-
-    class Runner(StepRunner):
-        seen = 0
-
-        def __call__(self, inputs):
-            if self.stage == "train":
-                Runner.seen += 1
-                if Runner.seen == batch:
-                    acts(self.params)
-            return super().__call__(inputs)
-
-    return Runner
-
-
-def kill(params) -> None:
+def kill(runner) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop(params) -> None:
+def stop(runner) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def fill_the_disk(params) -> None:
+def fill_the_disk(runner) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def spoil_a_gradient(params) -> None:
-    params[1].register_hook(lambda grad: grad * float("nan"))
+def spoil_a_gradient(runner) -> None:
+    runner.params[1].register_hook(lambda grad: grad * float("nan"))
 
 
 BEFALLS = {"kill": kill, "stop": stop, "full disk": fill_the_disk, "not finite": spoil_a_gradient}

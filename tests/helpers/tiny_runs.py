@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatmagic.accel.captured import CapturedStep, Recording
-from chatmagic.training import KerasModel, adalora_config
+from chatmagic.training import KerasModel, StepRunner, adalora_config
 
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 LAYERS = 2 * len(PROJECTIONS)
@@ -88,6 +88,22 @@ def fit(
     train = loader(rows(8)) if train is None else train
     val = loader(rows(4, seed=1)) if val is None else None if val is False else val
     return keras_model.fit(train, val, epochs=epochs, ckpt_path=path, **settings)
+
+
+def runner_that(acts, batch):
+    """A StepRunner that calls `acts` with itself before the `batch`-th training batch of a process."""
+
+    class Runner(StepRunner):
+        seen = 0
+
+        def __call__(self, inputs):
+            if self.stage == "train":
+                Runner.seen += 1
+                if Runner.seen == batch:
+                    acts(self)
+            return super().__call__(inputs)
+
+    return Runner
 
 
 class Replayed(CapturedStep):

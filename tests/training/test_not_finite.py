@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from chatmagic import ChatmagicError, adalora_to_lora, merge_adapter
 from chatmagic.models.parts import trainable
-from chatmagic.training import StepRunner, keras
+from chatmagic.training import keras
 from chatmagic.training.states import RunState, newest_state, save_adapter, save_state
-from tiny_runs import Replayed, adalora, fit, loader, lora, rows, tiny_llama
+from tiny_runs import Replayed, adalora, fit, loader, lora, rows, runner_that, tiny_llama
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 
@@ -20,23 +20,13 @@ BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")]
 def spoiling(batch, bad):
     """A StepRunner in whose `batch`-th training batch the gradient of one number is `bad`."""
 
-    class Runner(StepRunner):
-        seen = 0
+    def spoil(runner):
+        type(runner).before = [param.detach().clone() for param in runner.params]
+        hook = runner.params[3].register_hook(
+            lambda grad: (hook.remove(), grad.index_fill(0, torch.tensor([0]), bad))[1]
+        )
 
-        def __call__(self, inputs):
-            if self.stage == "train":
-                Runner.seen += 1
-                if Runner.seen == batch:
-                    Runner.before = [param.detach().clone() for param in self.params]
-                    param = self.params[3]
-                    hook = param.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), bad))
-                    try:
-                        return super().__call__(inputs)
-                    finally:
-                        hook.remove()
-            return super().__call__(inputs)
-
-    return Runner
+    return runner_that(spoil, batch)
 
 
 @BAD

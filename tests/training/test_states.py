@@ -20,7 +20,7 @@ from chatmagic.models.parts import trainable
 from chatmagic.training import KerasModel, StepRunner, adalora_config
 from chatmagic.training.keras import TrainingInterrupted
 from chatmagic.training.states import load_adapter, newest_state
-from tiny_runs import Drawn, adalora, fit, loader, lora, processes, rows, tiny_llama
+from tiny_runs import Drawn, adalora, fit, loader, lora, processes, rows, runner_that, tiny_llama
 
 LOSSES = ["train_loss", "train_penalty", "val_loss", "val_penalty", "lr", "grad_norm", "rank_budget"]
 
@@ -56,20 +56,13 @@ def assert_goes_on_as(unbroken, path, workers=0):
     assert (path / "adapter_model.safetensors").read_bytes() == adapter
 
 
-def runner_that(acts, batch):
-    """A StepRunner that calls `acts` in the middle of the step on the `batch`-th training batch of a run."""
+def runner_that_in_a_step(acts, batch):
+    """A StepRunner that calls `acts` when the optimizer has stepped, on the `batch`-th training batch of a process."""
 
-    class Runner(StepRunner):
-        seen = 0
+    def act(runner):
+        hook = runner.optimizer.optimizer.register_step_post_hook(lambda *_: (hook.remove(), acts())[1])
 
-        def __call__(self, inputs):
-            if self.stage == "train":
-                Runner.seen += 1
-                if Runner.seen == batch:
-                    hook = self.optimizer.optimizer.register_step_post_hook(lambda *_: (hook.remove(), acts())[1])
-            return super().__call__(inputs)
-
-    return Runner
+    return runner_that(act, batch)
 
 
 def kill():
@@ -77,7 +70,7 @@ def kill():
 
 
 def run_until_killed(path, batch, save_every):
-    run(path, runner=runner_that(kill, batch), save_every=save_every)
+    run(path, runner=runner_that_in_a_step(kill, batch), save_every=save_every)
 
 
 @pytest.mark.parametrize("batch, save_every, saved", [(2, None, 0), (37, 3, 18), (37, 1, 18), (70, None, 32)])
@@ -132,7 +125,7 @@ def test_workers_draw_the_same_samples_and_go_on(tmp_path):
     """Under a seed and a number of workers; another number draws others, where a dataset draws."""
     unbroken = *run(tmp_path / "unbroken", 2), (tmp_path / "unbroken/adapter_model.safetensors").read_bytes()
     with pytest.raises(TrainingInterrupted):
-        run(tmp_path, 2, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 37))
+        run(tmp_path, 2, runner=runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), 37))
     assert_goes_on_as(unbroken, tmp_path, 2)
 
 
@@ -140,7 +133,7 @@ def test_workers_draw_the_same_samples_and_go_on(tmp_path):
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, unbroken, batch, step):
     before = signal.getsignal(signal.SIGINT)  # ignored, where a job in the background runs the tests
     with pytest.raises(TrainingInterrupted, match=rf"step {step} of 40.*resume=True") as error:
-        run(tmp_path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), batch))
+        run(tmp_path, runner=runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), batch))
     assert f"last-{step:06d}" in str(error.value)
     assert signal.getsignal(signal.SIGINT) is before
     assert_goes_on_as(unbroken, tmp_path)
@@ -149,7 +142,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, unbroken, batch, step):
 def test_a_full_disk_keeps_what_was_saved(tmp_path, unbroken):
     """A write that fails halfway, as on a full disk: a limit on the size of files stops it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    limit = runner_that(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard)), 69)
+    limit = runner_that_in_a_step(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard)), 69)
     try:
         with pytest.raises(ChatmagicError, match="full.*resume=True"):
             run(tmp_path, runner=limit)
@@ -174,7 +167,7 @@ def test_a_finished_run_resumes_to_its_end(tmp_path, unbroken):
 def test_a_new_run_replaces_the_states_of_the_old(tmp_path):
     fit(adalora(), tmp_path)
     with pytest.raises(TrainingInterrupted):
-        fit(adalora(), tmp_path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 3))
+        fit(adalora(), tmp_path, runner=runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), 3))
     assert [folder.name for folder in tmp_path.glob("last-*")] == ["last-000003"]
 
 
@@ -201,7 +194,7 @@ def test_the_cell_of_fit_run_again_after_stop_asks(tmp_path, unbroken, monkeypat
         return keras_model.fit(train, loader(rows(4, seed=1)), epochs=10, ckpt_path=tmp_path, **settings, **resume)
 
     with pytest.raises(TrainingInterrupted):
-        cell(runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), batch))
+        cell(runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), batch))
     left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     weights = [param.clone() for param in model.parameters()]
     with pytest.raises(ChatmagicError, match=rf"stopped after step {-(-batch // 2)} of 40.*resume=True.*resume=False"):
@@ -223,7 +216,7 @@ def test_the_cell_of_fit_run_again_after_stop_asks(tmp_path, unbroken, monkeypat
 
 def test_a_broken_off_run_of_another_kernel_is_asked_for_too(tmp_path):
     with pytest.raises(TrainingInterrupted):
-        run(tmp_path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 37))
+        run(tmp_path, runner=runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), 37))
     with pytest.raises(ChatmagicError, match="stopped after step 19 of 40"):
         run(tmp_path)
     assert newest_state(tmp_path).step == 19
@@ -294,7 +287,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
 
 def stopped(path, **settings):
     with pytest.raises(TrainingInterrupted):
-        fit(lora(), path, runner=runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 13), **settings)
+        fit(lora(), path, runner=runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), 13), **settings)
 
 
 def cosine(optimizer, steps=40):
@@ -369,7 +362,7 @@ def test_a_run_with_an_adapter_taken_up_goes_on(tmp_path, take_up):
     fit(adalora(), tmp_path / "first")
     whole = fit(take_up(tmp_path / "first", tiny_llama()), tmp_path / "whole", epochs=4)
     with pytest.raises(TrainingInterrupted):
-        runner = runner_that(lambda: os.kill(os.getpid(), signal.SIGINT), 7)
+        runner = runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), 7)
         fit(take_up(tmp_path / "first", tiny_llama()), tmp_path / "broken", epochs=4, runner=runner)
     model = take_up(tmp_path / "first", tiny_llama())
     assert fit(model, tmp_path / "broken", epochs=4, resume=True)[LOSSES].equals(whole[LOSSES])
