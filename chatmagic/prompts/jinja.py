@@ -50,9 +50,7 @@ class Renderer:
                     conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **switches
                 )
                 return text
-        except (
-            Exception
-        ) as error:  # Jinja's own, and any that Python raises in a template: TypeError, RecursionError, ...
+        except Exception as error:  # Jinja's own, and any that Python raises in a template: TypeError, ...
             said = str(error) or type(error).__name__
             raise TemplateError(f"The tokenizer's chat template refuses the conversation: {said}") from error
 

@@ -203,7 +203,7 @@ def _text_backends(
     return first, first if joined == fresh else copy(joined), always
 
 
-def _steps(step: dict[str, Any] | None) -> list[Message]:
+def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     """A normalizer or pre-tokenizer, or the members of a Sequence of them."""
     if step is None:
         return []

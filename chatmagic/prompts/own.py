@@ -24,7 +24,7 @@ from .templates import (
     is_greeting,
     no_greeting,
     no_system,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
