@@ -1,6 +1,7 @@
 """Tiny models, data and runs of the training tests, importable by the processes that they start."""
 
 import multiprocessing
+import os
 import random
 from types import SimpleNamespace
 
@@ -120,10 +121,18 @@ class Replayed(CapturedStep):
 
 
 def processes(target, *arguments):
-    """Started processes, one for each tuple of arguments, all forked from a server that has imported torch already."""
+    """Started processes, one for each tuple of arguments, all forked from a server that has imported torch already. Its
+    environment is that of the test which asked first; theirs is the present one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["chatmagic.training", "transformers.models.llama.modeling_llama"])
-    started = [context.Process(target=target, args=args, daemon=True) for args in arguments]
+    here = dict(os.environ)
+    started = [context.Process(target=_with, args=(here, target, args), daemon=True) for args in arguments]
     for process in started:
         process.start()
     return started
+
+
+def _with(environment, target, arguments):
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*arguments)
