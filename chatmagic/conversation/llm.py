@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import ChatmagicError
 from ..files import write
 from .messages import Message, build_messages, validate_messages
+from .printing import Printer
 from .registry import register
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class ChatLLM:
         Raises ChatmagicError for an option that is out of its range, and Interrupted, which has the part there is, in
         the place of a KeyboardInterrupt.
         """
-        write = partial(print, end="", flush=True) if stream is True else stream or (lambda piece: None)
+        shown = Printer() if stream is True else nullcontext(stream or (lambda piece: None))
         stats, pieces, start = Stats(), [], perf_counter()
         interrupted = False
         generation = {"max_new_tokens": self.max_new_tokens, **generation, **self._told(generation)}
@@ -207,7 +207,7 @@ class ChatLLM:
             if option in generation and not possible(value := generation[option]):
                 raise ChatmagicError(f"{option} must be {expected}, not {value!r}")
         try:
-            with closing(self.backend.stream(messages, stats, **generation)) as stream_of_text:
+            with shown as write, closing(self.backend.stream(messages, stats, **generation)) as stream_of_text:
                 for piece in stream_of_text:
                     stats.seconds_to_first_token = stats.seconds_to_first_token or perf_counter() - start
                     if piece:
@@ -215,9 +215,6 @@ class ChatLLM:
                         write(piece)
         except KeyboardInterrupt:
             stats.stop_reason, interrupted = "interrupted", True
-        finally:
-            if stream is True and pieces:
-                print()
         stats.seconds = perf_counter() - start
         reply = Reply("".join(pieces))
         reply.query, reply.model, reply.stats = messages[-1]["content"], self.name, stats

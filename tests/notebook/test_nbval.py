@@ -73,6 +73,17 @@ def test_nbval_fails_a_broken_cell(outcomes, name):
     assert outcomes[name] == ["PASSED", "FAILED"]
 
 
+def test_one_reply_is_one_output_where_a_notebook_is_executed(tmp_path):
+    """nbclient, under nbconvert, papermill and Quarto, stores each message of a cell as an output of its own."""
+    cells = [f"%%chat{option}\n{'long ' * 60}" for option in ("", " --stats", " --no-stream", " --format markdown")]
+    write(tmp_path / "long.ipynb", [(f"{SETUP}\nllm.backend.delay = 0.002", ""), *((cell, "") for cell in cells)])
+    done = execute("nbconvert", "--execute", "--to", "notebook", "--inplace", tmp_path / "long.ipynb")
+    assert done.returncode == 0, done.stderr
+    _, *said = nbformat.read(tmp_path / "long.ipynb", as_version=4).cells
+    assert [len(cell.outputs) for cell in said] == [1, 1, 1, 1]
+    assert said[0].outputs[0].text == f"1: {('long ' * 60)}\n"
+
+
 def test_nbconvert_executes_and_stops_at_a_broken_cell(tmp_path):
     say = "llm.model.reply = lambda turn, question: question"
     text = "%%chat --format markdown\n**hi** <script>alert(1)</script> ![x](http://evil/x.png)"

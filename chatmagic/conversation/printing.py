@@ -1,0 +1,56 @@
+"""A reply on its way to the reader: printed as it comes where a person sits, whole where a notebook is executed."""
+
+import sys
+from time import monotonic
+from typing import Any
+
+from ..text import visible
+
+PAUSE = 0.05
+"""Seconds between two messages to a notebook. A Jupyter server drops what comes in more than 1,000 a second."""
+
+
+def kernel() -> Any:
+    """The kernel of the notebook that this runs in, None elsewhere."""
+    ipython = sys.modules.get("IPython")
+    return getattr(ipython and ipython.get_ipython(), "kernel", None)
+
+
+def watched() -> bool:
+    """Whether a person may look on. Those who execute notebooks, nbclient (nbconvert, papermill, Quarto) and nbval, let
+    no cell ask for input, and would store an output for each piece."""
+    here = kernel()
+    return here is None or here._allow_stdin
+
+
+class Printer:
+    """Prints the pieces of a reply that it is called with, and ends the line when its block ends, however that ends."""
+
+    def __enter__(self) -> "Printer":
+        self._kernel, self._watched = kernel(), watched()
+        self._held: list[str] = []
+        self._begun, self._flushed = False, 0.0
+        return self
+
+    def __call__(self, piece: str) -> None:
+        self._begun = True
+        if not self._watched:
+            self._held.append(piece)
+            return
+        now = monotonic()
+        # A kernel sends by itself, 0.2 s later, what is not flushed; a terminal may not.
+        flush = self._kernel is None or now - self._flushed >= PAUSE
+        print(visible(piece), end="", flush=flush)
+        if flush:
+            self._flushed = now
+
+    def __exit__(self, *error: object) -> None:
+        if self._held:
+            say("".join(self._held))
+        elif self._begun:
+            print()
+
+
+def say(text: str) -> None:
+    """Print a whole text: in one write, so that no flush comes between it and the end of its line."""
+    print(visible(text) + "\n", end="")
