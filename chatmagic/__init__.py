@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .prompts.labels import build_inputs_labels, encode_prompt
     from .prompts.picture import show_labels
     from .prompts.templates import build_prompt, get_template
-    from .training import KerasModel, StepRunner, adalora_config, find_all_linear_names, prepare
+    from .training import KerasModel, StepRunner, adalora_config, adapter_config, find_all_linear_names, prepare
     from .training.plots import plot_importance, plot_ranks
 
 __version__ = "0.1.0"
@@ -49,6 +49,7 @@ _HOME = {
     "ChatLLM": "conversation.llm",
     "connect": "backends.server",
     "adalora_config": "training",
+    "adapter_config": "training",
     "find_all_linear_names": "training",
     "prepare": "training",
     "KerasModel": "training",
@@ -68,6 +69,7 @@ __all__ = [
     "StepRunner",
     "adalora_config",
     "adalora_to_lora",
+    "adapter_config",
     "build_inputs_labels",
     "build_messages",
     "build_prompt",

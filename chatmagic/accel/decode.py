@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from .attention import CAPTURED, attending_by, register
-from .patched import patched
+from .patched import patched, same_code
 
 DEVICE = "cuda"
 NOT_ON_A_GPU = "is not on a CUDA GPU"
@@ -102,15 +102,11 @@ def fused_layers(model: PreTrainedModel) -> Iterator[None]:
     kernels.py, for forwards of one token. Raises ImportError without Triton."""
     from .kernels import normalise, rotate
 
-    def like(function: Callable | None, llamas: Callable) -> bool:
-        code, other = getattr(function, "__code__", None), llamas.__code__
-        return code is not None and (code.co_code, code.co_names) == (other.co_code, other.co_names)
-
     modules = list(model.modules())
-    norms = [module for module in modules if like(module.forward, modeling_llama.LlamaRMSNorm.forward)]
+    norms = [module for module in modules if same_code(module.forward, modeling_llama.LlamaRMSNorm.forward)]
     files = [sys.modules.get(name) for name in {type(module).__module__ for module in modules}]
     rotary = "apply_rotary_pos_emb"
-    rotating = [file for file in files if like(getattr(file, rotary, None), modeling_llama.apply_rotary_pos_emb)]
+    rotating = [file for file in files if same_code(getattr(file, rotary, None), modeling_llama.apply_rotary_pos_emb)]
     changes = [(module, "forward", partial(normalise, module)) for module in norms]
     with patched([*changes, *((file, rotary, rotate) for file in rotating)]):
         yield

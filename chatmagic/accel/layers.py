@@ -15,11 +15,12 @@ from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch.nn.functional import dropout, linear, pad, rms_norm
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..models.parts import activations, free_memory
 from ..models.quantize import linears_4bit
 from .attention import ROWS, attending_by
-from .patched import patched
+from .patched import patched, same_code
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def fast_layers(model: PeftModel) -> Iterator[None]:
             (name,) = layer.active_adapters
             scale = layer.scaling[name] / (layer.ranknum[name].item() + 1e-5)
             changes += [(layer, "update_scale", scale), (layer, "forward", partial(forward, layer))]
-        elif type(layer).__name__.endswith("RMSNorm") and hasattr(layer, "variance_epsilon") and layer.weight.is_cuda:
+        elif same_code(layer.forward, LlamaRMSNorm.forward) and layer.weight.is_cuda:
             changes.append((layer, "forward", partial(normalise, layer)))
     four_bit = list(linears_4bit(model))
     size = 2 * sum(layer.in_features * layer.out_features for layer in four_bit)

@@ -1,6 +1,7 @@
-"""The one way in which anything here takes the place of something of others': for a while, and given back."""
+"""The one way in which anything here takes the place of something of others': for a while, and given back; and how it
+is told that it may."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,3 +22,10 @@ def patched(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
                 setattr(owner, name, value)
             else:
                 vars(owner).pop(name, None)
+
+
+def same_code(function: Callable | None, other: Callable) -> bool:
+    """Whether two functions are compiled of the same lines: transformers copies its layers from model to model, and
+    some that are called alike compute something else."""
+    code, others = getattr(function, "__code__", None), other.__code__
+    return code is not None and (code.co_code, code.co_names) == (others.co_code, others.co_names)

@@ -52,6 +52,7 @@ class LocalModel:
         """Free the kept keys and values, and the captured forward."""
         self._counted: tuple[tuple, list[int]] | None = None  # what was counted last, and its ids
         self._kept_ids: list[int] = []  # the ids whose keys and values are complete in every layer
+        self._whole = True  # and no layer has more than those
         self._cache = None
         self._weights = None
         self._graphed = None
@@ -179,6 +180,7 @@ class LocalModel:
             ids = chunk[0].tolist()  # waits for the chunk before: Stop finds the device not far behind
             logits = self._forward(model, chunk)
             self._kept_ids += ids
+            self._whole = True
         while True:
             scores = logits_processor(input_ids, logits)
             if generation_config.do_sample:
@@ -189,10 +191,12 @@ class LocalModel:
             input_ids = torch.cat([input_ids, token], dim=1)
             logits = self._forward(model, token)
             self._kept_ids.append(token_id)
+            self._whole = True
 
     @without_cudnn_attention()
     def _forward(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
         """Run `input_ids`, (1, n), after what the cache holds: the last position's logits, float32."""
+        self._whole = False
         if input_ids.shape[1] == 1 and self._kept_ids and not self.no_graph:
             self._graphed = self._graphed or self._capture(model, input_ids)
             if self._graphed:
@@ -211,7 +215,8 @@ class LocalModel:
     def _reuse(self, ids: list[int]) -> int:
         """Cut the kept keys and values to the longest common prefix with `ids`; how many tokens that spares.
 
-        An interrupted forward leaves layers of unequal length: each is cut by itself, to what all have.
+        An interrupted forward leaves layers of unequal length: each is cut by itself, to what all have. A sliding
+        window and the state of a scan cannot be cut: they are kept where `ids` go on from all that was run, else anew.
         """
         if (weights := self._weights_now()) != self._weights:
             self.forget()
@@ -219,7 +224,7 @@ class LocalModel:
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self._kept_ids)))
         if common and can_be_cut(self._cache):
             cut(self._cache, common)
-        else:
+        elif not common or common < len(self._kept_ids) or not self._whole:
             common, self._cache = 0, DynamicCache(config=self.model.config)
         self._kept_ids = ids[:common]
         return common

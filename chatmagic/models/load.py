@@ -124,7 +124,8 @@ def _resolve_dtype(dtype: "torch.dtype | str", config: dict) -> "torch.dtype":
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ChatmagicError(f"dtype={dtype!r} is not known: give 'auto', 'float32', 'bfloat16' or 'float16'.")
         return getattr(torch, dtype)
-    stored = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    said = config | (config.get("text_config") or {})
+    stored = getattr(torch, said.get("dtype") or said.get("torch_dtype") or "float32")
     if not torch.cuda.is_available():
         # CPUs multiply float16 slowly or not at all
         return torch.bfloat16 if stored is torch.float16 else stored
@@ -136,24 +137,59 @@ def _load_native(
     folder: Path, config: dict, stored: dict[str, Stored], options: dict
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A checkpoint that transformers reads by itself."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .causal import LANGUAGE_MODEL, causal_config, names_on_disk, without_weights
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder} has no tokenizer that transformers can read: {error}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.pad_token = _pad_token(tokenizer)
+    causal = causal_config(folder)
     if "quantization_config" not in config:  # transformers checks no shape that it quantises
-        with torch.device("meta"):
-            expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
-        for name in stored.keys() & expected.keys():
-            stored[name].check_shape(name, expected[name].shape)
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        empty = without_weights(causal)
+        expected = empty.state_dict()
+        for name, published in names_on_disk(empty, stored).items():
+            stored[published].check_shape(published, expected[name].shape)
+        if "quantization_config" in options:
+            _refuse_experts(empty, folder)
+    composite = causal.model_type != config["model_type"]
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=causal,
+        key_mapping=LANGUAGE_MODEL if composite else None,
+        output_loading_info=True,
+        **options,
+    )
     if missing := report["missing_keys"]:
         raise CheckpointError(f"No file in {folder} holds {min(missing)}: download the model again.")
+    if composite:
+        del model._weight_conversions  # or it would be saved under the names of the whole that it no longer is
     return model, tokenizer
+
+
+def _pad_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """A token to pad with that no conversation holds, so that the end of a turn can be trained: many publishers, of
+    Llama 3, GLM-4 or DeepSeek-R1's distillates, name none, or their eos."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    unused = [token for token in special if token != tokenizer.eos_token and token not in template]
+    named = [token for token in unused if "pad" in token.lower()]
+    return next(iter([*named, *filter(None, [tokenizer.unk_token]), *unused]), tokenizer.eos_token)
+
+
+def _refuse_experts(model: "PreTrainedModel", folder: Path) -> None:
+    """Where quantising would leave most of a model as it is."""
+    from .parts import experts
+
+    if mixture := experts(model).values():
+        share = sum(param.numel() for param in mixture) / model.num_parameters()
+        raise ChatmagicError(
+            f"{folder} has a mixture of experts, {share:.0%} of its weights, which bitsandbytes does not quantise: it "
+            "would hardly become smaller. Leave quantize out, or take a model without experts: chatmagic models."
+        )
 
 
 def _load_family(

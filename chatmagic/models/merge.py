@@ -104,6 +104,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path, any
             _check_base(base, adapter)
         family = find_family(config, base)
         shards = _open_family(family, base, config, staging) if family else _open_native(base, staging)
+        updates = _under_names_of(base, updates)
         if HEAD in updates:
             _untie_head(shards, config, staging)
         _check_updates(updates, base, shards)
@@ -124,16 +125,19 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
     """Write an AdaLoRA adapter as a plain LoRA adapter, which vLLM and llama.cpp read, to the new folder `output`.
 
     Its one rank is the largest that AdaLoRA kept, with zeros where a layer kept less; the singular values are
-    folded into A and the scale into B, so `lora_alpha` equals `r`; layers that kept no rank are left out.
-    Raises MergeError if `adapter` is not AdaLoRA or kept no rank at all, WriteError if `output` exists.
+    folded into A and the scale into B, so `lora_alpha` equals `r`; layers that kept no rank are left out. Layers are
+    named as in the base's checkpoint, if it is still where it was: of one that also sees, a LoRA adapter is renamed so.
+    Raises MergeError if there is nothing to fold or to rename, or no rank was kept, WriteError if `output` exists.
     """
     from peft import LoraConfig
 
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
-    config = _read_config(adapter)
-    if config["peft_type"] != "ADALORA":
+    config, updates = _read_config(adapter), _read_updates(adapter)
+    base = Path(config.get("base_model_name_or_path") or "")
+    named = _under_names_of(base, updates) if (base / "config.json").is_file() else updates
+    if config["peft_type"] != "ADALORA" and named is updates:
         raise MergeError(f"{adapter} is {config['peft_type']}, not ADALORA: there is nothing to fold. Use it as it is.")
-    kept = {name.removesuffix(".weight"): u for name, u in _read_updates(adapter).items() if len(u.A)}
+    kept = {name.removesuffix(".weight"): u for name, u in named.items() if len(u.A)}
     if not kept:
         raise MergeError(f"{adapter} kept no rank in any layer, so it changes nothing. Train it again.")
     rank = max(len(update.A) for update in kept.values())
@@ -288,6 +292,24 @@ def _open_native(base: Path, output: Path) -> dict[str, dict[str, Part]]:
     return shards
 
 
+def _under_names_of(base: Path, named: dict[str, Any]) -> dict[str, Any]:
+    """What is named as the weights of a model are, named as in its checkpoint, where that differs: above all in
+    composite ones, of which the language model is a part. vLLM calls them so, too; of an adapter under other names it
+    loads nothing, and says nothing (vllm-project/vllm#48019)."""
+    from transformers import CONFIG_MAPPING
+
+    from .families import find_family
+
+    stored, config = open_weights(base), read_json(base / "config.json")
+    known = config.get("model_type") in CONFIG_MAPPING and not find_family(config, base)
+    if not known or stored.keys() >= named.keys():
+        return named
+    from .causal import causal_config, names_on_disk, without_weights
+
+    names = names_on_disk(without_weights(causal_config(base)), stored)
+    return {names.get(name, name): each for name, each in named.items()}
+
+
 def _given(tensor: torch.Tensor) -> torch.Tensor:
     """Of a `.bin` file, which is mapped into memory as a whole."""
     return tensor
@@ -322,19 +344,22 @@ def _open_family(family: ModuleType, base: Path, config: dict, output: Path) -> 
     return shards
 
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"  # the latter below its model's name
 
 
 def _untie_head(shards: dict[str, dict[str, Part]], config: dict, output: Path) -> None:
     """Where the head is the embedding, and changes: give it rows of its own. The embedding stays as it was."""
-    saved = read_json(output / "config.json") or config
-    file = next((file for file, parts in shards.items() if EMBEDDING in parts), None)
-    if file and not any(HEAD in parts for parts in shards.values()):
-        shards[file][HEAD] = shards[file][EMBEDDING]
+    saved, untied = read_json(output / "config.json") or config, {"tie_word_embeddings": False}
+    embeddings = ((parts, name) for parts in shards.values() for name in parts if name.endswith(f".{EMBEDDING}"))
+    parts, name = next(embeddings, (None, None))
+    if parts and not any(HEAD in parts for parts in shards.values()):
+        parts[HEAD] = parts[name]
         _write_index(shards, output)
     elif not saved.get("tie_word_embeddings"):
         return
-    write(output / "config.json", json.dumps(saved | {"tie_word_embeddings": False}, indent=2))
+    if "text_config" in saved:
+        saved["text_config"] |= untied
+    write(output / "config.json", json.dumps(saved | untied, indent=2))
 
 
 def _write_index(shards: dict[str, dict[str, Part]], output: Path) -> None:

@@ -11,6 +11,14 @@ def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]
     return ((name, param) for name, param in model.named_parameters() if param.requires_grad)
 
 
+def experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights of the experts of a mixture, of all of a layer in one tensor, by their names; {} where there is none.
+
+    bitsandbytes quantises no such tensor, and AdaLoRA knows none: they stay as they are.
+    """
+    return {name: param for name, param in model.named_parameters() if ".experts." in name}
+
+
 def activations(model: PreTrainedModel) -> int:
     """Bytes that the activations of a training step of 1024 tokens take, kept from forward to backward, roughly."""
     config = model.config.get_text_config()

@@ -12,9 +12,9 @@ from ..models import quantize  # noqa: E402, F401, before PEFT imports bitsandby
 with contextlib.redirect_stdout(io.StringIO()):  # torchkeras prints on import that scikit-learn is missing
     import torchkeras  # noqa: F401
 
-from .adalora import adalora_config, find_all_linear_names  # noqa: E402
+from .adalora import adalora_config, adapter_config, find_all_linear_names  # noqa: E402
 from .keras import KerasModel  # noqa: E402
 from .runtime import prepare  # noqa: E402
 from .step import StepRunner  # noqa: E402
 
-__all__ = ["KerasModel", "StepRunner", "adalora_config", "find_all_linear_names", "prepare"]
+__all__ = ["KerasModel", "StepRunner", "adalora_config", "adapter_config", "find_all_linear_names", "prepare"]

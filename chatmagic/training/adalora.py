@@ -1,4 +1,4 @@
-"""AdaLoRA: the layers that get an adapter, a schedule that fits the run, and tables of what the ranks became.
+"""AdaLoRA, and LoRA: the layers that get an adapter, a schedule that fits the run, what the ranks became.
 
 AdaLoRA (Zhang et al., 2023, https://openreview.net/pdf?id=lq62uWRJjiY) writes each update as B·diag(E)·A,
 scores every triplet (a column of B, an entry of E, a row of A) by its importance, and prunes the least
@@ -10,19 +10,25 @@ from typing import Any
 
 import pandas as pd
 import torch
-from peft import AdaLoraConfig, PeftModel, TaskType
+from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType
 from transformers import PreTrainedModel
 
 from ..accel.allocator import rank_allocator
 from ..errors import ChatmagicError
+from ..models.parts import experts
+from ..text import did_you_mean
 
+METHODS = ("adalora", "lora")
 SHORTEST_RUN = 10
+# Their fast kernel multiplies by the weight of out_proj itself, past any adapter on it; PEFT refuses one.
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 def find_all_linear_names(model: PreTrainedModel) -> list[str]:
     """The last name component of every linear layer but the output head, sorted.
 
-    4-bit, 8-bit and plain linears alike: bitsandbytes' classes derive from `torch.nn.Linear`.
+    4-bit, 8-bit and plain linears alike: bitsandbytes' classes derive from `torch.nn.Linear`. In a mixture of experts
+    those of the blocks that hold experts are left out, in all layers: PEFT would take their names for the experts'.
     Raises ChatmagicError where there is none, or where the model carries an adapter already.
     """
     if getattr(model, "peft_config", None):
@@ -30,13 +36,19 @@ def find_all_linear_names(model: PreTrainedModel) -> list[str]:
             "This model already carries an adapter. Call find_all_linear_names on the base model, before "
             "get_peft_model; in a notebook, run again from the cell that loads it."
         )
+    blocks = {name.split(".experts.")[0].rpartition(".")[2] for name in experts(model)}
     head = model.get_output_embeddings()
-    linears = {
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    if not linears:
+    paths = [
+        name.split(".")
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+    names = {path[-1] for path in paths if blocks.isdisjoint(path)}
+    if model.config.model_type in MAMBA:
+        names.discard("out_proj")
+    if not names:
         raise ChatmagicError(f"{type(model).__name__} has no linear layer that an adapter could be put on.")
-    return sorted({name.rpartition(".")[2] for name in linears})
+    return sorted(names)
 
 
 def adalora_config(
@@ -91,11 +103,33 @@ def adalora_config(
     )
 
 
+def adapter_config(
+    method: str,
+    total_steps: int,
+    target_modules: list[str] | str,
+    init_r: int = 12,
+    target_r: int = 8,
+    **lora: Any,
+) -> AdaLoraConfig | LoraConfig:
+    """The config of an adapter by its method: "adalora" as `adalora_config` makes it, or "lora" (Hu et al., 2021,
+    https://arxiv.org/abs/2106.09685), of the one rank `target_r`, whatever the steps. Raises ChatmagicError for any
+    other method, and as `adalora_config`.
+    """
+    if method == "adalora":
+        return adalora_config(total_steps, target_modules, init_r, target_r, **lora)
+    if method == "lora":
+        return LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=target_modules, r=target_r, **lora)
+    raise ChatmagicError(f"method={method!r} is neither 'adalora' nor 'lora'{did_you_mean(method, METHODS)}")
+
+
 def rank_table(config: AdaLoraConfig) -> pd.DataFrame:
     """The rank that each layer (rows, by number) and projection (columns) kept, int64, from an adapter's config.
 
-    The config is `model.peft_config["default"]` of a trained model, or `PeftConfig.from_pretrained(adapter)`.
+    The config is `model.peft_config["default"]` of a trained model, or `PeftConfig.from_pretrained(adapter)`. Raises
+    ChatmagicError for LoRA's.
     """
+    if not isinstance(config, AdaLoraConfig):
+        raise ChatmagicError(f"Every layer of a LoRA adapter keeps rank {config.r}: only AdaLoRA has ranks to show.")
     ranks = {}
     for name, kept in config.rank_pattern.items():
         layer, projection = layer_and_projection(name)
@@ -104,8 +138,10 @@ def rank_table(config: AdaLoraConfig) -> pd.DataFrame:
 
 
 def importance_table(model: PeftModel) -> pd.DataFrame:
-    """The importance of every adapted layer (columns, as "3.q_proj") at each allocation (rows, by step)."""
-    allocator = rank_allocator(model)
+    """The importance of every adapted layer (columns, as "3.q_proj") at each allocation (rows, by step). Raises
+    ChatmagicError for LoRA, which measures none."""
+    if (allocator := rank_allocator(model)) is None:
+        raise ChatmagicError("LoRA does not measure how important its layers are: only AdaLoRA does.")
     names = ["{}.{}".format(*layer_and_projection(name)) for name in allocator.name_set]
     steps, importance = zip(*allocator.log)
     return pd.DataFrame(importance, columns=names, index=pd.Index(steps, name="step"))

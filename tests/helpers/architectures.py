@@ -1,0 +1,140 @@
+"""Tiny checkpoints of random weights, one for each architecture, saved by transformers' own classes.
+
+A row of ARCHITECTURES is all that a new one needs: its config beyond SIZES. Windows are shorter than the conversations
+of the tests, patterns of layers short enough that each kind occurs.
+"""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+TIED = {"tie_word_embeddings": True}
+WINDOW = {"sliding_window": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": TIED,
+    "qwen3_5": {
+        "text_config": TIED
+        | {
+            "layer_types": ["linear_attention", FULL],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+        },
+        **TIED,
+    },
+    "gemma2": TIED | WINDOW | {"query_pre_attn_scalar": 16},
+    "gemma3_text": TIED | WINDOW | {"layer_types": [SLIDING, FULL], "query_pre_attn_scalar": 16},
+    "gemma3": {
+        "text_config": TIED | WINDOW | {"layer_types": [SLIDING, FULL], "query_pre_attn_scalar": 16},
+        "vision_config": VISION | {"image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+    "gemma4": {
+        "text_config": TIED
+        | WINDOW
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [SLIDING, FULL, FULL],  # the last of which has keys and values of the one before
+            "num_kv_shared_layers": 1,
+            "use_double_wide_mlp": True,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 300,
+            "pad_token_id": 0,
+        },
+        "vision_config": VISION
+        | {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64},
+        "audio_config": None,
+    },
+    "glm": {},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "glm4_moe_lite": EXPERTS
+    | {
+        "n_routed_experts": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "internlm3": {"qkv_bias": False},
+    "phi3": WINDOW,
+    "hunyuan_v1_dense": {},
+    "ernie4_5": TIED,
+    "gpt_oss": WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": [SLIDING, FULL]},
+    "mistral": WINDOW,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": EXPERTS | {"num_experts": 4},
+    "smollm3": TIED | {"no_rope_layers": [1, 0]},
+    "lfm2": TIED | {"layer_types": ["conv", FULL], "block_auto_adjust_ff_dim": False},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 8,
+    },
+}
+
+
+def published(name: str, vocabulary: int) -> PreTrainedModel:
+    """The model that a publisher would save, in evaluation mode: float32, of random weights that bfloat16 can hold."""
+    row, sizes = ARCHITECTURES[name], SIZES | {"vocab_size": vocabulary}
+    composite = "text_config" in row
+    settings = row | {"text_config": sizes | row["text_config"]} if composite else sizes | row
+    config = CONFIG_MAPPING[name](**settings)
+    torch.manual_seed(0)
+    model = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if composite else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)](config)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() > 1:  # wide enough that the likeliest token is so beyond rounding
+                param.normal_(std=1.5 / param.shape[-1] ** 0.5)
+            param.copy_(param.bfloat16())
+    return model.eval()
+
+
+def write(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Save it in bfloat16 with a tokenizer, as its publisher lays it out; returns the model."""
+    model = published(name, len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    deepcopy(model).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
