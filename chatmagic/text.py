@@ -6,11 +6,25 @@ from unicodedata import east_asian_width
 
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 CONTROL |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # some terminals obey these as well
+CONTROL |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # half a character: no stream can encode it
+OBEYED: dict[int, int | str] = {code: f"<U+{code:04X}>" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+SHOWN = OBEYED | CONTROL
+"""What is shown in the place of control characters, and of those that turn the direction of what follows them."""
 
 
 def visible(text: str) -> str:
-    """The text, its control characters but for newline and tab shown as ␀ and so on: a terminal would obey them."""
-    return text.translate(CONTROL)
+    """The text, with what a terminal would obey shown: control characters but for newline and tab as ␀ and so on, those
+    that turn the direction of writing as <U+202E>, and half a character as U+FFFD."""
+    return text.translate(SHOWN)
+
+
+def mend(text: str) -> str:
+    """The text, the two halves of a character (UTF-16's surrogates) joined, and U+FFFD for half a one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def width(text: str) -> int:

@@ -2,16 +2,21 @@
 
 import json
 from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
+from numbers import Integral, Real
 from pathlib import Path
+from threading import RLock
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ChatmagicError
 from ..files import write
+from ..text import mend
 from .messages import Message, build_messages, validate_messages
+from .pieces import Heard, Notice, mended
 from .printing import Printer
 from .registry import register
 
@@ -26,34 +31,59 @@ class Stats:
     tokens_in: int | None = None
     tokens_reused: int = 0  # of those in, how many had their keys and values kept from earlier turns
     tokens_out: int | None = None
+    tokens_thought: int | None = None  # of those out, how many were thought and not said
+    tokens_at_once: int = 1  # how many of those out came with the first piece, and were not timed one by one
     seconds_to_first_token: float | None = None
     seconds: float = 0.0
-    stop_reason: str = "stop"  # or "length", "interrupted"
+    stop_reason: str = "stop"  # or "length", "interrupted", "filtered", "refused", or a server's own word
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of the tokens after the first."""
+        """Speed of the tokens after the first piece; of all where all came at once."""
         if self.seconds_to_first_token is None or self.tokens_out is None or self.tokens_out < 2:
             return None
-        return (self.tokens_out - 1) / (self.seconds - self.seconds_to_first_token)
+        if (timed := self.tokens_out - self.tokens_at_once) > 0:
+            return timed / (self.seconds - self.seconds_to_first_token)
+        return self.tokens_out / self.seconds
 
     def __str__(self) -> str:
         def known(value: float | None, form: str) -> str:
             return "?" if value is None else format(value, form)
 
+        thought = f" ({self.tokens_thought} of them thought)" if self.tokens_thought else ""
         return (
             f"{known(self.tokens_in, 'd')} tokens in ({self.tokens_reused} kept), "
-            f"{known(self.tokens_out, 'd')} out, first after {known(self.seconds_to_first_token, '.2f')} s, "
+            f"{known(self.tokens_out, 'd')} out{thought}, first after {known(self.seconds_to_first_token, '.2f')} s, "
             f"{known(self.tokens_per_second, '.1f')} tokens/s, {self.stop_reason}"
         )
 
 
+@dataclass
+class Totals:
+    """What all replies of a ChatLLM cost together, those that were stopped too; a server may not tell all."""
+
+    replies: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
+
+    def add(self, stats: Stats) -> None:
+        """Count one reply."""
+        self.replies += 1
+        self.tokens_in += stats.tokens_in or 0
+        self.tokens_out += stats.tokens_out or 0
+        self.seconds += stats.seconds
+
+
 class Reply(str):
-    """What the model said: a string, with what it was asked, by which name it answers, and what it cost."""
+    """What the model said: a string, with what it was asked, by which name it answers, and what it cost; with what it
+    thought first, and the notices that its reader was shown."""
 
     query: str
     model: str
     stats: Stats
+    thinking: str
+    notices: list[str]
 
     def json(self) -> Any:
         """The reply parsed as JSON, in a Markdown fence or not. Raises ChatmagicError if it is none."""
@@ -69,6 +99,10 @@ class Reply(str):
             ) from None
 
 
+class ContextOverflow(ChatmagicError):
+    """The messages are more than the model's context holds."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Stop, or Ctrl-C, ended a reply; `reply` is what there was of it. The conversation is as before."""
 
@@ -81,12 +115,40 @@ class Interrupted(KeyboardInterrupt):
         self.reply = reply
 
 
+def _number(value: Any, whole: bool = False) -> bool:
+    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and isfinite(value)
+
+
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda value: isinstance(value, int) and value >= 1, "a whole number, 1 or more"),
-    "temperature": (lambda value: value >= 0, "0 (greedy) or more"),
-    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "max_new_tokens": (lambda value: _number(value, whole=True) and value >= 1, "a whole number, 1 or more"),
+    "temperature": (lambda value: _number(value) and value >= 0, "a number, 0 (greedy) or more"),
+    "top_p": (lambda value: _number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
+    "seed": (lambda value: _number(value, whole=True) and value >= 0, "a whole number, 0 or more"),
+    "greedy": (lambda value: isinstance(value, bool), "True or False"),
+    "thinking": (lambda value: isinstance(value, bool), "True or False"),
+    "thinking_budget": (lambda value: _number(value, whole=True) and value >= 0, "a whole number, 0 or more"),
 }
 """What the options that all models have may be, and how an error says so."""
+
+
+def _ending(reply: Reply, max_new_tokens: int) -> str | None:
+    """What the reader of a reply is to know of how it ended; None where it ended as replies do."""
+    out, reason = reply.stats.tokens_out, reply.stats.stop_reason
+    after = "" if out is None else f" after {out} tokens"
+    more = "--max-new-tokens (max_new_tokens=) allows more"
+    if reason == "length" and out is not None and out < max_new_tokens and reply.strip():
+        more = "the context is full, and %chat_reset forgets the conversation"
+    told = {
+        "stop": "",
+        "length": f"cut{after}: {more}",
+        "filtered": f"cut{after} by a filter",
+        "refused": "the model refused to answer",
+    }.get(reason, f"ended by the server{after}: {reason}")
+    if reply.strip():
+        return told or None
+    if reply.thinking or reply.stats.tokens_thought:
+        return f"nothing was said, all went into the thought{after}; not remembered. {more}, or --thinking off"
+    return f"the reply is empty, and is not remembered{told and f': {told}'}"
 
 
 class ChatModel(Protocol):
@@ -101,7 +163,8 @@ class ChatModel(Protocol):
     def stream(
         self, messages: list[Message], stats: Stats, max_new_tokens: int, **options: Any
     ) -> Generator[str, None, None]:
-        """Pieces of the reply as they come; fills the token counts and stop reason of `stats`."""
+        """Pieces of the reply as they come, words, thoughts and notices (see `pieces.py`); fills the token counts and
+        stop reason of `stats`. Raises ContextOverflow, before the first piece, for messages that are too long."""
 
     def forget(self) -> None:
         """Free what is kept of the conversation."""
@@ -143,6 +206,9 @@ class ChatLLM:
         self.max_chat_rounds, self.max_new_tokens, self.stream = max_chat_rounds, max_new_tokens, stream
         self.history = list(history or [])
         self.system = system
+        self.totals = Totals()
+        self._turn = RLock()  # two threads in one conversation: one asks, the other waits
+        self._oldest_shown: tuple[str, str] | None = None  # the round that a full context begins with
         self.name = name or self.backend.name
         register(self)
 
@@ -175,51 +241,78 @@ class ChatLLM:
 
         `new=True` forgets the conversation first, `remember=False` asks outside it. `check` is called with the
         reply before it is remembered, and may raise. A turn that fails in any way, or is interrupted, leaves the
-        history as it was, with `new` too. When rounds outgrow the model's context the oldest are left out of the
-        prompt.
+        history as it was, with `new` too; an empty reply is not remembered. When rounds outgrow the model's context the
+        oldest are left out of the prompt; the reply's notices say so where only the server could tell.
         """
-        system = self.system if system is None else system
-        room = generation.get("max_new_tokens", self.max_new_tokens)
-        before = [] if new else self.history
-        told = self._told(generation)
-        shown = self._rounds_that_fit(before, query, system, room, told) if remember else []
-        stream = self.stream if stream is None else stream
-        reply = self.chat(build_messages(query, shown, system), stream, **generation)
-        if check:
-            check(reply)
-        self.history = self._last_rounds([*before, (query, reply)]) if remember else before
+        query, system = mend(query), self.system if system is None else system
+        options = self._options(generation)
+        with (
+            self._turn if remember or new else nullcontext(),
+            _shown(self.stream if stream is None else stream) as write,
+        ):
+            before, heard, dropped = [] if new else self.history, Heard(write), 0
+            shown = self._rounds_that_fit(before, query, system, options) if remember else []
+            while True:
+                try:
+                    reply = self._reply(build_messages(query, shown, system), heard, options)
+                    break
+                except ContextOverflow:
+                    if not shown:
+                        raise
+                    half = (len(shown) + 1) // 2
+                    shown, dropped = shown[half:], dropped + half
+                    self._oldest_shown = shown[0] if shown else None
+            if dropped:
+                heard(Notice(f"{self.name}'s context is full: the {dropped} oldest rounds were left out"))
+            if check:
+                check(reply)
+            self.history = self._last_rounds([*before, (query, reply)]) if remember and reply.strip() else before
         return reply
 
     def chat(self, messages: list[Message], stream: bool | Callable[[str], None] = False, **generation: Any) -> Reply:
         """The reply to `messages`, history untouched.
 
-        `stream=True` prints it as it comes; a function is called with every piece of text instead.
-        `generation`: `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, `thinking`, for a local model also
-        any other field of transformers' `GenerationConfig`; what is not given is as the model's own has it.
-        Raises ChatmagicError for an option that is out of its range, and Interrupted, which has the part there is, in
-        the place of a KeyboardInterrupt.
+        `stream=True` prints it as it comes; a function is called with every piece of text instead: with words, and
+        with the `Thought` and `Notice` of `pieces.py`, which are strings too.
+        `generation`: `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, `thinking`, `thinking_budget` (in
+        tokens), for a local model also the fields of transformers' `GenerationConfig` that say how a token is chosen;
+        what is not given, or None, is as the model's own has it.
+        Raises ChatmagicError for an option that is out of its range, ContextOverflow for messages that are too long,
+        and Interrupted, which has the part there is, in the place of a KeyboardInterrupt.
         """
-        shown = Printer() if stream is True else nullcontext(stream or (lambda piece: None))
-        stats, pieces, start = Stats(), [], perf_counter()
-        interrupted = False
-        generation = {"max_new_tokens": self.max_new_tokens, **generation, **self._told(generation)}
+        with _shown(stream) as write:
+            return self._reply(messages, Heard(write), self._options(generation))
+
+    def _options(self, generation: dict[str, Any]) -> dict[str, Any]:
+        """The options, with what this ChatLLM has for those that nobody gave."""
+        given = {name: value for name, value in generation.items() if value is not None}
+        options = {"max_new_tokens": self.max_new_tokens, "thinking": self.thinking} | given
+        options = {name: value for name, value in options.items() if value is not None}
         for option, (possible, expected) in LIMITS.items():
-            if option in generation and not possible(value := generation[option]):
+            if option in options and not possible(value := options[option]):
                 raise ChatmagicError(f"{option} must be {expected}, not {value!r}")
+        return options
+
+    def _reply(self, messages: list[Message], heard: "Heard", options: dict[str, Any]) -> Reply:
+        messages = [{**message, "content": mend(message["content"])} for message in messages]
+        stats, start, interrupted = Stats(), perf_counter(), False
         try:
-            with shown as write, closing(self.backend.stream(messages, stats, **generation)) as stream_of_text:
-                for piece in stream_of_text:
-                    stats.seconds_to_first_token = stats.seconds_to_first_token or perf_counter() - start
-                    if piece:
-                        pieces.append(piece)
-                        write(piece)
+            with closing(self.backend.stream(messages, stats, **options)) as pieces:
+                for piece in mended(pieces):
+                    if stats.seconds_to_first_token is None and not isinstance(piece, Notice):
+                        stats.seconds_to_first_token = perf_counter() - start
+                    heard(piece)
         except KeyboardInterrupt:
             stats.stop_reason, interrupted = "interrupted", True
         stats.seconds = perf_counter() - start
-        reply = Reply("".join(pieces))
+        self.totals.add(stats)
+        reply = Reply("".join(heard.said))
         reply.query, reply.model, reply.stats = messages[-1]["content"], self.name, stats
+        reply.thinking, reply.notices = "".join(heard.thought).strip(), heard.notices
         if interrupted:
             raise Interrupted(reply)
+        if ending := _ending(reply, options["max_new_tokens"]):
+            heard(Notice(ending))
         return reply
 
     def reset(self) -> None:
@@ -243,19 +336,19 @@ class ChatLLM:
         """
         line = json.dumps({"messages": build_messages(None, self.history, self.system)}, ensure_ascii=False)
         try:
-            write(path, f"{line}\n")
+            write(_file(path), f"{line}\n")
         except UnicodeError as error:
             raise ChatmagicError(f"the conversation cannot be saved: {error}") from None
 
     def load(self, path: str | Path) -> None:
         """Take system text and history from a file of `save`'s. Raises ChatmagicError where it cannot."""
+        path = _file(path)
         try:
-            (line,) = Path(path).expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            messages = json.loads(line)["messages"]
+            messages = json.loads(path.read_text(encoding="utf-8-sig"))["messages"]
         except OSError as error:
             raise ChatmagicError(f"the conversation cannot be read: {error}") from None
-        except (ValueError, LookupError, TypeError):
-            raise ChatmagicError(f'{path} is not one line of JSON of the form {{"messages": [...]}}') from None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ChatmagicError(f'{path} is not JSON of one conversation, {{"messages": [...]}}') from None
         validate_messages(messages)
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
         if messages[-1]["role"] != "assistant":
@@ -266,22 +359,32 @@ class ChatLLM:
     def _last_rounds(self, history: list[tuple[str, str]]) -> list[tuple[str, str]]:
         return history[max(0, len(history) - self.max_chat_rounds) :]
 
-    def _told(self, generation: dict[str, Any]) -> dict[str, bool]:
-        """Whether the model is told to think or not, as an option; nothing where nobody says."""
-        thinking = generation.get("thinking")
-        thinking = self.thinking if thinking is None else thinking
-        return {} if thinking is None else {"thinking": thinking}
-
     def _rounds_that_fit(
-        self, history: list[tuple[str, str]], query: str, system: str | None, max_new_tokens: int, told: dict[str, bool]
+        self, history: list[tuple[str, str]], query: str, system: str | None, options: dict[str, Any]
     ) -> list[tuple[str, str]]:
         """The last rounds that leave room in the context for `max_new_tokens`, at most half of it."""
         history = self._last_rounds(history)
+        oldest = next((index for index, round in enumerate(history) if round is self._oldest_shown), 0)
+        history = history[oldest:]
         if self.backend.context is not None:
-            limit = self.backend.context - min(max_new_tokens, self.backend.context // 2)
+            limit = self.backend.context - min(options["max_new_tokens"], self.backend.context // 2)
+            told = {"thinking": options["thinking"]} if "thinking" in options else {}
             while history and (self.backend.count(build_messages(query, history, system), **told) or 0) > limit:
                 history = history[1:]
         return history
 
     def __repr__(self) -> str:
         return f"<ChatLLM {self.name!r}: {len(self.history)} rounds>"
+
+
+def _file(path: str | Path) -> Path:
+    """The path, `~` resolved. Raises ChatmagicError for that of a folder."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ChatmagicError(f"{path} is a folder: name a file in it, such as {path / 'chat.jsonl'}")
+    return path
+
+
+def _shown(stream: bool | Callable[[str], None]) -> AbstractContextManager[Callable[[str], None]]:
+    """Who is called with the pieces of a reply."""
+    return Printer() if stream is True else nullcontext(stream or (lambda piece: None))

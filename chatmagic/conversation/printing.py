@@ -5,6 +5,7 @@ from time import monotonic
 from typing import Any
 
 from ..text import visible
+from .pieces import Notice
 
 PAUSE = 0.05
 """Seconds between two messages to a notebook. A Jupyter server drops what comes in more than 1,000 a second."""
@@ -29,11 +30,12 @@ class Printer:
     def __enter__(self) -> "Printer":
         self._kernel, self._watched = kernel(), watched()
         self._held: list[str] = []
-        self._begun, self._flushed = False, 0.0
+        self._last: str | None = None
+        self._flushed = 0.0
         return self
 
     def __call__(self, piece: str) -> None:
-        self._begun = True
+        self._last = piece
         if not self._watched:
             self._held.append(piece)
             return
@@ -46,8 +48,8 @@ class Printer:
 
     def __exit__(self, *error: object) -> None:
         if self._held:
-            say("".join(self._held))
-        elif self._begun:
+            say("".join(self._held).removesuffix("\n" if isinstance(self._last, Notice) else ""))
+        elif self._last is not None and not isinstance(self._last, Notice):  # which is a line of its own
             print()
 
 

@@ -100,6 +100,8 @@ class ChatMagics(Magics):
         reply = self._ask(llm, text, args, form, stream)
         if cell is not None:
             self._show(reply, form, stream)
+        if reply.notices and not (stream and form == "text"):  # else they were printed as they came
+            say("\n".join(f"[{notice}]" for notice in reply.notices))
         if args.stats or self.stats:
             print(f"[{reply.stats}]")
         if args.output:

@@ -1,6 +1,8 @@
 """ChatLLM over a fake model: the conversation, its history and its file."""
 
+import json
 import os
+from threading import Thread
 
 import pytest
 
@@ -24,7 +26,15 @@ def test_a_reply_is_a_string_that_knows_what_it_cost(fake, capsys):
     assert reply.stats.tokens_per_second > 0
 
 
-def test_an_empty_reply(fake):
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_reply_is_not_remembered(fake, text):
+    fake.reply = lambda turn, question: text
+    llm = ChatLLM(fake, history=[("a", "b")], stream=False)
+    assert llm("hi") == text and llm.history == [("a", "b")]
+    assert llm("hi").notices == ["the reply is empty, and is not remembered"]
+
+
+def test_what_no_time_was_taken_of(fake):
     fake.reply = lambda turn, question: ""
     reply = ChatLLM(fake)("hi")
     assert reply == "" and reply.stats.tokens_per_second is None
@@ -36,6 +46,47 @@ def test_streaming_prints_pieces_as_they_come(fake, monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *text, **keywords: calls.append((*text, keywords)))
     ChatLLM(fake)("hi")
     assert calls == [(c, {"end": "", "flush": True}) for c in "1: hi"] + [({},)]
+
+
+def test_a_reply_that_was_cut_ends_with_one_line(fake, capsys):
+    reply = ChatLLM(fake)("hello", max_new_tokens=4)
+    assert capsys.readouterr().out == "1: h\n[cut after 4 tokens: --max-new-tokens (max_new_tokens=) allows more]\n"
+    assert reply == "1: h" and len(reply.notices) == 1
+
+
+def test_half_a_character_kills_nothing(fake, capsys, tmp_path):
+    asked = []
+
+    def stream(messages, stats, **options):
+        asked.append(messages[-1]["content"])
+        yield from ("a\ud83d", "\ude42b", "\udc00", "c", "\ud83d")
+
+    fake.stream = stream
+    llm = ChatLLM(fake)
+    assert llm("what is \ud83d") == "a🙂b\ufffdc\ufffd" and capsys.readouterr().out == "a🙂b\ufffdc\ufffd\n"
+    assert asked == ["what is \ufffd"]
+    llm.save(tmp_path / "chat.jsonl")
+
+
+def test_two_threads_in_one_conversation_wait_for_each_other():
+    fake = FakeModel(delay=0.005)
+    llm = ChatLLM(fake, stream=False)
+    threads = [Thread(target=llm, args=[name]) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [reply for _, reply in llm.history] == [f"{n}: {query}" for n, (query, _) in enumerate(llm.history, 1)]
+    assert sorted(query for query, _ in llm.history) == [*"abc"]
+
+
+def test_totals(fake):
+    llm = ChatLLM(fake, stream=False)
+    llm("a"), llm("b", remember=False)
+    fake.failure = KeyboardInterrupt()
+    with pytest.raises(Interrupted):
+        llm("c")
+    assert (llm.totals.replies, llm.totals.tokens_in, llm.totals.tokens_out) == (3, 1 + 1 + 6, 4 + 4 + 3)
 
 
 def test_chat_leaves_history_alone(fake):
@@ -107,12 +158,28 @@ def test_outside_the_conversation(fake):
 
 @pytest.mark.parametrize(
     "option",
-    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"max_new_tokens": "9"}],
+    [
+        *({"temperature": value} for value in (-1, "0.5", float("nan"), float("inf"), True, [1])),
+        *({"top_p": value} for value in (0, 1.5, "hot")),
+        *({"max_new_tokens": value} for value in (0, "9", 2.5, True)),
+        *({"seed": value} for value in (-1, "7", 0.5)),
+        *({"thinking_budget": value} for value in (-1, "100", 0.5)),
+        {"thinking": "on"},
+        {"greedy": "yes"},
+    ],
+    ids=str,
 )
-def test_impossible_options(fake, option):
-    with pytest.raises(ChatmagicError, match=f"{next(iter(option))} must be"):
+@pytest.mark.parametrize("context", [None, 100])
+def test_impossible_options(context, option):
+    fake = FakeModel(context=context)
+    with pytest.raises(ChatmagicError, match=f"{next(iter(option))} must be .*, not"):
         ChatLLM(fake)("x", **option)
     assert fake.asked == []
+
+
+def test_an_option_that_is_none_is_not_given(fake):
+    ChatLLM(fake, stream=False)("x", temperature=None, seed=None, top_p=None)
+    assert fake.asked[0][1] == {"max_new_tokens": 512}
 
 
 def test_json_reply(fake):
@@ -136,6 +203,23 @@ def test_save_and_load(fake, tmp_path):
     other = ChatLLM(fake)
     other.load(path)
     assert (other.history, other.system) == (llm.history, "系统")
+
+
+def test_load_takes_a_conversation_however_its_json_is_written(fake, tmp_path):
+    text = json.dumps({"messages": build_messages(None, [("一", "二")], "s")}, ensure_ascii=False, indent=2)
+    for encoding in "utf-8", "utf-8-sig":
+        (tmp_path / "chat.json").write_text(text.replace("\n", "\r\n"), encoding)
+        llm = ChatLLM(fake)
+        llm.load(tmp_path / "chat.json")
+        assert (llm.history, llm.system) == ([("一", "二")], "s")
+
+
+def test_a_folder_is_no_file(fake, tmp_path):
+    llm = ChatLLM(fake, history=[("a", "b")])
+    for use in llm.save, llm.load:
+        with pytest.raises(ChatmagicError, match="is a folder: name a file in it, such as .*chat.jsonl"):
+            use(tmp_path)
+    assert llm.history == [("a", "b")] and list(tmp_path.iterdir()) == []
 
 
 def test_a_save_that_fails_leaves_the_file(fake, tmp_path):
@@ -166,9 +250,9 @@ def test_a_save_that_is_cut_short_leaves_the_file(fake, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("", "not one line"),
-        ("{}\n", "not one line"),
-        ("[1]\n", "not one line"),
+        ("", "not JSON of one conversation"),
+        ("{}\n", "not JSON of one conversation"),
+        ("[1]\n", "not JSON of one conversation"),
         ('{"messages": []}\n', "empty"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "not answered"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "Message 0"),
