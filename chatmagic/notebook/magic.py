@@ -98,9 +98,8 @@ class ChatMagics(Magics):
         stream = llm.stream if self.stream is None else self.stream
         stream = cell is not None and stream and not args.no_stream and form != "json"
         reply = self._ask(llm, text, args, form, stream)
-        if cell is not None:
-            self._show(reply, form, stream)
-        if reply.notices and not (stream and form == "text"):  # else they were printed as they came
+        shown = cell is not None and self._show(reply, form, stream)
+        if reply.notices and (shown or not stream):  # else they were printed as they came
             say("\n".join(f"[{notice}]" for notice in reply.notices))
         if args.stats or self.stats:
             print(f"[{reply.stats}]")
@@ -135,8 +134,8 @@ class ChatMagics(Magics):
             generation["thinking"] = args.thinking == "on"
         return generation
 
-    def _show(self, reply: Reply, form: str, streamed: bool) -> None:
-        """Show a complete reply, unless it was printed as it came and is to stay so."""
+    def _show(self, reply: Reply, form: str, streamed: bool) -> bool:
+        """Show a complete reply, unless it was printed as it came and is to stay so; whether it was shown."""
         if form == "markdown" and hasattr(self.shell, "kernel"):  # a terminal shows Markdown as it stands
             if streamed:
                 clear_output(wait=True)
@@ -145,6 +144,9 @@ class ChatMagics(Magics):
             say(json.dumps(reply.json(), ensure_ascii=False, indent=2))
         elif not streamed:
             say(reply)
+        else:
+            return False
+        return True
 
     @no_var_expand
     @magic_arguments()

@@ -24,9 +24,9 @@ def say(text, failure=None):
     """What is written and flushed, in turn, a flush being None; and what was raised."""
     model = FakeModel()
     model.reply, model.failure = lambda turn, question: text, failure
-    llm = ChatLLM.__new__(ChatLLM)  # registering one would look for a whole IPython
-    llm.backend, llm.thinking, llm.system, llm.name = model, None, None, "fake"
-    llm.history, llm.max_chat_rounds, llm.max_new_tokens, llm.stream = [], 20, 10**6, True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chatmagic.conversation.llm.register", lambda llm: None)  # it would look for a whole IPython
+        llm = ChatLLM(model, max_new_tokens=10**6)
     calls, raised = [], None
     with redirect_stdout(
         SimpleNamespace(write=lambda text: text and calls.append(text), flush=lambda: calls.append(None))
@@ -82,8 +82,8 @@ def test_what_there_is_is_shown_before_a_failure(in_kernel, watched, failure):
     assert "".join(filter(None, written)) == "abc\n"
 
 
-def test_nothing_said_prints_nothing(in_kernel):
+def test_nothing_said_prints_that_alone(in_kernel):
     for watched in (True, False):
         in_kernel(allow_stdin=watched)
         written, _ = say("")
-    assert written == []
+    assert written == ["[the reply is empty, and is not remembered]\n"]

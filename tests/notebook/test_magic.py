@@ -126,9 +126,17 @@ def test_the_reply_goes_into_a_variable_with_what_it_cost(run, llm):
 
 
 def test_stats(run, llm):
-    reply, stats = run("%%chat --stats --max-new-tokens 4\nhi").splitlines()
+    reply, cut, stats = run("%%chat --stats --max-new-tokens 4\nhi").splitlines()
     form = r"\[2 tokens in \(0 kept\), 4 out, first after \d+\.\d\d s, \d+\.\d tokens/s, length\]"
-    assert reply == "1: h" and re.fullmatch(form, stats)
+    assert reply == "1: h" and cut.startswith("[cut after 4 tokens: ") and re.fullmatch(form, stats)
+
+
+@pytest.mark.parametrize("options", ["", "--no-stream ", "--format markdown ", "--format markdown --no-stream "])
+def test_that_a_reply_was_cut_is_said_in_one_line(run, llm, options):
+    out = run(f"%%chat {options}--max-new-tokens 4\nhi")
+    assert re.fullmatch(r"1: h\n\[cut after 4 tokens: [^\n]*\]\n", out)
+    assert run.ip.user_ns.get("x") is None and "[cut" in run("x = %chat --max-new-tokens 4 hi")
+    assert run.ip.user_ns["x"] == "2: h"
 
 
 def test_variables_are_filled_only_when_asked(run, llm, fake):
@@ -151,7 +159,8 @@ def test_the_seeds_cells_run_with_their_import_lines_changed(run, shared, golden
     for cell in cells[first : last + 1]:
         printed = run(cell.replace("from torchkeras.chat import", "from chatmagic import"))
         if cell.startswith("%%chat"):
-            assert printed == run.ip.user_ns["llm"].history[-1][1] + "\n"
+            reply, cut = printed.splitlines()
+            assert reply == run.ip.user_ns["llm"].history[-1][1] and cut.startswith("[cut after 8 tokens")
         result = run.result
         run("llm.max_new_tokens = 8")
     asked = [query for query, _ in run.ip.user_ns["llm"].history]
@@ -307,7 +316,7 @@ def test_history_refuses(run, llm, tmp_path, monkeypatch, line, words):
         ("%%chat --seed x\nhi", ["--seed: invalid int value: 'x'"]),
         ("%%chat --greedy=1\nhi", ["--greedy takes no value"]),
         ("%%chat --format html\nhi", ["'html'", "text", "markdown", "json"]),
-        ("%%chat --temperature -1\nhi", ["temperature must be 0 (greedy) or more, not -1.0"]),
+        ("%%chat --temperature -1\nhi", ["temperature must be a number, 0 (greedy) or more, not -1.0"]),
         ("%%chat -o 2x\nhi", ["-o takes the name of a variable", "'2x'"]),
         ("%%chat -o class\nhi", ["-o takes the name of a variable", "'class'"]),
         ("%%chat", ["nothing to send"]),
