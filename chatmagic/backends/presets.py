@@ -13,9 +13,8 @@ from .proxies import is_near
 
 
 def _to_template(thinking: bool) -> dict[str, Any]:
-    return {
-        "chat_template_kwargs": {"enable_thinking": thinking, "thinking": thinking}
-    }  # templates know one of the two
+    # Templates know the one or the other.
+    return {"chat_template_kwargs": {"enable_thinking": thinking, "thinking": thinking}}
 
 
 def _at_top(thinking: bool) -> dict[str, Any]:
@@ -58,6 +57,7 @@ SERVERS = {
     "siliconflow": Server("https://api.siliconflow.cn/v1", "SILICONFLOW_API_KEY", _at_top, ("thinking_budget",)),
     "openai": Server("https://api.openai.com/v1", "OPENAI_API_KEY", _by_effort),
 }
+TYPED = str.maketrans("：／．，。　", ":/.,. ")
 OTHER = Server("", budgets=("thinking_token_budget", "thinking_budget", "thinking_budget_tokens"))
 
 
@@ -70,15 +70,17 @@ def find_server(url: str) -> tuple[str, Server]:
         raise ChatmagicError(f"connect takes an address, or one of {', '.join(SERVERS)}; not {url!r}")
     if server := SERVERS.get(url.lower()):
         return server.url, server
-    scheme, separator, rest = url.partition("://")
+    if (plain := url.translate(TYPED)) != url:
+        raise ChatmagicError(f"the address {url!r} has Chinese punctuation in it: write {plain}")
+    scheme, separator, rest = url.lstrip("/").partition("://")
     if not separator:
         if not re.search(r"[./:]|^localhost$", url):
             raise ChatmagicError(
                 f"no server is called {url!r}{did_you_mean(url, SERVERS)}; connect takes an address, or one of "
                 + ", ".join(SERVERS)
             )
-        near = "http" if is_near(urlsplit(f"//{url}").hostname or "") else "https"
-        raise ChatmagicError(f"the address {url!r} lacks its scheme: write {near}://{url.lstrip('/')}")
+        near = "http" if is_near(re.split("[:/]", scheme)[0]) else "https"
+        raise ChatmagicError(f"the address {url!r} lacks its scheme: write {near}://{scheme}")
     if scheme not in ("http", "https"):
         raise ChatmagicError(f"the address {url!r} begins with {scheme}://: write http:// or https://")
     try:
@@ -86,7 +88,7 @@ def find_server(url: str) -> tuple[str, Server]:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ChatmagicError(f"the address {url!r} is none: {error}") from None
-    if not host or re.search(r"[\s，。：]", url):
+    if not host or re.search(r"\s", url):
         raise ChatmagicError(f"the address {url!r} is none: write it as http://localhost:8000/v1")
     if parts.username or parts.password:
         raise ChatmagicError(f"the address at {host} holds a name or password: pass them in headers=, or as key=")
@@ -95,7 +97,7 @@ def find_server(url: str) -> tuple[str, Server]:
         raise ChatmagicError(f"the address goes too far: {longer[0]} is added to it here. Write {shorter}")
     for server in SERVERS.values():
         known = urlsplit(server.url)
-        if host == known.hostname or is_near(known.hostname or "") and is_near(host) and port == known.port:
+        if port and port == known.port if is_near(host) else host == known.hostname:
             return url.rstrip("/"), server
     return url.rstrip("/"), OTHER
 
@@ -109,10 +111,11 @@ def find_key(url: str, server: Server) -> tuple[str | None, str]:
     host = urlsplit(url).hostname or ""
     own = "CHATMAGIC_KEY_" + re.sub(r"\W", "_", host, flags=re.ASCII).upper()
     home = urlsplit(os.environ.get("OPENAI_BASE_URL") or SERVERS["openai"].url).hostname
-    customs = [own, *filter(None, [server.key if server.key != "OPENAI_API_KEY" else None])]
-    customs += ["OPENAI_API_KEY"] * (host == home)
-    found = next((variable for variable in customs if os.environ.get(variable)), None)
-    return (os.environ[found], found) if found else (None, customs[-1])
+    custom = "OPENAI_API_KEY" if host == home else server.key if server.key != "OPENAI_API_KEY" else None
+    for variable in (own, custom):
+        if variable and os.environ.get(variable):
+            return os.environ[variable], variable
+    return None, custom or own
 
 
 def check_key(key: str, source: str) -> None:
