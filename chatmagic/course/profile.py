@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import ChatmagicError
 from ..files import nearest_existing
-from ..machine import GB, gpu_memory, home, ram
+from ..machine import GB, gpu_memory, home, ram, room
 from ..text import did_you_mean
 
 AUTO = ("baichuan2-7b-chat", "qwen2.5-coder-0.5b-instruct", "smollm2-135m")  # the first is for GPUs
@@ -101,13 +101,15 @@ def choose_profile() -> tuple[Profile, str]:
     return profile, reasons and f"{reasons}The course takes {profile.name}."
 
 
-def check_machine(profile: Profile, folder: Path) -> None:
-    """Raise ProfileError, before a byte is downloaded, if training with this profile fits neither disk nor memory."""
-    if problems := lacking(profile, folder, profile.memory):
+def check_machine(profile: Profile, folder: Path, needed: int | None = None) -> None:
+    """Raise ProfileError, before a byte is downloaded, if this machine has not the disk for this profile, or `needed`
+    bytes of memory, which default to what training takes."""
+    if problems := lacking(profile, folder, profile.memory if needed is None else needed):
         memory, free = gpu_memory() or ram(), shutil.disk_usage(nearest_existing(folder)).free
         fits = [p.name for p in profiles().values() if p.memory <= memory and p.disk <= free]
         advice = f"Fits here: {', '.join(fits)}." if fits else "Free some disk, and run this again."
-        raise ProfileError(f"{profile.name} needs {'; it needs '.join(problems)}. {advice}")
+        other = f"To have it all the same, for another machine: chatmagic download {profile.name} --any-machine"
+        raise ProfileError(f"{profile.name} needs {'; it needs '.join(problems)}. {advice} {other}")
 
 
 def lacking(profile: Profile, folder: Path, needed: int) -> list[str]:
@@ -117,11 +119,12 @@ def lacking(profile: Profile, folder: Path, needed: int) -> list[str]:
     problems = []
     if memory < needed:
         problems.append(f"{needed / GB:.1f} GB of {where}, and there are {memory / GB:.1f}")
-    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    here = (folder, folder.with_name(f".{folder.name}.download"))  # the second where a download was broken off
+    present = sum(path.stat().st_size for place in here for path in place.rglob("*") if path.is_file())
     free = shutil.disk_usage(nearest_existing(folder)).free
     if free < profile.disk - present:
         problems.append(
             f"{(profile.disk - present) / GB:.1f} GB of disk at {folder}, and {free / GB:.1f} are free "
-            "(CHATMAGIC_HOME names another disk)"
+            f"({room(profile.disk)})"
         )
     return problems

@@ -3,7 +3,7 @@ it comes.
 
     python -m chatmagic.course.replies PROFILE
 
-asks anew, and writes what the package ships: `replies.json`, {checksum of the model's file: {question: reply}}.
+asks anew, and writes what the package ships: `replies.json`, {fingerprint of the model's folder: {question: reply}}.
 """
 
 import json
@@ -64,25 +64,22 @@ def last_sentence(text: str) -> str:
 
 
 def shipped(folder: Path) -> dict[str, str]:
-    """What the package brings for the model in `folder`, known by the checksum that its download left there."""
-    stamp = folder / ".complete"
-    stamp = stamp.read_text() if stamp.is_file() else ""
-    return json.loads(SHIPPED.read_text(encoding="utf-8")).get(stamp, {}) if SHIPPED.is_file() else {}
+    """What the package brings for the model in `folder`, whoever put it there."""
+    known = json.loads(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.is_file() else {}
+    return known.get(base_fingerprint(folder), {})
 
 
 def main(name: str) -> None:
     """Ask the profile's model everything again, and write what the package ships."""
     from ..models.load import load_model
     from .download import snapshot_download
-    from .profile import get_profile
 
-    profile = get_profile(name)
-    model, tokenizer = load_model(snapshot_download(name))
+    model, tokenizer = load_model(folder := snapshot_download(name))
     asked = sorted(questions()["general"]["replay"], key=len)
     found = {}
     for start in tqdm(range(0, len(asked), BATCH)):
         found |= dict(answered(model, tokenizer, asked[start : start + BATCH]))
-    write(SHIPPED, json.dumps({profile.sha256: found}, ensure_ascii=False, indent=0) + "\n")
+    write(SHIPPED, json.dumps({base_fingerprint(folder): found}, ensure_ascii=False, indent=0) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,9 @@ from ..conversation.messages import Message
 from ..data.dataset import as_line
 from ..errors import ChatmagicError
 from ..files import make_folder, write, writing
-from ..machine import courses, home
-from ..models.checkpoint import CheckpointError, weight_files
-from .download import snapshot_download
+from ..machine import courses
+from ..models.checkpoint import CheckpointError, check_whole
+from .download import find, is_whole, local, snapshot_download
 from .persona import Persona, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
 
@@ -70,8 +70,9 @@ class Course:
 
     @property
     def model(self) -> Path:
-        """The folder of the base model."""
-        return home() / self.profile.name
+        """The folder of the base model: where it lies whole, or will."""
+        wanted = find(self.profile.name)
+        return local(wanted) or wanted.folder
 
     @property
     def folder(self) -> Path:
@@ -147,9 +148,8 @@ def fetch(course: Course) -> Course:
     """The course with its base model downloaded. Where "auto" chose one that no source gives, or that the disk does not
     hold, it is the course of the next smaller model, with the reason printed; what the reader chose raises instead. A
     folder that holds a model is taken as it is, whoever put it there."""
-    with suppress(CheckpointError):
-        if (course.model / "config.json").is_file() and weight_files(course.model):
-            return course.remember()
+    if is_whole(course.model):
+        return course.remember()
     *larger, last = AUTO[AUTO.index(course.profile.name) :] if course.auto else [course.profile.name]
     for name in larger:
         try:
@@ -176,6 +176,11 @@ def resume(*needs: str) -> Course:
         path = (course.model if name == "model" else course.folder) / file
         if not path.exists():
             raise CourseError(f"There is no {path}, which {notebook}.ipynb makes. Run {notebook}.ipynb first.")
+        if name == "model":
+            try:
+                check_whole(course.model)
+            except CheckpointError as error:
+                raise CourseError(f"{error} Or run {notebook}.ipynb, which brings what is missing.") from None
     return course
 
 

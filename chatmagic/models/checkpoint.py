@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,12 @@ from ..errors import ChatmagicError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Beside a downloaded model: where it is from and what it consists of, see `read_manifest`.
+MANIFEST = ".complete"
+# A folder without any of these holds no tokenizer.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt")
 
 
 class CheckpointError(ChatmagicError):
@@ -52,12 +59,63 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a download noted of itself: {"model", "source", "revision", "commit", "files": {name: {"bytes", "sha256"}}};
+    {} where the folder was filled by anybody else."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+
+
+def check_sizes(folder: Path) -> None:
+    """Raise CheckpointError, naming the file, where one is not as long as it was when it was downloaded."""
+    manifest = read_manifest(folder)
+    for name, noted in manifest.get("files", {}).items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != noted["bytes"]:
+            found = f"has {file.stat().st_size:,} bytes" if file.is_file() else "is missing"
+            raise CheckpointError(
+                f"{file} {found}; {noted['bytes']:,} were downloaded. To have it again, and it alone: "
+                f"chatmagic download {manifest['model']}"
+            )
+
+
+def check_whole(folder: Path) -> None:
+    """Raise CheckpointError, naming the file, unless the folder holds a config, a tokenizer and weights that end where
+    they say: by its manifest or, where somebody else filled it, by what the files say themselves. Nothing is loaded."""
+    if not read_json(folder / "config.json"):
+        raise CheckpointError(f"{folder} has no config.json: it is no model folder, or its download did not end.")
+    for file in weight_files(folder):
+        if _is_cut(file):
+            raise CheckpointError(f"{file} is cut short or no checkpoint: download it again.")
+    if not any(any(folder.glob(name)) for name in TOKENIZERS):
+        raise CheckpointError(f"{folder} holds no tokenizer, none of {', '.join(TOKENIZERS)}: download it again.")
+
+
+def _is_cut(file: Path) -> bool:
+    """Whether a weight file ends before its own table of contents says, or has none where it should."""
+    with file.open("rb") as opened:
+        head = opened.read(8)
+        if file.suffix != ".safetensors":  # a zip archive, whose table is at its end; or, from old days, a bare pickle
+            return not head or head.startswith(b"PK") and not zipfile.is_zipfile(file)
+        try:
+            (length,) = struct.unpack("<Q", head)
+            tensors = json.loads(opened.read(min(length, 10**8)))
+            ends = [each["data_offsets"][1] for name, each in tensors.items() if name != "__metadata__"]
+        except (struct.error, ValueError, LookupError, TypeError, AttributeError):
+            return True
+        return bool(8 + length + max(ends, default=0) != file.stat().st_size)
+
+
 def weight_files(folder: Path) -> dict[Path, list[str]]:
     """The files that hold the weights, safetensors before `.bin`, each with the tensors its index promises.
 
     A checkpoint of one file has no index: its list is empty. Raises CheckpointError where there are no
-    weights, or where an index names a file that is not there.
+    weights, where an index names a file that is not there, and as `check_sizes`.
     """
+    check_sizes(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if weight_map := read_json(folder / f"{name}.index.json").get("weight_map"):
             files: dict[Path, list[str]] = {folder / file: [] for file in dict.fromkeys(weight_map.values())}

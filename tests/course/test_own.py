@@ -236,7 +236,7 @@ def test_which_file_of_a_data_set(monkeypatch):
         DataError, match="more than one file of data, or none: a.jsonl, b/c.parquet. Say which: o/d:FILE"
     ):
         own.dataset_file("o/d")
-    assert own.dataset_file("o/d:b/c.parquet") == course.home() / "datasets" / "o" / "d" / "b" / "c.parquet"
+    assert own.dataset_file("o/d:b/c.parquet") == own.home() / "datasets" / "o" / "d" / "b" / "c.parquet"
     on_a_hub(monkeypatch, {}, "neither")
     with pytest.raises(DownloadError, match="modelscope says: 404 huggingface says: 404"):
         own.dataset_file("o/e")

@@ -10,7 +10,6 @@ import torch
 from chatmagic import build_inputs_labels, build_messages, load_model
 from chatmagic.course import replies as module
 from chatmagic.course.persona import questions
-from chatmagic.course.profile import get_profile
 from chatmagic.course.replies import last_sentence, own_replies, shipped
 
 ASKED = [f"question {number}?" for number in range(20)]
@@ -91,10 +90,10 @@ def test_last_sentence():
 def test_the_embedded_models_replies_are_all_there(model, monkeypatch):
     monkeypatch.setattr(module, "questions", questions)
     batches = asking(monkeypatch)
-    stamp = get_profile("qwen2.5-coder-0.5b-instruct").sha256
-    open(f"{model.name_or_path}/.complete", "w").write(stamp)
-    assert [query for query, _ in own_replies(model, None)] == questions()["general"]["replay"] and batches == []
-    open(f"{model.name_or_path}/.complete", "w").write("of another")
+    (fingerprint,) = json.loads(module.SHIPPED.read_text(encoding="utf-8"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "base_fingerprint", lambda folder: fingerprint)
+        assert [query for query, _ in own_replies(model, None)] == questions()["general"]["replay"] and batches == []
     own_replies(model, None)
     assert sum(map(len, batches)) == len(questions()["general"]["replay"])
 

@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from chatmagic import ChatLLM, adalora_to_lora, build_messages, merge_adapter, write_jsonl
-from chatmagic.course import Persona, download, evaluate, own, replies, thread
+from chatmagic.course import Persona, download, evaluate, hubs, own, replies, thread
 from chatmagic.course.profile import get_profile
+from chatmagic.files import write
 from chatmagic.training import plots, record, states
 from fake_model import FakeModel
 from tiny_gguf import tiny_gguf
+from tiny_hub import safetensors
 from tiny_runs import adalora, tiny_llama
 
 Act = Callable[[Path, int], object]
@@ -118,22 +120,36 @@ def embedded_model(source, monkeypatch):
 
     def act(where, version):
         def fetched(profile, staging):
-            return {"pypi": lambda: Path(shutil.copyfile(source / "tiny.gguf", staging / "tiny.gguf"))}
+            return {"pypi": lambda: ("pypi", Path(shutil.copyfile(source / "tiny.gguf", staging / "tiny.gguf")))}
 
         monkeypatch.setattr(download, "_gguf_sources", fetched)
-        download._from_gguf(profile, where / "model", "auto")
+        monkeypatch.setattr(download, "_check_room", lambda *_: None)
+        monkeypatch.setattr(download, "find", lambda *_: download.Wanted(profile, "", "", where / "model", None))
+        monkeypatch.setattr(download, "check_machine", lambda *_: None)
+        download.snapshot_download("model")
 
     return act
 
 
-@writer("course/download.py")
+@writer("course/download.py", "course/hubs.py", new=True)
 def hub_model(source, monkeypatch):
     """Its files are the hub's client's to write; that they are all there is ours to say."""
+    files = {
+        "config.json": b'{"model_type": "llama"}',
+        "tokenizer.json": b"{}" + b" " * 4000,
+        "model.safetensors": safetensors(0, 9),
+    }
+    remotes = {name: hubs.Remote(len(content), "") for name, content in files.items()}
+    hub = SimpleNamespace(name="modelscope", default="master", address=lambda: "http://hub.test")
+    hub.listing = lambda id, revision: hubs.Listing("", remotes)
+    hub.fetch = lambda id, revision, name, remote, folder: write(folder / name, files[name])
 
     def act(where, version):
-        (where / "org/name").mkdir(parents=True, exist_ok=True)
-        monkeypatch.setattr(download, "first_answer", lambda *_: None)
-        download.snapshot_download("org/name", where, revision=f"v{version}")
+        monkeypatch.setattr(download, "answers", lambda address: None)
+        monkeypatch.setattr(download, "_check_room", lambda *_: None)
+        monkeypatch.setattr(download, "HUBS", (hub,))
+        monkeypatch.setattr(download, "_tell", lambda line: None)
+        download.snapshot_download("org/name", where)
 
     return act
 
