@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from ..accel.attention import without_cudnn_attention
 from ..accel.decode import NOT_ON_A_GPU, GraphedForward, NoGraph, can_be_cut, capture, cut
 from ..conversation.llm import Stats
-from ..errors import ChatmagicError
+from ..errors import ChatmagicError, let_go
 from ..models.load import context_limit
 from ..prompts.labels import encode_prompt
 from ..prompts.templates import get_template, name_family
@@ -114,7 +114,8 @@ class LocalModel:
                     stats.stop_reason = "stop" if text.stopped else "length"
                     break
             yield text.flush()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            let_go(error)  # of what the forward had made
             self.forget()
             raise ChatmagicError(
                 f"{self.model.device} ran out of memory after {stats.tokens_in} tokens in and "

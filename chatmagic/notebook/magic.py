@@ -7,7 +7,7 @@ from keyword import iskeyword
 from typing import Any
 
 from IPython.core.completer import CompletionContext, context_matcher
-from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
 from IPython.core.magic import (
     Magics,
     line_cell_magic,
@@ -23,7 +23,7 @@ from traitlets import Bool, CaselessStrEnum, Float, Int, TraitType, Unicode
 from ..conversation.llm import ChatLLM, Interrupted, Reply
 from ..conversation.printing import say
 from ..conversation.registry import registered
-from ..errors import ChatmagicError
+from ..errors import ChatmagicError, let_go
 from ..text import did_you_mean, visible
 from .cells import AskingLine, fill, parse, tidy
 from .completion import complete
@@ -235,6 +235,10 @@ class ChatMagics(Magics):
         value = getattr(args, name)
         return getattr(self, name) if value is None else value
 
+    def cell_ended(self, result: ExecutionResult) -> None:
+        """A cell has run: the model and its tensors do not hang on the exception that it showed."""
+        let_go(result.error_in_exec)
+
     @context_matcher()
     def complete(self, context: CompletionContext) -> dict:
         """A matcher for options, their values, and with `--vars` the `{names` in a cell."""
@@ -250,6 +254,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     shell.input_transformers_cleanup.append(tidy)
     shell.input_transformer_manager.token_transformers.append(AskingLine)
     shell.Completer.custom_matchers.append(magics.complete)
+    shell.events.register("post_run_cell", magics.cell_ended)
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
@@ -259,5 +264,6 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     shell.input_transformers_cleanup.remove(tidy)
     shell.input_transformer_manager.token_transformers.remove(AskingLine)
     shell.Completer.custom_matchers.remove(magics.complete)
+    shell.events.unregister("post_run_cell", magics.cell_ended)
     for kind, name in [("cell", "chat"), *(("line", name) for name in magics.magics["line"])]:
         shell.magics_manager.magics[kind].pop(name, None)
