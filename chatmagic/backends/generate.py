@@ -3,7 +3,7 @@
 import copy
 import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -234,14 +234,37 @@ class LocalModel:
         """Differs once a weight was trained, loaded, moved or replaced, an adapter added, merged or switched, or
         a hook added: what is kept is of the model before.
 
-        torch counts a tensor's in-place updates in `_version`; PEFT's layers tell how their adapters stand.
+        torch counts a tensor's in-place updates in `_version`, PEFT's layers tell how their adapters stand; but what
+        is written past torch, by bitsandbytes' optimizers, through `.data` or a NumPy view, only the bits tell. Reading
+        them all takes less than a token, which reads them as well and computes.
         """
         state = [(id(weight), weight.data_ptr(), weight._version) for weight in self.model.parameters()]
         for module in self.model.modules():
             state += [*module._forward_pre_hooks, *module._forward_hooks]
             if "merged_adapters" in vars(module):
                 state.append((module.disable_adapters, *module.active_adapters, *module.merged_adapters))
-        return state
+        return [state, checksum(self.model.parameters())]
+
+
+@torch.no_grad()
+def checksum(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Numbers, one a device, that change with any bit of the tensors, and where two of their rows change places.
+
+    One kernel a tensor: its rows are summed up as int64, then these sums with weights of their own; their highest bits,
+    the signs of half of the numbers, are mixed in below, for twice the highest bit is nothing. What holds no data here,
+    being offloaded, is left out.
+    """
+    sums: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        data = tensor.data.contiguous()
+        if data.is_meta or not data.numel() or type(data) is not torch.Tensor:
+            continue
+        rows = data.view(-1, data.shape[-1]) if data.ndim > 1 and data.shape[-1] > 1 else data.view(1, -1)
+        size = data.element_size()
+        words = torch.int64 if not (rows.shape[1] * size % 8 or data.storage_offset() * size % 8) else torch.uint8
+        sums.setdefault(data.device, []).append(rows.view(words).sum(-1, dtype=torch.int64))
+    mixed = [each ^ (each >> 29) for each in map(torch.cat, sums.values())]
+    return [int((each * torch.arange(1, 2 * len(each), 2, device=each.device)).sum()) for each in mixed]
 
 
 class TextStream:

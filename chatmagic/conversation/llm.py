@@ -174,11 +174,12 @@ class ChatLLM:
     """A conversation with a causal language model of transformers, or its PEFT wrapper, and its tokenizer.
 
     `model_type` names a chat template (see `get_template`), by default the one that fits model and tokenizer.
-    The last `max_chat_rounds` rounds are remembered in `history`, a list of (query, reply). `stream` says
-    whether replies are printed as they come. Creating one registers it under `name`, by default that of
-    the model's folder, and in a notebook makes it the one `%%chat` talks to; nothing is sent to the
-    model. `fast=False` answers by transformers' own `generate`, plainly. `thinking` tells a model that can be told
-    so to think or not; None: as it was trained, else its own default. Without a tokenizer, `model` is a `ChatModel`.
+    Up to `max_chat_rounds` rounds are remembered in `history`, a list of (query, reply); beyond that the oldest quarter
+    goes at once, since each time all that was kept of the later rounds must be computed anew. `stream` says whether
+    replies are printed as they come. Creating one registers it under `name`, by default that of the model's folder, and
+    in a notebook makes it the one `%%chat` talks to; nothing is sent to the model. `fast=False` answers by
+    transformers' own `generate`, plainly. `thinking` tells a model that can be told so to think or not; None: as it was
+    trained, else its own default. Without a tokenizer, `model` is a `ChatModel`.
     """
 
     def __init__(
@@ -357,21 +358,33 @@ class ChatLLM:
         self.history, self.system = list(zip(contents[::2], contents[1::2])), system
 
     def _last_rounds(self, history: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        return history[max(0, len(history) - self.max_chat_rounds) :]
+        most = self.max_chat_rounds
+        return history if len(history) <= most else history[len(history) - (most - most // 4) :]
 
     def _rounds_that_fit(
         self, history: list[tuple[str, str]], query: str, system: str | None, options: dict[str, Any]
     ) -> list[tuple[str, str]]:
-        """The last rounds that leave room in the context for `max_new_tokens`, at most half of it."""
+        """The last rounds that leave room in the context for `max_new_tokens`, at most half of it.
+
+        Where they no longer do, so many are left out that the next turns have room as well, a quarter of the whole, and
+        begin as this one does; but one round stays if it can.
+        """
         history = self._last_rounds(history)
-        oldest = next((index for index, round in enumerate(history) if round is self._oldest_shown), 0)
-        history = history[oldest:]
-        if self.backend.context is not None:
-            limit = self.backend.context - min(options["max_new_tokens"], self.backend.context // 2)
-            told = {"thinking": options["thinking"]} if "thinking" in options else {}
-            while history and (self.backend.count(build_messages(query, history, system), **told) or 0) > limit:
-                history = history[1:]
-        return history
+        first = next((index for index, each in enumerate(history) if each is self._oldest_shown), 0)
+        if self.backend.context is None:
+            return history[first:]
+        limit = self.backend.context - min(options["max_new_tokens"], self.backend.context // 2)
+        told = {"thinking": options["thinking"]} if "thinking" in options else {}
+
+        def tokens(first: int) -> int:
+            return self.backend.count(build_messages(query, history[first:], system), **told) or 0
+
+        if history and tokens(first) > limit:
+            first, last = first + 1, len(history) - 1
+            while first <= last and tokens(first) > limit * (1 if first == last else 0.75):
+                first += 1
+        self._oldest_shown = history[first] if first < len(history) else None
+        return history[first:]
 
     def __repr__(self) -> str:
         return f"<ChatLLM {self.name!r}: {len(self.history)} rounds>"

@@ -6,9 +6,20 @@ from types import SimpleNamespace
 import pytest
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages, encode_prompt, load_model
-from chatmagic.backends.generate import TextStream
+from chatmagic.backends.generate import TextStream, checksum
 from chatmagic.conversation.llm import Interrupted
-from generation import adapter, interrupt_after, new_ids, plain, trained, twelve_turns
+from generation import (
+    adapter,
+    interrupt_after,
+    new_ids,
+    plain,
+    rows_swapped_through_data,
+    trained,
+    trained_by_bitsandbytes,
+    twelve_turns,
+    written_through_data,
+    written_through_numpy,
+)
 
 
 def test_twelve_turns_are_those_of_plain_generate(model, tokenizer):
@@ -142,7 +153,17 @@ def test_the_same_question_again_runs_its_last_token_only(model, tokenizer):
     assert first == second and second.stats.tokens_reused == second.stats.tokens_in - 1
 
 
-@pytest.mark.parametrize("change", [adapter, trained])
+WAYS = [
+    adapter,
+    trained,
+    trained_by_bitsandbytes,
+    written_through_data,
+    rows_swapped_through_data,
+    written_through_numpy,
+]
+
+
+@pytest.mark.parametrize("change", WAYS)
 def test_kept_keys_and_values_are_dropped_when_the_weights_change(model, tokenizer, change):
     """A reader chats, trains, and chats on: the second reply must come from the new weights alone."""
     llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=10)
@@ -151,6 +172,39 @@ def test_kept_keys_and_values_are_dropped_when_the_weights_change(model, tokeniz
     reply = llm("hi", greedy=True, remember=False)
     assert reply.stats.tokens_reused == 0
     assert reply == ChatLLM(model, tokenizer, stream=False, max_new_tokens=10)("hi", greedy=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "int64", "float64"])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 7), (16, 8), (24, 1), (2, 3, 4)])
+def test_every_bit_of_a_weight_counts(shape, dtype):
+    import torch
+
+    tensor = (torch.arange(torch.Size(shape).numel() + 1) + 1).to(getattr(torch, dtype))[1:].reshape(shape)
+    tensors = [torch.ones(3), tensor, torch.ones(2)]
+    before = checksum(tensors)
+    bits = tensor.reshape(-1).view(torch.uint8).numpy()
+    for index in range(bits.size):
+        bits[index] ^= 1 << index % 8
+        assert checksum(tensors) != before
+        bits[index] ^= 1 << index % 8
+    assert checksum(tensors) == before
+
+
+def test_rows_that_change_places_and_columns_their_sign_are_noticed():
+    import torch
+
+    tensor = torch.randn(40, 6)
+    signs = [torch.ones(40, 6) for _ in range(6)]
+    for column in range(6):
+        signs[column][:, column] = -1
+    others = [tensor[torch.randperm(40)], tensor.flip(0), -tensor, tensor.T, *(tensor * each for each in signs)]
+    assert checksum([tensor]) not in [checksum([each]) for each in others]
+
+
+def test_what_is_not_here_has_no_checksum():
+    import torch
+
+    assert checksum([torch.empty(3, device="meta"), torch.empty(0)]) == []
 
 
 def test_an_adapter_switched_off(model, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from threading import Thread
 
 import pytest
@@ -102,6 +103,36 @@ def test_history_keeps_the_last_whole_rounds(fake):
         llm(query)
     assert llm.history == [("c", "3: c"), ("d", "3: d")]
     assert fake.asked[-1][0] == build_messages("d", [("b", "2: b"), ("c", "3: c")], "be brief")
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 4, 20])
+def test_a_full_history_drops_several_rounds_at_once(fake, most):
+    """Dropping one begins the prompt elsewhere, so that nothing kept of the last turn can be used in the next."""
+    llm = ChatLLM(fake, max_chat_rounds=most, stream=False)
+    for turn in range(3 * most + 3):
+        llm(f"question {turn}")
+        assert llm.history == [] if most == 0 else llm.history[-1][0] == f"question {turn}" and len(llm.history) <= most
+    begins = [messages[0]["content"] for messages, _ in fake.asked]
+    anew = sum(before != after for before, after in pairwise(begins))
+    assert anew <= 2 * most / max(1, most // 4) + 2 if most else anew == len(begins) - 1
+
+
+def test_a_full_context_leaves_out_several_rounds_at_once():
+    llm = ChatLLM(FakeModel(context=1000), max_new_tokens=100, stream=False)
+    for turn in range(60):
+        llm(f"{turn:20}")
+        assert sum(len(message["content"]) for message in llm.backend.asked[-1][0]) <= 900
+    begins = [messages[0]["content"] for messages, _ in llm.backend.asked]
+    assert sum(before != after for before, after in pairwise(begins)) <= 60 * 44 / 225 + 1
+    assert len(llm.backend.asked[-1][0]) > 2 * 10
+    llm.history = llm.history[:3]  # some are taken back: all that there are fit again
+    llm("x")
+    assert len(llm.backend.asked[-1][0]) == 7
+    llm.history = [("a" * 850, "b" * 20), ("c" * 430, "d" * 430)]
+    llm("short")
+    assert [message["content"][0] for message in llm.backend.asked[-1][0]] == ["c", "d", "s"]  # one stays if it can
+    llm("x" * 300)
+    assert len(llm.backend.asked[-1][0]) == 1 or len(llm.backend.asked[-1][0]) == 3
 
 
 def test_no_rounds_means_no_history(fake):

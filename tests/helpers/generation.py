@@ -45,6 +45,30 @@ def trained(model):
     optimizer.step()
 
 
+def trained_by_bitsandbytes(model):
+    """Its optimizers write by pointer."""
+    import bitsandbytes
+    import torch
+
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    optimizer = bitsandbytes.optim.AdamW([weight], 0.05)
+    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    optimizer.step()
+
+
+def written_through_data(model):
+    model.model.layers[0].mlp.down_proj.weight.data[5, 7] += 3.0
+
+
+def rows_swapped_through_data(model):
+    weight = model.model.embed_tokens.weight.data
+    weight[[104, 105]] = weight[[105, 104]]  # h and i
+
+
+def written_through_numpy(model):
+    model.model.layers[0].input_layernorm.weight.detach().numpy()[3] *= -2
+
+
 def interrupt_after(seconds):
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, seconds)
