@@ -25,16 +25,21 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 
-def doctor(args: argparse.Namespace) -> None:
-    """Print what this machine has, and whether the profile fits it. Raises ProfileError where it does not."""
-    from .course.profile import check_machine
-    from .machine import home, report
+def doctor(args: argparse.Namespace) -> int:
+    """Print what this machine has and lacks, and what mends it; returns 1 where the course cannot run."""
+    from .course.doctor import BAD, OK, examine
 
-    for what, found in report(home()):
-        print(f"{what:13}{found}")
-    profile = get_profile(args.profile)
-    check_machine(profile, home() / profile.name)
-    print(f"{'profile':13}{profile.name}: fits this machine")
+    found = examine(args.profile)
+    runs = all(each.state != BAD for each in found)
+    if args.json:
+        print(json.dumps({"runs": runs, "findings": [each._asdict() for each in found]}, ensure_ascii=False, indent=1))
+        return int(not runs)
+    for each in found:
+        print(f"{'' if each.state == OK else each.state:5}{each.what:14}{each.found}")
+        if each.mend:
+            print(f"{'':19}-> {each.mend}")
+    print("\nThe course runs here." if runs else "\nThe course does not run here: see what is marked bad.")
+    return int(not runs)
 
 
 def download(args: argparse.Namespace) -> None:
@@ -240,13 +245,14 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="chatmagic", description=__doc__.split(":")[1].strip())
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help)
         added.set_defaults(run=run)
         return added
 
-    added = command("doctor", doctor, "what this machine has, and whether a profile fits it")
+    added = command("doctor", doctor, "what this machine has and lacks for the course, and what mends it")
     added.add_argument("--profile", default="auto")
+    added.add_argument("--json", action="store_true", help="the same, for a program")
     added = command("download", download, "fetch a model and print its folder")
     added.add_argument("model", help="a profile's name or a hub id")
     added.add_argument("--revision")
@@ -301,19 +307,18 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 1 for a ChatmagicError, which is printed, 130 for Ctrl-C."""
+    """Run the command; returns its exit status: its own, 1 for a ChatmagicError, which is printed, 130 for Ctrl-C."""
     args = parser().parse_args(argv)
     share_cores()
     warnings.filterwarnings("ignore", module="peft|transformers")  # what they tell their own developers
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ChatmagicError as error:
         print(f"\nchatmagic: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nchatmagic: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -81,8 +81,10 @@ def test_the_wheel_holds_every_module_and_the_profiles(tmp_path):
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("chatmagic-*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("chatmagic/")}
-    files = (path for path in (ROOT / "chatmagic").rglob("*") if path.is_file() and path.suffix != ".pyc")
-    assert held == {path.relative_to(ROOT).as_posix() for path in files}
+    files = [path for path in (ROOT / "chatmagic").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    ours = {path.relative_to(ROOT).as_posix() for path in files}
+    beside = [ROOT / "constraints.txt", *(ROOT / "notebooks").rglob("*.ipynb")]
+    assert held == ours | {f"chatmagic/{path.relative_to(ROOT).as_posix()}" for path in beside}
     assert {
         "chatmagic/course/profiles.toml",
         "chatmagic/py.typed",  # mypy and editors trust the annotations
