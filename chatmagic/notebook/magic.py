@@ -17,17 +17,16 @@ from IPython.core.magic import (
     no_var_expand,
 )
 from IPython.core.magic_arguments import argument, magic_arguments
-from IPython.display import clear_output, display
 from traitlets import Bool, CaselessStrEnum, Float, Int, TraitType, Unicode
 
 from ..conversation.llm import ChatLLM, Interrupted, Reply
 from ..conversation.printing import say
 from ..conversation.registry import registered
 from ..errors import ChatmagicError, let_go
-from ..text import did_you_mean, visible
+from ..text import did_you_mean
 from .cells import AskingLine, fill, parse, tidy
 from .completion import complete
-from .display import print_table, render_markdown
+from .display import Board, print_table
 
 FORMATS = ["text", "markdown", "json"]
 WORDS = ["undo", "save", "load"]
@@ -97,9 +96,18 @@ class ChatMagics(Magics):
         form = args.format or self.format
         stream = llm.stream if self.stream is None else self.stream
         stream = cell is not None and stream and not args.no_stream and form != "json"
-        reply = self._ask(llm, text, args, form, stream)
-        shown = cell is not None and self._show(reply, form, stream)
-        if reply.notices and (shown or not stream):  # else they were printed as they came
+        markdown = cell is not None and form == "markdown" and hasattr(self.shell, "kernel")  # a terminal shows text
+        if markdown:
+            with Board(live=stream) as board:
+                reply = self._ask(llm, text, args, form, board)
+                board.finish(reply)
+        else:
+            reply = self._ask(llm, text, args, form, stream)
+        if cell is not None and form == "json":
+            say(json.dumps(reply.json(), ensure_ascii=False, indent=2))
+        elif cell is not None and not stream and not markdown:
+            say(reply)
+        if reply.notices and (markdown or not stream):  # else they were printed as they came
             say("\n".join(f"[{notice}]" for notice in reply.notices))
         if args.stats or self.stats:
             print(f"[{reply.stats}]")
@@ -107,8 +115,8 @@ class ChatMagics(Magics):
             self.shell.push({args.output: reply})
         return reply if cell is None else None
 
-    def _ask(self, llm: ChatLLM, text: str, args: Namespace, form: str, stream: bool) -> Reply:
-        """The reply, printed as it comes if `stream`; that it is not the JSON asked for fails like all else."""
+    def _ask(self, llm: ChatLLM, text: str, args: Namespace, form: str, stream: bool | Board) -> Reply:
+        """The reply, shown as it comes if `stream`; that it is not the JSON asked for fails like all else."""
         try:
             return llm(
                 text,
@@ -133,20 +141,6 @@ class ChatMagics(Magics):
         if args.thinking:
             generation["thinking"] = args.thinking == "on"
         return generation
-
-    def _show(self, reply: Reply, form: str, streamed: bool) -> bool:
-        """Show a complete reply, unless it was printed as it came and is to stay so; whether it was shown."""
-        if form == "markdown" and hasattr(self.shell, "kernel"):  # a terminal shows Markdown as it stands
-            if streamed:
-                clear_output(wait=True)
-            display({"text/html": render_markdown(reply), "text/plain": visible(reply)}, raw=True)
-        elif form == "json":
-            say(json.dumps(reply.json(), ensure_ascii=False, indent=2))
-        elif not streamed:
-            say(reply)
-        else:
-            return False
-        return True
 
     @no_var_expand
     @magic_arguments()

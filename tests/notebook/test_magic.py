@@ -11,7 +11,6 @@ import pytest
 from chatmagic import ChatLLM, ChatmagicError, load_model
 from chatmagic.conversation.llm import Interrupted
 from chatmagic.conversation.registry import registered
-from chatmagic.notebook.display import render_markdown
 from chatmagic.notebook.magic import ChatMagics
 from fake_model import FakeModel
 from shell import Shell
@@ -181,35 +180,6 @@ def test_json_is_parsed_or_fails(run, llm, fake):
 
 def test_markdown_in_a_terminal_is_text(run, llm):
     assert run("%%chat --format markdown\n**hi**") == "1: **hi**\n"
-
-
-@pytest.mark.parametrize(
-    "text, html",
-    [
-        ("**a** `b<c>`", "<p><strong>a</strong> <code>b&lt;c&gt;</code></p>\n"),
-        ("<script>alert(1)</script>", "<p>&lt;script&gt;alert(1)&lt;/script&gt;</p>\n"),
-        ("a <img src=x onerror=alert(1)>", "<p>a &lt;img src=x onerror=alert(1)&gt;</p>\n"),
-        ("![pixel](http://evil/?q=1)", '<p><a href="http://evil/?q=1">pixel</a></p>\n'),
-        (
-            '![](http://evil/"onload="x)',
-            '<p><a href="http://evil/%22onload=%22x">http://evil/%22onload=%22x</a></p>\n',
-        ),
-        ("[x](javascript:alert(1))", "<p>[x](javascript:alert(1))</p>\n"),
-        ("![x](javascript:alert(1))", "<p>![x](javascript:alert(1))</p>\n"),
-        ("<javascript:alert(1)>", "<p>&lt;javascript:alert(1)&gt;</p>\n"),
-        (
-            '```py"><script>\nif a < b: pass\n```',
-            '<pre><code class="language-py&quot;&gt;&lt;script&gt;">if a &lt; b: pass\n</code></pre>\n',
-        ),
-        (
-            "|a|\n|-|\n|<b>|",
-            "<table>\n<thead>\n<tr>\n<th>a</th>\n</tr>\n</thead>\n"
-            + "<tbody>\n<tr>\n<td>&lt;b&gt;</td>\n</tr>\n</tbody>\n</table>\n",
-        ),
-    ],
-)
-def test_markdown_cannot_run_or_fetch(text, html):
-    assert render_markdown(text) == html
 
 
 def test_control_characters_are_shown_not_obeyed(run, llm, fake):
