@@ -115,9 +115,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def published(name: str, vocabulary: int) -> PreTrainedModel:
-    """The model that a publisher would save, in evaluation mode: float32, of random weights that bfloat16 can hold."""
-    row, sizes = ARCHITECTURES[name], SIZES | {"vocab_size": vocabulary}
+def published(name: str, vocabulary: int, **changes: Any) -> PreTrainedModel:
+    """The model that a publisher would save, in evaluation mode: float32, of random weights that bfloat16 can hold.
+    `changes` are made to its row."""
+    row, sizes = ARCHITECTURES[name] | changes, SIZES | {"vocab_size": vocabulary}
     composite = "text_config" in row
     settings = row | {"text_config": sizes | row["text_config"]} if composite else sizes | row
     config = CONFIG_MAPPING[name](**settings)
