@@ -1,4 +1,4 @@
-"""`chatmagic doctor | download | tutorial | train | evaluate | merge`: the course without a browser."""
+"""`chatmagic doctor | models | download | tutorial | train | evaluate | merge`: the course without a browser."""
 
 import argparse
 import json
@@ -40,6 +40,18 @@ def doctor(args: argparse.Namespace) -> int:
             print(f"{'':19}-> {each.mend}")
     print("\nThe course runs here." if runs else "\nThe course does not run here: see what is marked bad.")
     return int(not runs)
+
+
+def models(args: argparse.Namespace) -> None:
+    """Print the table of profiles, or all of one. Raises ProfileError for one that is unknown."""
+    from .course.profile import all_of, overview
+
+    if args.name is None:
+        print("\n".join(overview()))
+        return
+    profile = get_profile(args.name)
+    for what, said in [("profile", profile.name), *all_of(profile)]:
+        print(f"{what:13}{said}")
 
 
 def download(args: argparse.Namespace) -> None:
@@ -211,7 +223,7 @@ def train(args: argparse.Namespace) -> None:
     course = chosen(args)
     from .course.script import run
 
-    run(course, args.resume, args.save_every)
+    run(course, args.resume, args.save_every, args.method)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -253,6 +265,8 @@ def parser() -> argparse.ArgumentParser:
     added = command("doctor", doctor, "what this machine has and lacks for the course, and what mends it")
     added.add_argument("--profile", default="auto")
     added.add_argument("--json", action="store_true", help="the same, for a program")
+    added = command("models", models, "the models there are profiles for, those that fit here first; or all of one")
+    added.add_argument("name", nargs="?", help="a profile's")
     added = command("download", download, "fetch a model and print its folder")
     added.add_argument("model", help="a profile's name or a hub id")
     added.add_argument("--revision")
@@ -264,6 +278,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--executed", type=Path, default=Path("work/executed"))
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
     training, evaluation = command("train", train, TRAIN), command("evaluate", evaluate, EVALUATE)
+    training.add_argument("--method", default="adalora", choices=("adalora", "lora"), help="what the adapter is")
     training.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,

@@ -5,6 +5,7 @@ docs/models.md has a row for each, which `python tests/helpers/architectures.py`
 
 import os
 import signal
+from string import ascii_letters
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from architectures import ARCHITECTURES, write
+from architectures import ARCHITECTURES, published, write
 from chatmagic import (
     ChatLLM,
     ChatmagicError,
@@ -84,19 +85,42 @@ def test_it_is_loaded_in_16_bit_and_in_nf4(architecture):
 def test_its_answers_are_those_of_a_model_that_keeps_nothing(architecture, monkeypatch):
     """Windows are passed, prompts come in pieces, and what was said before is taken up, changed and broken off."""
     monkeypatch.setattr("chatmagic.backends.generate.PREFILL_CHUNK", 7)
-    model, tokenizer = load_model(architecture[1], dtype="float32")
-    llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=10)
-
-    def asked(query):
-        ids = encode_prompt(build_messages(query, llm.history), tokenizer)
-        reply = llm(query, greedy=True)
-        assert new_ids(llm, reply) == plain(model, ids, do_sample=False, max_new_tokens=10, use_cache=False)[:-1]
-        return reply
-
-    asked("Who are you? 你是谁？")
-    asked("And why?")
+    llm = ChatLLM(*load_model(architecture[1], dtype="float32"), stream=False, max_new_tokens=10)
+    asked(llm, "Who are you? 你是谁？")
+    asked(llm, "And why?")
     llm.history = llm.history[:1]
-    asked("And how?")
+    asked(llm, "And how?")
+
+
+def asked(llm, query, **options):
+    """How many tokens of the question were kept, once its answer was compared with that of a model that keeps none."""
+    ids = encode_prompt(build_messages(query, llm.history), llm.tokenizer)
+    reply = llm(query, greedy=True, **options)
+    options |= {"do_sample": False, "max_new_tokens": 10, "use_cache": False}
+    assert new_ids(llm, reply) == plain(llm.model, ids, **options)[:-1]
+    return reply.stats.tokens_reused
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "lfm2"])
+def test_what_is_kept_of_windows_and_scans(name, tokenizer):
+    """A window is cut until it is full; a scan only goes on, and not after it was broken off within a step."""
+    window = {"sliding_window": 150} if name == "gemma3_text" else {}
+    llm = ChatLLM(published(name, len(tokenizer), **window), tokenizer, stream=False, max_new_tokens=10)
+    letters = {tokenizer.convert_tokens_to_ids(letter) for letter in ascii_letters}  # what is said is read as it was
+    spelt = {"suppress_tokens": [token for token in range(len(tokenizer)) if token not in letters]}
+    asked(llm, "hello", **spelt)
+    llm.history = []
+    assert (asked(llm, "help", **spelt) > 5) is bool(window)
+    seen = len(llm.backend._kept_ids)
+    assert asked(llm, "how?", **spelt) == seen
+    llm.history = llm.history[:1]
+    assert (asked(llm, "hi", **spelt) > 40) is bool(window)
+    while (seen := len(llm.backend._kept_ids)) < 200:
+        assert asked(llm, "and then?", **spelt) == seen
+    llm.history = llm.history[:-1]
+    assert asked(llm, "and thus?", **spelt) == 0
+    llm.backend._whole = False  # as an interrupted forward leaves it
+    assert asked(llm, "and so?", **spelt) == 0
 
 
 METHODS = {
@@ -107,8 +131,8 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, method, tmp_path):
-    name, folder, published = architecture
-    quantize = "nf4" if method == "adalora" and not experts(published) else None
+    name, folder, model = architecture
+    quantize = "nf4" if method == "adalora" and not experts(model) else None
 
     def run(path, **settings):
         torch.manual_seed(0)

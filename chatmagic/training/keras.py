@@ -136,8 +136,9 @@ class KerasModel(kerasmodel.KerasModel):
         # One process may fit twice, with another precision; accelerate's singletons would refuse.
         AcceleratorState._reset_state()
         GradientState._reset_state()
+        model_type = getattr(getattr(self.net, "config", None), "model_type", None)
         self.accelerator = Accelerator(
-            mixed_precision=best_precision(cpu) if mixed_precision == "auto" else mixed_precision,
+            mixed_precision=best_precision(cpu, model_type) if mixed_precision == "auto" else mixed_precision,
             cpu=cpu,
             gradient_accumulation_steps=gradient_accumulation_steps,
             # fp16: the loss is a sum over the label tokens, some hundred times the mean that 2**16 is meant for.

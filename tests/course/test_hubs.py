@@ -215,3 +215,24 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(tmp_path):
 def test_schedules(tmp_path, seed):
     """Two hundred of them: benchmarks/download.py."""
     assert schedule(seed, tmp_path) in ("whole", "refused")
+
+
+def test_what_nothing_here_reads_is_refused_before_its_weights(tmp_path):
+    """The config comes first: of another architecture nothing else, and of a mixture of experts it is told."""
+    other = {"model_type": "chatglm", "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMModel"}}
+    for config, status, said in (
+        (
+            other,
+            1,
+            f"chatmagic: {ID} asks for a model of type 'chatglm', which transformers does not have, and for its",
+        ),
+        ({"model_type": "mixtral", "num_local_experts": 8}, 0, f"{ID} is a mixture of experts: they are not quantised"),
+    ):
+        files = model(1, 3000) | {"config.json": json.dumps(config).encode()}
+        hubs = Hubs({ID: Repository({"master": files}, {"main": files})})
+        with proxied(hubs) as proxy:
+            ended, _, err = run(proxy, tmp_path, ID, "--source", "huggingface")
+        assert ended == status and said in err
+        fetched = [path for _, path, _ in hubs.asked if "/resolve/" in path]
+        assert "/config.json" in fetched[0] and len(fetched) == (1 if status else len(read(files)))
+        assert (tmp_path / FOLDER).exists() is (status == 0)
