@@ -18,7 +18,7 @@ from .course.profile import get_profile
 from .course.thread import MIXES, Course, CourseError, OwnData, resume
 from .errors import ChatmagicError
 from .files import make_folder, remove, write
-from .machine import share_cores, short
+from .machine import share_cores, shipped, short
 from .text import fit
 
 if TYPE_CHECKING:
@@ -76,9 +76,14 @@ def tutorial(args: argparse.Namespace) -> None:
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from traitlets.config import Config
 
+    if args.folder:
+        args.notebooks, args.executed = place_notebooks(args.folder), args.folder / "executed"
     notebooks = sorted(args.notebooks.glob("0*.ipynb"))
     if not notebooks:
-        raise ChatmagicError(f"There are no notebooks in {args.notebooks}. Run this from the repository's folder.")
+        raise ChatmagicError(
+            f"There are no notebooks in {args.notebooks}. Run this from the repository's folder, or have them put "
+            "into a folder of yours and run there: chatmagic tutorial FOLDER"
+        )
     first = _first_to_run(notebooks, args.executed)
     make_folder(args.executed)
     for path in notebooks[first:]:  # before the first runs: if broken off, no stale copy of a later one counts as done
@@ -126,6 +131,15 @@ def tutorial(args: argparse.Namespace) -> None:
         print(f"{time.monotonic() - start:6.0f} s", flush=True)
     print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {args.executed}\n")
     _print_replies()
+
+
+def place_notebooks(folder: Path) -> Path:
+    """The folder, with the course's notebooks in it: what is there of that name is the reader's, and stays."""
+    make_folder(folder)
+    for notebook in sorted(shipped("notebooks").glob("0*.ipynb")):
+        if not (folder / notebook.name).exists():
+            write(folder / notebook.name, notebook.read_bytes())
+    return folder
 
 
 def _copies(path: Path, executed: Path) -> tuple[Path, Path]:
@@ -274,6 +288,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--verify", action="store_true", help="read every byte that is here, and name what was changed")
     added.add_argument("--any-machine", action="store_true", help="also what this one has not the memory for")
     added = command("tutorial", tutorial, "execute the notebooks in order, from the first that failed or was changed")
+    added.add_argument("folder", type=Path, nargs="?", help="put the notebooks there, if they are not, and run these")
     added.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     added.add_argument("--executed", type=Path, default=Path("work/executed"))
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
