@@ -9,6 +9,8 @@ from string import ascii_letters
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -28,8 +30,12 @@ from chatmagic import (
     merge_adapter,
     prepare,
 )
+from chatmagic.accel.captured import of_fixed_shape
+from chatmagic.accel.layers import fast_layers
 from chatmagic.models.checkpoint import open_file, open_weights
 from chatmagic.models.parts import experts
+from chatmagic.training import StepRunner
+from chatmagic.training.functional import loss_at
 from chatmagic.training.keras import TrainingInterrupted
 from chatmagic.training.states import ADAPTER
 from generation import new_ids, plain
@@ -121,6 +127,37 @@ def test_what_is_kept_of_windows_and_scans(name, tokenizer):
     assert asked(llm, "and thus?", **spelt) == 0
     llm.backend._whole = False  # as an interrupted forward leaves it
     assert asked(llm, "and so?", **spelt) == 0
+
+
+def test_every_way_to_take_a_step_has_the_same_loss_and_gradients(architecture):
+    """Plainly; with fast layers, and without padding where that may be; at a fixed shape, as a CUDA graph wants it; and
+    with activations recomputed."""
+    model, tokenizer = load_model(architecture[1], dtype="float32")
+    prepare(model)
+    settings = {"task_type": "CAUSAL_LM", "target_modules": find_all_linear_names(model), "init_lora_weights": False}
+    model = get_peft_model(model, LoraConfig(**settings))
+    batch = DataCollator(tokenizer)([encode_example(messages, tokenizer) for messages in CONVERSATIONS])
+    AcceleratorState._reset_state()
+    runner = StepRunner(model, None, Accelerator(cpu=True, mixed_precision="no"))
+
+    def taken(loss):
+        value = loss()
+        return value.detach(), torch.cat([grad.flatten() for grad in torch.autograd.grad(value, runner.params)])
+
+    def plain():
+        return runner._loss(batch)[0]
+
+    def fixed():
+        inputs = of_fixed_shape(batch, *(batch["labels"][:, 1:] != -100).nonzero(as_tuple=True))
+        return loss_at(model, inputs, runner.accelerator.autocast)
+
+    expected = taken(plain)
+    with fast_layers(model):
+        found = [taken(plain), taken(fixed)]
+    model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    for loss, gradients in [*found, taken(plain)]:
+        torch.testing.assert_close(loss, expected[0], rtol=1e-4, atol=1e-3)
+        assert (gradients - expected[1]).norm() < 1e-3 * expected[1].norm()
 
 
 METHODS = {
