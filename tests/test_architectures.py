@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from architectures import ARCHITECTURES, published, write
+from architectures import ARCHITECTURES, is_composite, published, write
 from chatmagic import (
     ChatLLM,
     ChatmagicError,
@@ -73,9 +73,10 @@ def same_but_for_rounding(model, expected, change):
     return (logits(model) - expected).norm() < limit * change
 
 
-def test_it_is_loaded_in_16_bit_and_in_nf4(architecture):
+def test_it_is_loaded_in_16_bit_and_in_nf4(architecture, capsys):
     name, folder, model = architecture
     loaded, _ = load_model(folder)
+    assert ("its language model alone is loaded" in capsys.readouterr().out) is is_composite(name)
     assert loaded.dtype == torch.bfloat16
     expected = logits(model)
     torch.testing.assert_close(logits(load_model(folder, dtype="float32")[0]), expected, rtol=0, atol=1e-4)
@@ -205,7 +206,7 @@ def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, meth
     tokenizer.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
 
-    if method == "adalora" or "text_config" in ARCHITECTURES[name]:
+    if method == "adalora" or is_composite(name):
         exported = adalora_to_lora(adapter, tmp_path / "lora")
         named = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in open_file(exported / ADAPTER)}
         assert {f"{layer}.weight" for layer in named} <= open_weights(folder).keys()

@@ -179,6 +179,8 @@ def _load_native(
         if "quantization_config" in options:
             _refuse_experts(empty, folder)
     composite = causal.model_type != config["model_type"]
+    if composite:
+        print(f"{folder.name}: its language model alone is loaded, and not what it sees or hears with.")
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=causal,
