@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from architectures import ARCHITECTURES, is_composite, published, write
 from chatmagic import (
@@ -212,3 +212,21 @@ def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, meth
         assert {f"{layer}.weight" for layer in named} <= open_weights(folder).keys()
         again, _ = load_model(merge_adapter(folder, exported, tmp_path / "again"), dtype="float32")
         assert same_but_for_rounding(again, expected, change)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
+def test_the_tied_head_of_a_composite_checkpoint_becomes_its_own(name, tokenizer, tmp_path):
+    """The names that it has on disk stay, and all but its language model."""
+    write(name, tmp_path / "base", tokenizer)
+    base = load_model(tmp_path / "base", dtype="float32")[0]
+    without = logits(base)
+    torch.manual_seed(0)
+    settings = {"target_modules": ["lm_head", "o_proj"], "r": 4, "lora_alpha": 8, "init_lora_weights": False}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merged = merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert open_weights(merged).keys() - open_weights(tmp_path / "base").keys() == {"lm_head.weight"}
+    assert same_but_for_rounding(load_model(merged, dtype="float32")[0], expected, (expected - without).norm())
+    whole = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32)
+    assert same_but_for_rounding(whole, expected, (expected - without).norm())

@@ -63,8 +63,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 def check_config(folder: Path, name: str) -> None:
     """Look at the config.json of the model `name`, in `folder`, before its weights are there, without loading torch:
-    say what is left out of a mixture of experts. Raises RemoteCodeError for what only its own code can read."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    say what it is not good for. Raises RemoteCodeError for what only its own code can read."""
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
     config = _read_config(folder)
     if config.get("model_type") not in CONFIG_MAPPING_NAMES:
@@ -75,6 +75,9 @@ def check_config(folder: Path, name: str) -> None:
     text = config | (config.get("text_config") or {})
     if any((text.get(key) or 0) > 1 for key in EXPERTS):
         print(f"{name} is a mixture of experts: they are not quantised here, and get no adapter.", file=sys.stderr)
+    if quantised := config.get("quantization_config"):
+        how = quantised.get("quant_method", "unknown")
+        print(f"{name} is published quantised ({how}): no adapter can be merged into it.", file=sys.stderr)
 
 
 def context_limit(model: "PreTrainedModel") -> tuple[int | None, str]:

@@ -217,22 +217,29 @@ def test_schedules(tmp_path, seed):
     assert schedule(seed, tmp_path) in ("whole", "refused")
 
 
-def test_what_nothing_here_reads_is_refused_before_its_weights(tmp_path):
-    """The config comes first: of another architecture nothing else, and of a mixture of experts it is told."""
-    other = {"model_type": "chatglm", "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMModel"}}
-    for config, status, said in (
+OTHER = {"model_type": "chatglm", "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMModel"}}
+QUANTISED = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+
+
+@pytest.mark.parametrize(
+    "config, status, said",
+    [
         (
-            other,
+            OTHER,
             1,
-            f"chatmagic: {ID} asks for a model of type 'chatglm', which transformers does not have, and for its",
+            "chatmagic: %s asks for a model of type 'chatglm', which transformers does not have, and for its own",
         ),
-        ({"model_type": "mixtral", "num_local_experts": 8}, 0, f"{ID} is a mixture of experts: they are not quantised"),
-    ):
-        files = model(1, 3000) | {"config.json": json.dumps(config).encode()}
-        hubs = Hubs({ID: Repository({"master": files}, {"main": files})})
-        with proxied(hubs) as proxy:
-            ended, _, err = run(proxy, tmp_path, ID, "--source", "huggingface")
-        assert ended == status and said in err
-        fetched = [path for _, path, _ in hubs.asked if "/resolve/" in path]
-        assert "/config.json" in fetched[0] and len(fetched) == (1 if status else len(read(files)))
-        assert (tmp_path / FOLDER).exists() is (status == 0)
+        ({"model_type": "mixtral", "num_local_experts": 8}, 0, "%s is a mixture of experts: they are not quantised"),
+        (QUANTISED, 0, "%s is published quantised (mxfp4): no adapter can be merged into it."),
+    ],
+)
+def test_what_nothing_here_reads_is_refused_before_its_weights(tmp_path, config, status, said):
+    """The config comes first: of another architecture nothing else, and what another is not good for is told."""
+    files = model(1, 3000) | {"config.json": json.dumps(config).encode()}
+    hubs = Hubs({ID: Repository({"master": files}, {"main": files})})
+    with proxied(hubs) as proxy:
+        ended, _, err = run(proxy, tmp_path, ID, "--source", "huggingface")
+    assert ended == status and said % ID in err
+    fetched = [path for _, path, _ in hubs.asked if "/resolve/" in path]
+    assert "/config.json" in fetched[0] and len(fetched) == (1 if status else len(read(files)))
+    assert (tmp_path / FOLDER).exists() is (status == 0)
