@@ -68,9 +68,9 @@ def logits(model):
 
 
 def same_but_for_rounding(model, expected, change):
-    """Of experts, rounding chooses others for some tokens."""
-    limit = 0.05 if not experts(model) else 0.3
-    return (logits(model) - expected).norm() < limit * change
+    """Rounding makes a router choose other experts for some tokens, and a scan carries it on."""
+    steady = not experts(model) and "linear_attention" not in (getattr(model.config, "layer_types", None) or ())
+    return (logits(model) - expected).norm() < (0.05 if steady else 0.3) * change
 
 
 def test_it_is_loaded_in_16_bit_and_in_nf4(architecture, capsys):
@@ -162,7 +162,7 @@ def test_every_way_to_take_a_step_has_the_same_loss_and_gradients(architecture):
 
 
 METHODS = {
-    "adalora": lambda names: adalora_config(12, names, init_r=4, target_r=2, lora_alpha=8),
+    "adalora": lambda names: adalora_config(10, names, init_r=4, target_r=2, lora_alpha=8),
     "lora": lambda names: LoraConfig(task_type="CAUSAL_LM", target_modules=names, r=2, lora_alpha=4),
 }
 
@@ -178,13 +178,13 @@ def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, meth
         prepare(model)
         model = get_peft_model(model, METHODS[method](find_all_linear_names(model)))
         rows = [row for messages in CONVERSATIONS for row in encode_example(messages, tokenizer)]
-        train = DataLoader(rows * (2 if method == "adalora" else 1), 1, collate_fn=DataCollator(tokenizer))
+        train = DataLoader(rows if method == "lora" else (rows * 2)[:5], 1, collate_fn=DataCollator(tokenizer))
         val = DataLoader(rows[:2], 2, collate_fn=DataCollator(tokenizer))
-        return fit(model, path, epochs=2, lr=3e-2, train=train, val=val, **settings)
+        return fit(model, path, epochs=1 if method == "lora" else 2, lr=5e-2, train=train, val=val, **settings)
 
     history = run(tmp_path / "unbroken")
     with pytest.raises(TrainingInterrupted):
-        run(tmp_path / "broken", runner=runner_that(lambda _: os.kill(os.getpid(), signal.SIGINT), 5))
+        run(tmp_path / "broken", runner=runner_that(lambda _: os.kill(os.getpid(), signal.SIGINT), 2))
     losses = ["train_loss", "val_loss", "grad_norm"]
     assert run(tmp_path / "broken", resume=True)[losses].equals(history[losses])
     adapter, other = tmp_path / "unbroken", tmp_path / "broken"
