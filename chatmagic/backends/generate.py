@@ -3,23 +3,36 @@
 import copy
 import sys
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from threading import Lock, get_ident
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..accel.attention import without_cudnn_attention
 from ..accel.decode import NOT_ON_A_GPU, GraphedForward, NoGraph, can_be_cut, capture, cut
-from ..conversation.llm import Stats
+from ..conversation.llm import ContextOverflow, Stats
+from ..conversation.messages import merge_system
+from ..conversation.pieces import Parting
 from ..errors import ChatmagicError, let_go
 from ..models.load import context_limit
 from ..prompts.labels import encode_prompt
-from ..prompts.templates import get_template, name_family
+from ..prompts.templates import NoSystemError, get_template, name_family
 from ..text import did_you_mean
+from .budget import ThinkingBudget
 
+OPTIONS = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens"),
+    *("begin_suppress_tokens", "min_new_tokens", "exponential_decay_length_penalty", "guidance_scale"),
+    *("remove_invalid_values", "renormalize_logits", "watermarking_config", "eos_token_id"),
+)
+"""The fields of transformers' GenerationConfig that say how the next token is chosen, or which ends a reply."""
 PREFILL_CHUNK = 512
 """Prompt tokens run at once: bounds the memory of a long prompt, and how long Stop waits for the device."""
 
@@ -46,10 +59,15 @@ class LocalModel:
         self.template = get_template(model_type, tokenizer)
         self.name = Path(getattr(model.config, "name_or_path", "") or model.config.model_type).name
         self.context, self._context_reason = context_limit(model)
-        self.forget()
+        self._busy = _BUSY.setdefault(id(model.config), Busy(self.name))  # an adapter's wrapper has the same config
+        self._free()
 
     def forget(self) -> None:
-        """Free the kept keys and values, and the captured forward."""
+        """Free the kept keys and values, and the captured forward, once nobody is being answered."""
+        with self._busy:
+            self._free()
+
+    def _free(self) -> None:
         self._counted: tuple[tuple, list[int]] | None = None  # what was counted last, and its ids
         self._kept_ids: list[int] = []  # the ids whose keys and values are complete in every layer
         self._whole = True  # and no layer has more than those
@@ -60,19 +78,33 @@ class LocalModel:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, thinking: bool | None = None) -> str:
+        """The prompt as a string, of what `count` counts."""
+        try:
+            spans = self.template.render(messages, add_generation_prompt, thinking)
+        except NoSystemError:
+            spans = self.template.render(merge_system(messages), add_generation_prompt, thinking)
+        return "".join(span.text for span in spans)
+
     def count(self, messages: list[dict], thinking: bool | None = None) -> int:
         """How many tokens the model is sent for these messages."""
-        ids = encode_prompt(messages, self.tokenizer, self.model_type, max_length=sys.maxsize, thinking=thinking)
+        ids = self._encode(messages, thinking)
         self._counted = (messages, thinking), ids
         return len(ids)
 
     def _encode(self, messages: list[dict], thinking: bool | None) -> list[int]:
-        """Their ids, encoded just now if they were counted just now: `ChatLLM` counts before it asks. Used once, for
+        """Their ids, a system text in the first question where the family knows none."""
+        options = {"max_length": sys.maxsize, "thinking": thinking}
+        try:
+            return encode_prompt(messages, self.tokenizer, self.model_type, **options)
+        except NoSystemError:
+            return encode_prompt(merge_system(messages), self.tokenizer, self.model_type, **options)
+
+    def _counted_ids(self, messages: list[dict], thinking: bool | None) -> list[int]:
+        """Their ids, those that were counted just now if these were: `ChatLLM` counts before it asks. Used once, for
         a prompt that has a date in it is another tomorrow."""
-        if not self._counted or self._counted[0] != (messages, thinking):
-            self.count(messages, thinking)
-        (_, ids), self._counted = self._counted, None
-        return ids
+        counted, self._counted = self._counted, None  # at once: another thread may count
+        return counted[1] if counted and counted[0] == (messages, thinking) else self._encode(messages, thinking)
 
     def stream(
         self,
@@ -81,42 +113,69 @@ class LocalModel:
         max_new_tokens: int,
         seed: int | None = None,
         thinking: bool | None = None,
+        thinking_budget: int | None = None,
         **options: Any,
     ) -> Generator[str, None, None]:
-        """The reply, a piece of text for every token ("" while a character or a stop string is incomplete).
+        """The reply, a piece of text for every token ("" while a character, a stop string or the mark of a thought is
+        incomplete); a thought is apart.
 
-        `options` are `greedy=True` or fields of `GenerationConfig`; the rest is as the model's own
-        `generation_config` has it. Fills `stats` as it goes. Raises ChatmagicError if the messages do not fit
-        the context, an option is unknown, or memory runs out (the kept keys and values are then freed).
+        `options` are `greedy=True` or OPTIONS; the rest is as the model's own `generation_config` has it. After
+        `thinking_budget` tokens of thought the model is made to speak. Fills `stats` as it goes. A thread waits for
+        another that asks the same model. Raises ContextOverflow if the messages do not fit the context, ChatmagicError
+        if an option is unknown, or memory runs out (the kept keys and values are then freed).
         """
-        ids = self._encode(messages, thinking)
+        with self._busy:
+            yield from self._reply(messages, stats, max_new_tokens, seed, thinking, thinking_budget, **options)
+
+    def _reply(
+        self,
+        messages: list[dict],
+        stats: Stats,
+        max_new_tokens: int,
+        seed: int | None,
+        thinking: bool | None,
+        thinking_budget: int | None,
+        **options: Any,
+    ) -> Generator[str, None, None]:
+        ids = self._counted_ids(messages, thinking)
         stats.tokens_in, stats.tokens_out = len(ids), 0
         room = max_new_tokens if self.context is None else min(max_new_tokens, self.context - len(ids))
         if room < 1:
-            raise ChatmagicError(
+            raise ContextOverflow(
                 f"the messages are {len(ids)} tokens and leave no room for a reply: {self.name}'s context "
                 f"ends at {self.context}, since {self._context_reason}. Send less, or forget with %chat_reset"
             )
         config = self._generation_config(**options)
         config.max_new_tokens, config.max_length = room, None
         stop_ids = config.eos_token_id or ()
-        text = TextStream(self.tokenizer, self.template.stop_strings)
+        thinking = vars(self.tokenizer).get("chat_thinking") if thinking is None else thinking
+        parting = self.template.parting(thinking)
+        text = TextStream(self.tokenizer, self.template.stop_strings, parting.marks if parting else ())
+        processors = LogitsProcessorList()
+        if thinking_budget is not None:
+            processors.append(self._budget(thinking_budget, parting))
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            for token in (self._tokens if self.fast else self._plain_tokens)(ids, config, seed, stats):
+            for token in (self._tokens if self.fast else self._plain_tokens)(ids, config, seed, stats, processors):
                 stats.tokens_out += 1
                 if token in stop_ids:
                     stats.stop_reason = "stop"
                     break
-                yield text.push(token)
+                if parting is None:
+                    yield text.push(token)
+                else:
+                    yield from parting.push(text.push(token)) or [""]
+                    if parting.thinking:
+                        stats.tokens_thought = stats.tokens_out
                 if text.stopped or stats.tokens_out == room:
                     stats.stop_reason = "stop" if text.stopped else "length"
                     break
-            yield text.flush()
+            rest = text.flush()
+            yield from [rest] if parting is None else parting.push(rest) + parting.flush()
         except torch.OutOfMemoryError as error:
             let_go(error)  # of what the forward had made
-            self.forget()
+            self._free()
             raise ChatmagicError(
                 f"{self.model.device} ran out of memory after {stats.tokens_in} tokens in and "
                 f"{stats.tokens_out} out; the kept keys and values were freed. Forget the conversation with "
@@ -127,16 +186,35 @@ class LocalModel:
             for module in training:  # as it was, part by part: an adapter may train in a model that does not
                 module.training = True
 
+    def _budget(self, tokens: int, parting: Parting | None) -> ThinkingBudget:
+        if parting is None:
+            raise ChatmagicError(f"{self.name} knows no thoughts: leave thinking_budget (--thinking-budget) out")
+
+        def ids(text: str) -> list[int]:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
+        opening = [] if parting.thinking else ids(parting.openings[0])
+        return ThinkingBudget(tokens, opening, ids(parting.closing), ids(parting.ending))
+
     def _generation_config(self, greedy: bool = False, **options: Any) -> GenerationConfig:
         """A copy of the model's `generation_config`, `options` over it and the template's stop ids in it."""
         config = copy.deepcopy(self.model.generation_config)
-        if unknown := [name for name in options if not hasattr(config, name)]:
-            raise ChatmagicError(f"unknown generation option {unknown[0]!r}{did_you_mean(unknown[0], vars(config))}")
+        if unknown := [name for name in options if name not in OPTIONS]:
+            if hasattr(config, unknown[0]):
+                raise ChatmagicError(
+                    f"{unknown[0]!r} has no place here: a reply is one stream of tokens, and its options are those "
+                    f"that say how a token is chosen: {', '.join(OPTIONS)}"
+                )
+            raise ChatmagicError(f"unknown generation option {unknown[0]!r}{did_you_mean(unknown[0], OPTIONS)}")
         if greedy or options.get("temperature") == 0:
             options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         elif {"temperature", "top_p", "top_k"} & options.keys():
             options.setdefault("do_sample", True)
         config.update(num_beams=1, num_return_sequences=1, **options)
+        try:
+            config.validate()
+        except ValueError as error:
+            raise ChatmagicError(f"these options cannot be: {' '.join(str(error).split())}") from None
         eos = config.eos_token_id
         own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         config.eos_token_id = sorted({*own, *self.template.stop_token_ids(self.tokenizer)}) or None
@@ -144,26 +222,48 @@ class LocalModel:
             config.pad_token_id = config.eos_token_id[0]  # unused at batch 1; generate warns without one
         return config
 
-    def _tokens(self, ids: list[int], config: GenerationConfig, seed: int | None, stats: Stats) -> Iterator[int]:
+    def _tokens(
+        self,
+        ids: list[int],
+        config: GenerationConfig,
+        seed: int | None,
+        stats: Stats,
+        processors: LogitsProcessorList,
+    ) -> Iterator[int]:
         """The new token ids, without end; `generate` prepares, `_decode` runs as they are asked for."""
         stats.tokens_reused = self._reuse(ids)
         input_ids = torch.tensor([ids], device=self.model.device)
         generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-        return self.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=config,
-            generator=generator,
-            custom_generate=self._decode,
-        )
+        with _refused_in_words():
+            return self.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=config,
+                logits_processor=processors,
+                generator=generator,
+                custom_generate=self._decode,
+            )
 
-    def _plain_tokens(self, ids: list[int], config: GenerationConfig, seed: int | None, stats: Stats) -> list[int]:
+    def _plain_tokens(
+        self,
+        ids: list[int],
+        config: GenerationConfig,
+        seed: int | None,
+        stats: Stats,
+        processors: LogitsProcessorList,
+    ) -> list[int]:
         """The new token ids, by `generate` alone."""
         input_ids = torch.tensor([ids], device=self.model.device)
-        with torch.random.fork_rng(enabled=seed is not None):
+        with torch.random.fork_rng(enabled=seed is not None), _refused_in_words():
             if seed is not None:
                 torch.manual_seed(seed)
-            output = self.model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
+            output = self.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=config,
+                logits_processor=processors,
+            )
+        stats.tokens_at_once = output.shape[1] - len(ids)
         return output[0, len(ids) :].tolist()
 
     @torch.no_grad()  # on a generator function torch enters and leaves this around every yield
@@ -220,14 +320,15 @@ class LocalModel:
         window and the state of a scan cannot be cut: they are kept where `ids` go on from all that was run, else anew.
         """
         if (weights := self._weights_now()) != self._weights:
-            self.forget()
+            self._free()
             self._weights = weights
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self._kept_ids)))
         if common and can_be_cut(self._cache):
+            self._kept_ids = ids[:common]  # first: whoever interrupts the cut leaves layers with more than this says
             cut(self._cache, common)
         elif not common or common < len(self._kept_ids) or not self._whole:
-            common, self._cache = 0, DynamicCache(config=self.model.config)
-        self._kept_ids = ids[:common]
+            common, self._kept_ids = 0, []
+            self._cache = DynamicCache(config=self.model.config)
         return common
 
     def _weights_now(self) -> list:
@@ -267,15 +368,50 @@ def checksum(tensors: Iterable[torch.Tensor]) -> list[int]:
     return [int((each * torch.arange(1, 2 * len(each), 2, device=each.device)).sum()) for each in mixed]
 
 
+class Busy:
+    """Whether a model answers somebody: another thread waits, the same one would wait for ever and raises."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._lock, self._thread = name, Lock(), 0
+
+    def __enter__(self) -> None:
+        if self._thread == get_ident():
+            raise ChatmagicError(f"{self._name} is still answering: ask it again when that reply has ended")
+        self._lock.acquire()
+        self._thread = get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self._thread = 0
+        self._lock.release()
+
+
+_BUSY: WeakValueDictionary[int, Busy] = WeakValueDictionary()
+"""By the id of the model's config: two ChatLLM may have one model."""
+
+
+@contextmanager
+def _refused_in_words() -> Iterator[None]:
+    """What `generate` says of options that cannot be, as ChatmagicError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ChatmagicError(f"the model cannot generate so: {' '.join(str(error).split())}") from None
+
+
 class TextStream:
     """Text of token ids that arrive one by one: whole characters only, and nothing from a stop string on.
 
     A token may hold part of a character, and some tokenizers decode a token differently after another; so the
-    text of a token is what decoding it together with the tokens shown just before adds to theirs.
+    text of a token is what decoding it together with the tokens shown just before adds to theirs. Special tokens have
+    none, but for those in `marks`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], marks: Collection[str] = ()
+    ) -> None:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.skipped = {id for text, id in special.items() if not any(text in mark for mark in marks)}
         self.shown: list[int] = []  # the tokens of the last piece
         self.pending: list[int] = []  # tokens after those, up to the end of a character
         self.held = ""  # text that may be the beginning of a stop string
@@ -299,7 +435,8 @@ class TextStream:
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = [token for token in ids if token not in self.skipped]
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _until_stop(self, text: str) -> str:
         text, self.held = self.held + text, ""

@@ -26,6 +26,12 @@ def build_messages(
     return messages if query is None else [*messages, {"role": "user", "content": query}]
 
 
+def merge_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages, the system text that comes first put into the first question: for a family that knows none."""
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
+
+
 def validate_messages(messages: Sequence[Message]) -> None:
     """Raise MessagesError unless `messages` is at most one system text, then user and assistant in turn."""
     if not isinstance(messages, (list, tuple)):

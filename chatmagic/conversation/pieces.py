@@ -58,6 +58,7 @@ class Parting:
     closing   the text that ends it
     lead      what may stand between it and the words, and is no part of either
     opened    whether the prompt has opened the thought
+    ending    all that is written between a thought and words, whitespace too
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Parting:
         closing: str = "</think>",
         lead: str = "",
         opened: bool = False,
+        ending: str = "",
     ) -> None:
-        self.openings, self.closing, self.lead = openings, closing, lead
+        self.openings, self.closing, self.lead, self.ending = openings, closing, lead, ending
         self._bare = f"\n{closing}\n\n"  # as models close what the prompt opened; words that mention it do otherwise
         self._held = ""  # what may be part of a mark
         self._seen = ""  # the end of what was shown, as long as a mark
@@ -77,6 +79,11 @@ class Parting:
     def thinking(self) -> bool:
         """Whether what comes next belongs to a thought, as far as can be told."""
         return self._read == self._thought
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The texts that part."""
+        return *self.openings, self.ending or self.closing
 
     def apart(self) -> None:
         """Know that the thought comes by another way, and the text is words."""
@@ -121,7 +128,8 @@ class Parting:
     def _between(self, last: bool) -> list[str]:
         text = self._held.lstrip()
         if text.startswith(self.lead):
-            text, self.lead = text[len(self.lead) :].lstrip(), ""
+            self._held = text = text[len(self.lead) :].lstrip()
+            self.lead = ""
         if text and not self.lead.startswith(text) or last:
             self._held, self._bare, self._read = text, "", self._words
         return []
@@ -131,14 +139,15 @@ class Parting:
             said, self._held = self._held, ""
             return [said]
         said, closed, rest = self._held.partition(self._bare)
+        if any(opening in self._seen + said for opening in self.openings):
+            self._bare = ""
+            return self._words(last)
         if closed:
             self._held, self._read = rest, self._between
             return [said, AllThought()]
         shown = said if last else said[: len(said) - _overlap(said, self._bare)]
         self._held = said[len(shown) :]
         self._seen = (self._seen + shown)[-40:]
-        if any(opening in self._seen for opening in self.openings):
-            self._bare = ""
         return [shown]
 
 

@@ -5,7 +5,7 @@ from time import monotonic
 from typing import Any
 
 from ..text import visible
-from .pieces import Notice
+from .pieces import AllThought, Notice, Thought
 
 PAUSE = 0.05
 """Seconds between two messages to a notebook. A Jupyter server drops what comes in more than 1,000 a second."""
@@ -25,7 +25,8 @@ def watched() -> bool:
 
 
 class Printer:
-    """Prints the pieces of a reply that it is called with, and ends the line when its block ends, however that ends."""
+    """Prints the pieces of a reply that it is called with, a thought as a quotation, and ends the line when its block
+    ends, however that ends."""
 
     def __enter__(self) -> "Printer":
         self._kernel, self._watched = kernel(), watched()
@@ -35,7 +36,13 @@ class Printer:
         return self
 
     def __call__(self, piece: str) -> None:
-        self._last = piece
+        last, self._last = self._last, piece
+        if isinstance(piece, AllThought):
+            piece = "\n[what stands above was a thought]\n\n"
+        elif isinstance(piece, Thought):
+            piece = quoted(piece) if isinstance(last, Thought) else f"> {quoted(piece)}"
+        elif type(last) is Thought and not isinstance(piece, Notice):
+            piece = f"\n\n{piece}"
         if not self._watched:
             self._held.append(piece)
             return
@@ -51,6 +58,11 @@ class Printer:
             say("".join(self._held).removesuffix("\n" if isinstance(self._last, Notice) else ""))
         elif self._last is not None and not isinstance(self._last, Notice):  # which is a line of its own
             print()
+
+
+def quoted(thought: str) -> str:
+    """The lines after the first as Markdown and letters quote them."""
+    return thought.replace("\n", "\n> ")
 
 
 def say(text: str) -> None:

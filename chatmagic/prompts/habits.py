@@ -55,6 +55,7 @@ class Habits:
     style   how it is told a thought, see `Renderer.hide`
     knows   whether it knows thoughts at all
     open    what stands before a thought where the prompt has not opened it
+    opening what a model writes to begin a thought, as far as its template shows
     close   what stands between a thought and the words
     ending  what the model says last, trained; empty: the tokenizer's eos, which stays out of the history
     stops   the tokens that end a generation, first the last of the ending
@@ -66,6 +67,7 @@ class Habits:
     style: str | None = None
     knows: bool = False
     open: str = ""
+    opening: str = ""
     close: str = ""
     ending: str = ""
     stops: list[str] = field(default_factory=list)
@@ -101,6 +103,7 @@ def learn_habits(jinja: Renderer) -> Habits:
     _learn_endings(habits, jinja)
     _learn_switches(habits, jinja)
     _learn_thoughts(habits, jinja)
+    habits.opening = _opening(habits, jinja)
     for thinking, switches in ((None, {}), (True, habits.on), (False, habits.off)):
         habits.states[thinking] = _state(habits, jinja, switches) if habits.knows else "free"
         prompt, text = jinja(_talk(jinja)[:1], True, **switches), jinja(_talk(jinja), False, **switches)
@@ -217,6 +220,15 @@ def _learn_thoughts(habits: Habits, jinja: Renderer) -> None:
         if tagged:
             habits.open, habits.close = "<think>\n", "\n</think>\n\n"
     habits.knows = bool(habits.close)
+
+
+def _opening(habits: Habits, jinja: Renderer) -> str:
+    """What stands between a prompt and a thought."""
+    text = jinja(_talk(jinja, habits.style), False, **habits.on) if habits.style else ""
+    if THOUGHT not in text:
+        return habits.open.strip()
+    head = text[: text.index(THOUGHT)]
+    return head[jinja.common(jinja(_talk(jinja)[:1], True, **habits.on), head) :].strip()
 
 
 def _state(habits: Habits, jinja: Renderer, switches: dict[str, Any]) -> str:

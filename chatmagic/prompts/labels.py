@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..conversation.messages import Message, MessagesError, validate_messages
+from ..conversation.messages import Message, MessagesError, merge_system, validate_messages
 from ..errors import ChatmagicError
 from .templates import EndOfTurn, Span, TemplateError, control_pattern, get_template, is_greeting, no_system
 
@@ -232,8 +232,7 @@ def _prepare(messages: Sequence[Message], encoder: Encoder, system: str | None) 
     if messages[0]["role"] != "system":
         return messages
     if system == "merge":
-        first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        return [first, *messages[2:]]
+        return merge_system(messages)
     if not encoder.template.takes_system:
         raise no_system(f"template {encoder.template.name!r}")
     return messages

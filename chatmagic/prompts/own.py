@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..conversation.messages import Message
+from ..conversation.pieces import Parting
 from .habits import KEY, Habits, learn_appending, learn_habits, split_thoughts
 from .jinja import ANSWER, BEGIN, MARKS, QUESTION, TAG, THOUGHT, Hidden, Renderer, split
 from .templates import (
@@ -86,6 +87,16 @@ class OwnTemplate:
         if not closed and habits.states[thinking] != "opened" and not re.match(rf"\s*{TAG.pattern}", text):
             return "", text
         return TAG.sub("", thought).strip(), words.strip()
+
+    def parting(self, thinking: bool | None) -> Parting | None:
+        """As `Template.parting`: its marks are those of the template."""
+        habits = self.habits
+        if not habits.knows:
+            return None
+        closing = habits.closing()
+        lead = habits.close.partition(closing)[2].strip()
+        openings = tuple(filter(None, dict.fromkeys([habits.opening, "<think>"])))
+        return Parting(openings, closing, lead, habits.states[thinking] == "opened", habits.close)
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, thinking: bool | None = None

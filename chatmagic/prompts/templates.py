@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..conversation.messages import Message, validate_messages
+from ..conversation.pieces import Parting
 from ..errors import ChatmagicError
 from ..text import did_you_mean
 
@@ -135,6 +136,9 @@ class Template:
     def part_thought(self, text: str, thinking: bool | None) -> tuple[str, str]:
         """What a model thought and what it said, of a reply to a prompt with that `thinking`."""
         return "", text
+
+    def parting(self, thinking: bool | None) -> Parting | None:
+        """What parts such a reply as it comes; None where there is nothing to part."""
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, thinking: bool | None = None

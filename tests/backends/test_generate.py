@@ -245,7 +245,9 @@ def test_every_stop_id_ends_a_reply_and_is_not_shown(model, tokenizer):
 def test_a_stop_string_ends_a_reply_even_without_stop_ids(model, tokenizer):
     model.generation_config.eos_token_id = None
     llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=30)
-    llm.backend.template = SimpleNamespace(stop_token_ids=lambda tokenizer: [], stop_strings=[])
+    llm.backend.template = SimpleNamespace(
+        stop_token_ids=lambda tokenizer: [], stop_strings=[], parting=lambda thinking: None
+    )
     whole = llm("hi", greedy=True, remember=False)
     assert whole.stats.tokens_out == 30 and whole.stats.stop_reason == "length"
     llm.backend.template.stop_strings = ["never said", whole[12:15]]

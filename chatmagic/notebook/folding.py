@@ -1,0 +1,70 @@
+"""What a model thought, in a notebook: folded, apart from the words that follow it."""
+
+from html import escape
+from time import monotonic
+
+from IPython.display import DisplayHandle, display
+
+from ..conversation.pieces import Thought
+from ..conversation.printing import Printer, kernel, quoted, say, watched
+from ..text import visible
+
+PAUSE = 0.5
+"""Seconds between two looks at a thought that grows."""
+STYLE = "white-space: pre-wrap; opacity: 0.7; border-left: 2px solid; padding-left: 1em"
+
+
+class Folding(Printer):
+    """Prints a reply, but for its thought: that is shown folded, its latest words where a person looks on, the whole
+    once it has ended."""
+
+    def __enter__(self) -> "Folding":
+        self._thought, self._looked = "", 0.0
+        self._handle: DisplayHandle | None = None
+        super().__enter__()
+        return self
+
+    def __call__(self, piece: str) -> None:
+        if type(piece) is not Thought:
+            self._fold()
+            return super().__call__(piece)
+        self._thought += piece
+        if watched() and monotonic() - self._looked >= PAUSE:
+            latest = folded(self._thought, f"thinking: {' '.join(self._thought[-60:].split())}")
+            if self._handle:
+                self._handle.update(latest, raw=True)
+            else:
+                self._handle = display(latest, raw=True, display_id=True)
+            self._looked = monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self._fold()
+        super().__exit__(*error)
+
+    def _fold(self) -> None:
+        if not self._thought:
+            return
+        if self._handle:
+            self._handle.update(folded(self._thought), raw=True)
+        else:
+            show_thought(self._thought)
+        self._thought, self._handle = "", None
+
+
+def show_thought(thought: str) -> None:
+    """Show a whole one: folded, and in a terminal as a quotation."""
+    if kernel():
+        display(folded(thought), raw=True)
+    else:
+        say(f"> {quoted(thought.strip())}\n")
+
+
+def folded(thought: str, latest: str | None = None) -> dict[str, str]:
+    """The thought by MIME type, as HTML in which nothing of it is obeyed; with `latest` that alone is seen."""
+    thought = visible(thought.strip())
+    head = escape(visible(latest) if latest else f"thought, {len(thought)} characters")
+    body = "" if latest else f'<div style="{STYLE}">{escape(thought)}</div>'
+    return {
+        "text/html": f"<details><summary>{head}</summary>{body}</details>",
+        "text/plain": f"> {quoted(thought)}",
+    }
