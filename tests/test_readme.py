@@ -61,6 +61,7 @@ def test_both_readmes_show_the_same_commands_and_all_are_run_here():
             "make test",
             "make lab",
             "pip install .",
+            'pip install --no-deps . && pip install ipython markdown-it-py "httpx2[socks]"',  # test_without_torch.py
             "chatmagic doctor",
             "chatmagic download smollm2-135m",
         ]
