@@ -4,17 +4,19 @@
 # make lab        JupyterLab on the notebooks
 #
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu  takes torch from PyTorch's own CPU index.
-# Where the image brings a torch that sees a GPU, that one is kept.
+# PYTHON=python3.12  is the Python that the environment is made of.
+# Where the image brings a torch that sees a GPU, that one is kept. What was broken off is begun again by the same command.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 .PHONY: tutorial test quick lab kernel notebooks clean
 
 tutorial: kernel
-	$(BIN)/chatmagic tutorial
+	$(BIN)/python -m chatmagic.cli tutorial
 
 test: $(READY)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks tests
@@ -23,19 +25,25 @@ quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not browser and not gpu" tests
 
 lab: kernel
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+	$(BIN)/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 kernel: $(READY)
 	$(BIN)/python -m ipykernel install --user --name chatmagic --display-name chatmagic --env OMP_WAIT_POLICY PASSIVE
 
 notebooks: $(READY)
-	$(BIN)/chatmagic tutorial --in-place
+	$(BIN)/python -m chatmagic.cli tutorial --in-place
 
 $(READY): pyproject.toml constraints.txt
-	if $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; \
+	@$(PYTHON) -c "$(FITS)" 2>/dev/null || { \
+	echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1); chatmagic runs on Python 3.11, 3.12 and 3.13."; \
+	for other in python3.12 python3.13 python3.11; do \
+	if $$other -c "$(FITS)" 2>/dev/null; then echo "Type: make PYTHON=$$other $(MAKECMDGOALS)"; exit 1; fi; done; \
+	echo "None of them is here. As root: apt install python3.12 python3.12-venv (or what your system calls it), then"; \
+	echo "make PYTHON=python3.12 $(MAKECMDGOALS). Without root: conda env create -f environment.yml"; exit 1; }
+	set -e; if $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; \
 	then $(PYTHON) -m venv --clear --system-site-packages $(VENV); grep -v "^torch==" constraints.txt > $(VENV)/constraints.txt; \
 	else $(PYTHON) -m venv --clear $(VENV); cp constraints.txt $(VENV); fi
-	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c $(VENV)/constraints.txt -e ".[lab,test]"
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c $(VENV)/constraints.txt -e ".[lab,test]"
 	touch $@
 
 clean:

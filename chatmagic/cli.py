@@ -1,4 +1,4 @@
-"""`chatmagic doctor | download | tutorial | train | evaluate | merge`: the course without a browser."""
+"""`chatmagic doctor | models | download | tutorial | train | evaluate | merge`: the course without a browser."""
 
 import argparse
 import json
@@ -18,23 +18,40 @@ from .course.profile import get_profile
 from .course.thread import MIXES, Course, CourseError, OwnData, resume
 from .errors import ChatmagicError
 from .files import make_folder, remove, write
-from .machine import share_cores, short
+from .machine import share_cores, shipped, short
 from .text import fit
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 
-def doctor(args: argparse.Namespace) -> None:
-    """Print what this machine has, and whether the profile fits it. Raises ProfileError where it does not."""
-    from .course.profile import check_machine
-    from .machine import home, report
+def doctor(args: argparse.Namespace) -> int:
+    """Print what this machine has and lacks, and what mends it; returns 1 where the course cannot run."""
+    from .course.doctor import BAD, OK, examine
 
-    for what, found in report(home()):
-        print(f"{what:13}{found}")
-    profile = get_profile(args.profile)
-    check_machine(profile, home() / profile.name)
-    print(f"{'profile':13}{profile.name}: fits this machine")
+    found = examine(args.profile)
+    runs = all(each.state != BAD for each in found)
+    if args.json:
+        print(json.dumps({"runs": runs, "findings": [each._asdict() for each in found]}, ensure_ascii=False, indent=1))
+        return int(not runs)
+    for each in found:
+        print(f"{'' if each.state == OK else each.state:5}{each.what:14}{each.found}")
+        if each.mend:
+            print(f"{'':19}-> {each.mend}")
+    print("\nThe course runs here." if runs else "\nThe course does not run here: see what is marked bad.")
+    return int(not runs)
+
+
+def models(args: argparse.Namespace) -> None:
+    """Print the table of profiles, or all of one. Raises ProfileError for one that is unknown."""
+    from .course.profile import all_of, overview
+
+    if args.name is None:
+        print("\n".join(overview()))
+        return
+    profile = get_profile(args.name)
+    for what, said in [("profile", profile.name), *all_of(profile)]:
+        print(f"{what:13}{said}")
 
 
 def download(args: argparse.Namespace) -> None:
@@ -59,9 +76,14 @@ def tutorial(args: argparse.Namespace) -> None:
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from traitlets.config import Config
 
+    if args.folder:
+        args.notebooks, args.executed = place_notebooks(args.folder), args.folder / "executed"
     notebooks = sorted(args.notebooks.glob("0*.ipynb"))
     if not notebooks:
-        raise ChatmagicError(f"There are no notebooks in {args.notebooks}. Run this from the repository's folder.")
+        raise ChatmagicError(
+            f"There are no notebooks in {args.notebooks}. Run this from the repository's folder, or have them put "
+            "into a folder of yours and run there: chatmagic tutorial FOLDER"
+        )
     first = _first_to_run(notebooks, args.executed)
     make_folder(args.executed)
     for path in notebooks[first:]:  # before the first runs: if broken off, no stale copy of a later one counts as done
@@ -109,6 +131,15 @@ def tutorial(args: argparse.Namespace) -> None:
         print(f"{time.monotonic() - start:6.0f} s", flush=True)
     print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {args.executed}\n")
     _print_replies()
+
+
+def place_notebooks(folder: Path) -> Path:
+    """The folder, with the course's notebooks in it: what is there of that name is the reader's, and stays."""
+    make_folder(folder)
+    for notebook in sorted(shipped("notebooks").glob("0*.ipynb")):
+        if not (folder / notebook.name).exists():
+            write(folder / notebook.name, notebook.read_bytes())
+    return folder
 
 
 def _copies(path: Path, executed: Path) -> tuple[Path, Path]:
@@ -206,7 +237,7 @@ def train(args: argparse.Namespace) -> None:
     course = chosen(args)
     from .course.script import run
 
-    run(course, args.resume, args.save_every)
+    run(course, args.resume, args.save_every, args.method)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -240,13 +271,16 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="chatmagic", description=__doc__.split(":")[1].strip())
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help)
         added.set_defaults(run=run)
         return added
 
-    added = command("doctor", doctor, "what this machine has, and whether a profile fits it")
+    added = command("doctor", doctor, "what this machine has and lacks for the course, and what mends it")
     added.add_argument("--profile", default="auto")
+    added.add_argument("--json", action="store_true", help="the same, for a program")
+    added = command("models", models, "the models there are profiles for, those that fit here first; or all of one")
+    added.add_argument("name", nargs="?", help="a profile's")
     added = command("download", download, "fetch a model and print its folder")
     added.add_argument("model", help="a profile's name or a hub id")
     added.add_argument("--revision")
@@ -254,10 +288,12 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--verify", action="store_true", help="read every byte that is here, and name what was changed")
     added.add_argument("--any-machine", action="store_true", help="also what this one has not the memory for")
     added = command("tutorial", tutorial, "execute the notebooks in order, from the first that failed or was changed")
+    added.add_argument("folder", type=Path, nargs="?", help="put the notebooks there, if they are not, and run these")
     added.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     added.add_argument("--executed", type=Path, default=Path("work/executed"))
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
     training, evaluation = command("train", train, TRAIN), command("evaluate", evaluate, EVALUATE)
+    training.add_argument("--method", default="adalora", choices=("adalora", "lora"), help="what the adapter is")
     training.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -301,19 +337,18 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 1 for a ChatmagicError, which is printed, 130 for Ctrl-C."""
+    """Run the command; returns its exit status: its own, 1 for a ChatmagicError, which is printed, 130 for Ctrl-C."""
     args = parser().parse_args(argv)
     share_cores()
     warnings.filterwarnings("ignore", module="peft|transformers")  # what they tell their own developers
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ChatmagicError as error:
         print(f"\nchatmagic: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nchatmagic: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

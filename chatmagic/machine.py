@@ -1,5 +1,6 @@
 """What this machine has: GPU and who holds its memory, RAM, disk, versions, and the kernel that a notebook runs in."""
 
+import ctypes
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from .files import nearest_existing
 
 GB = 10**9
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "torchkeras", "modelscope", "ipython")
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of version 2, of version 1
 AUTODL = Path("/root/autodl-tmp")
 
 
@@ -43,8 +45,26 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def shipped(name: str) -> Path:
+    """A file or folder of the repository's that the wheel brings as well."""
+    here = Path(__file__).with_name(name)
+    return here if here.exists() else Path(__file__).parents[1] / name
+
+
+def has_driver() -> bool:
+    """Whether this system has the library of a GPU's driver. Where it has none, torch need not be asked: importing it
+    takes seconds."""
+    for library in ("libcuda.so.1", "libamdhip64.so", "nvcuda.dll"):
+        with suppress(OSError):
+            ctypes.CDLL(library)
+            return True
+    return False
+
+
 def gpu_memory() -> int:
     """Bytes of memory of the first CUDA device, 0 without one."""
+    if "torch" not in sys.modules and not has_driver():
+        return 0
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
@@ -52,10 +72,13 @@ def gpu_memory() -> int:
 
 def ram() -> int:
     """Bytes of RAM of this machine, or of its container where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    for limit in map(Path, CGROUPS):
+        text = limit.read_text().strip() if limit.is_file() else "max"
+        total = min(total, int(text)) if text.isdigit() else total
+    return total
 
 
 def room(needed: int) -> str:
@@ -91,19 +114,30 @@ def report(folder: Path) -> list[tuple[str, str]]:
     rows = [
         ("Python", f"{platform.python_version()}, {short(sys.executable)}"),
         ("CPU", f"{os.cpu_count()} cores, {platform.machine()}"),
-        ("RAM", f"{ram() / GB:.1f} GB"),
+        ("RAM", _ram()),
         ("disk", f"{disk.free / GB:.0f} GB free of {disk.total / GB:.0f} at {short(folder)}"),
     ]
     rows += [("GPU", gpu) for gpu in _gpus()] or [("GPU", "none: the course runs on the CPU")]
     return rows + [(package, package_version(package)) for package in PACKAGES]
 
 
+def _ram() -> str:
+    import psutil
+
+    machine = psutil.virtual_memory()
+    whole = f" (this container's; the machine has {machine.total / GB:.1f})" if ram() < machine.total else ""
+    return f"{ram() / GB:.1f} GB{whole}, {min(machine.available, ram()) / GB:.1f} free"
+
+
 def _gpus() -> list[str]:
     """One line a GPU, then one a process that holds memory of one, as nvidia-smi tells."""
+    if not has_driver():
+        return []
     import torch
 
     if not torch.cuda.is_available():
-        return ["found by the driver, but this torch has no CUDA"] if _nvidia_smi("gpu", "name") else []
+        lacks = "this torch has no CUDA" if torch.version.cuda is None else "it is too old for this torch's CUDA"
+        return [f"found by the driver, but {lacks}"] if _nvidia_smi("gpu", "name") else []
     lines = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

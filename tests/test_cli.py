@@ -189,6 +189,21 @@ def test_the_tutorial_says_where_to_run_it(run):
     assert status == 1 and "Run this from the repository's folder" in said
 
 
+def test_the_tutorial_in_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
+    """The notebooks come with the package; what the reader has changed of them stays, and no notebook is run twice."""
+    monkeypatch.setattr(cli, "_print_replies", lambda: print("TABLE"))
+    (tmp_path / "shipped").mkdir()
+    monkeypatch.setattr(cli, "shipped", lambda name: tmp_path / "shipped")
+    for name in ("00", "01"):
+        nbformat.write(notebook(NOTE.format(name)), tmp_path / f"shipped/{name}.ipynb")
+    folder = tmp_path / "我的 course"
+    assert cli.main(["tutorial", str(folder)]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["00.ipynb", "01.ipynb", "executed", "ran"]
+    nbformat.write(notebook(NOTE.format("mine")), folder / "01.ipynb")
+    assert cli.main(["tutorial", str(folder)]) == 0
+    assert (folder / "ran").read_text() == "0001mine" and capsys.readouterr().out.count("done before") == 1
+
+
 def test_errors_are_one_paragraph_and_a_failing_exit_code():
     done = subprocess.run(
         [sys.executable, "-m", "chatmagic.cli", "download", "baichuan3"], capture_output=True, text=True

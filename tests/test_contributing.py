@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 
 import pytest
 
+from architectures import ARCHITECTURES, profile_told, told
 from chatmagic.course.profile import profiles
 from chatmagic.data.forms import PARTS
 from chatmagic.models import families
@@ -60,14 +61,24 @@ def test_a_template(name):
 
 @pytest.mark.parametrize("name", profiles())
 def test_a_profile(name):
-    """Both READMEs have its row, with its size and a licence."""
+    """docs/models.md has its row; where the READMEs name it, they have its size and a licence."""
     profile = profiles()[name]
     assert profile.licence and profile.why and (profile.wheels or profile.huggingface)
     assert all(len(digest) == 64 for digest in [*profile.wheels.values(), *filter(None, [profile.sha256])])
+    assert profile_told(profile) in text("docs/models.md").splitlines(), (
+        "python tests/helpers/architectures.py prints it"
+    )
+    if profile.architecture:
+        assert {profile.architecture, profile.architecture.removesuffix("_text")} & ARCHITECTURES.keys()
     for readme in READMES:
-        (cells,) = [cells for cells in rows(readme) if f"`{name}`" in cells[0]]
-        sizes = dict(zip(re.findall("`([^`]+)`", cells[0]), re.findall(r"([\d.]+) GB", cells[1]), strict=True))
-        assert float(sizes[name]) == round(profile.bytes / 1e9, len(sizes[name].partition(".")[2])) and cells[2]
+        for cells in [cells for cells in rows(readme) if f"`{name}`" in cells[0]]:
+            sizes = dict(zip(re.findall("`([^`]+)`", cells[0]), re.findall(r"([\d.]+) GB", cells[1]), strict=True))
+            assert float(sizes[name]) == round(profile.bytes / 1e9, len(sizes[name].partition(".")[2])) and cells[2]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture(name):
+    assert told(name) in text("docs/models.md").splitlines(), "python tests/helpers/architectures.py prints it"
 
 
 @pytest.mark.parametrize("part", PARTS)

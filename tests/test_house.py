@@ -133,7 +133,8 @@ MAY_WRITE = {
     ("training/plots.py", "savefig"),
     ("training/record.py", "to_csv"),  # this and the next: to memory
     ("training/states.py", "save"),
-    ("notebook/magic.py", "save"),  # ChatLLM's
+    ("notebook/magic.py", "save"),  # this and the next: ChatLLM's
+    ("notebook/keeping.py", "save"),
 }
 
 

@@ -36,18 +36,16 @@ def imported_distributions() -> dict[str, set[str]]:
 
 
 def test_every_import_is_declared_and_every_declaration_is_imported():
-    """`chatmagic tutorial` runs notebooks, and may import what the extra for notebooks declares; rows.py reads tables
-    with what the extra for data does. Triton comes with torch where that has CUDA, and not elsewhere: decode.py asks
-    for kernels.py and does without."""
+    """rows.py reads tables with what the extra for data declares. Triton comes with torch where that has CUDA, and not
+    elsewhere: decode.py asks for kernels.py and does without. ipykernel is what runs notebooks, and not imported."""
     declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
-    lab, data = ({distribution(requirement) for requirement in EXTRAS[extra]} for extra in ("lab", "data"))
+    data = {distribution(requirement) for requirement in EXTRAS["data"]}
     imported = imported_distributions()
-    assert {name: files for name, files in imported.items() if name not in declared | lab | data} == {
+    assert {name: files for name, files in imported.items() if name not in declared | data} == {
         "triton": {"kernels.py"}
     }
-    assert {name: files for name, files in imported.items() if name in lab and files != {"cli.py"}} == {}
     assert {name: files for name, files in imported.items() if name in data} == {name: {"rows.py"} for name in data}
-    assert declared - imported.keys() == set()
+    assert declared - imported.keys() == {"ipykernel"}
     assert {"torch", "ipython", "markdown-it-py"} <= imported.keys()
 
 
@@ -81,8 +79,10 @@ def test_the_wheel_holds_every_module_and_the_profiles(tmp_path):
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("chatmagic-*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("chatmagic/")}
-    files = (path for path in (ROOT / "chatmagic").rglob("*") if path.is_file() and path.suffix != ".pyc")
-    assert held == {path.relative_to(ROOT).as_posix() for path in files}
+    files = [path for path in (ROOT / "chatmagic").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    ours = {path.relative_to(ROOT).as_posix() for path in files}
+    beside = [ROOT / "constraints.txt", *(ROOT / "notebooks").rglob("*.ipynb")]
+    assert held == ours | {f"chatmagic/{path.relative_to(ROOT).as_posix()}" for path in beside}
     assert {
         "chatmagic/course/profiles.toml",
         "chatmagic/py.typed",  # mypy and editors trust the annotations

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
@@ -80,20 +80,25 @@ def obstacle(model: PreTrainedModel, cache: DynamicCache) -> str | None:
         return "has forward hooks, which a graph would not call"  # those of transformers do nothing here
     if model.config._attn_implementation != "sdpa":
         return f"has {model.config._attn_implementation} attention, not sdpa"
-    if not can_be_cut(cache):
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return "keeps more, or less, of the past than keys and values"
     return None
 
 
 def can_be_cut(cache: DynamicCache) -> bool:
-    """Whether what follows the first n tokens can be taken out: not of a window, or the state of a scan."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    """Whether what follows the first n tokens can be taken out: not of a window that was full, or the state of a
+    scan."""
+    windows = [layer for layer in cache.layers if type(layer) is DynamicSlidingWindowLayer]
+    others = [layer for layer in cache.layers if layer not in windows]
+    whole = all(layer.cumulative_length < layer.sliding_window for layer in windows)
+    return whole and all(type(layer) is DynamicLayer for layer in others)
 
 
 def cut(cache: DynamicCache, length: int) -> None:
     """Keep the keys and values of the first `length` tokens, in layers of whatever lengths."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        layer.cumulative_length = length  # of a window
 
 
 @contextmanager

@@ -8,6 +8,7 @@ with B adds to the output at once. `benchmarks/train_step.py` and `train_step_em
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from math import inf
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -44,7 +45,7 @@ def fast_layers(model: PeftModel) -> Iterator[None]:
             changes.append((layer, "forward", partial(linear, weight=weight, bias=layer.bias)))
     with ExitStack() as stack:
         stack.enter_context(patched(changes))
-        if may_be_flattened(model):
+        if why_padded(model) is None:
             stack.enter_context(attending_by(ROWS, model.get_base_model()))
         yield
 
@@ -106,21 +107,32 @@ def cast_together(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, rank_si
     return result
 
 
-FLATTENED = ("glm", "llama", "qwen2")  # where the tests compare; elsewhere a state or a window may run through all rows
+# Where the tests compare; elsewhere a state or a window may run through all rows.
+FLATTENED = """
+    ernie4_5 glm glm4 hunyuan_v1_dense internlm3 llama mistral mixtral phi3 qwen2 qwen3 qwen3_moe smollm3
+""".split()
 
 
-def may_be_flattened(model: PeftModel) -> bool:
-    """On the CPU, where a product takes as long as it has rows, for models that look their attention up by name, and do
-    so once: a backward that recomputes it would find the plain one."""
+def why_padded(model: PeftModel) -> str | None:
+    """What keeps the rows of a batch from being laid one after another, without their padding; None if nothing does.
+
+    It is for the CPU, where a product takes as long as it has rows, and for models that look their attention up by
+    name, and do so once: a backward that recomputes it would find the plain one.
+    """
     base = model.get_base_model()
-    return (
-        isinstance(base, PreTrainedModel)
-        and base.device.type == "cpu"
-        and base.config.model_type in FLATTENED
-        and base.config._attn_implementation == "sdpa"
-        and not getattr(base.config, "sliding_window", None)
-        and not any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
-    )
+    if not isinstance(base, PreTrainedModel) or base.device.type != "cpu":
+        return "that is for models of transformers on the CPU"
+    config = base.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or inf
+    reasons = {
+        f"nobody has compared a {config.model_type} without": config.model_type not in FLATTENED,
+        f"its attention is {config._attn_implementation}, not sdpa": config._attn_implementation != "sdpa",
+        f"it attends to windows of {window} tokens": window < config.max_position_embeddings,
+        "activations are recomputed to save memory": any(
+            getattr(module, "gradient_checkpointing", False) for module in base.modules()
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def takes_rows(model: PeftModel) -> bool:

@@ -1,6 +1,7 @@
 """ChatLLM: a conversation with a chat model, local or behind a server."""
 
 import json
+import re
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -86,17 +87,34 @@ class Reply(str):
     notices: list[str]
 
     def json(self) -> Any:
-        """The reply parsed as JSON, in a Markdown fence or not. Raises ChatmagicError if it is none."""
-        text = self.strip()
-        if text.startswith("```") and text.endswith("```"):
-            text = text[3:-3].removeprefix("json")
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ChatmagicError(
-                f"the reply is not JSON: {error}. It begins {self[:60]!r}. Ask for JSON alone, and allow "
-                "enough tokens for all of it with --max-new-tokens"
-            ) from None
+        """The JSON that the reply is, or that a Markdown fence in it holds. Raises ChatmagicError if there is none."""
+        fences = [fence["text"] for fence in FENCE.finditer(self)]
+        failed: list[tuple[str, json.JSONDecodeError]] = []
+        for text in (*fences, self, self.strip().strip("`").removeprefix("json")):
+            try:
+                return json.loads(text)
+            except json.JSONDecodeError as error:
+                failed.append((text, error))
+            except RecursionError:
+                raise ChatmagicError("the reply is JSON, but brackets within brackets without end") from None
+        text, reason = failed[0]
+        raise ChatmagicError(
+            f"the reply is not JSON: {reason}; there it reads {text[reason.pos :][:30]!r}. It begins {self[:60]!r}. "
+            "Ask for JSON alone, and allow enough tokens for all of it with --max-new-tokens"
+        )
+
+    def code(self) -> str:
+        """The Python code in the reply's Markdown fences, those that name no language too; "" where there is none."""
+        fences = (fence for fence in FENCE.finditer(self) if fence["language"].lower() in PYTHON)
+        return "\n\n".join(fence["text"].strip("\n") for fence in fences)
+
+
+FENCE = re.compile(
+    r"^ {0,3}(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^\s`]*)[^\n`]*\n"
+    r"(?P<text>.*?)(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+PYTHON = ("", "python", "python3", "py", "ipython")
 
 
 class ContextOverflow(ChatmagicError):
@@ -208,6 +226,10 @@ class ChatLLM:
         self.history = list(history or [])
         self.system = system
         self.totals = Totals()
+        self.asked: str | None = None  # the last question, answered or not
+        self.partial: Reply | None = None  # what there was of its reply, if that was stopped
+        self._answer: tuple[str, str] | None = None  # the round that it made
+        self._partial_after: list[tuple[str, str]] = []  # the rounds that it was to follow
         self._turn = RLock()  # two threads in one conversation: one asks, the other waits
         self._oldest_shown: tuple[str, str] | None = None  # the round that a full context begins with
         self.name = name or self.backend.name
@@ -236,15 +258,18 @@ class ChatLLM:
         system: str | None = None,
         remember: bool = True,
         new: bool = False,
+        round: int | None = None,
         check: Callable[[Reply], object] | None = None,
         **generation: Any,
     ) -> Reply:
         """Ask `query` in the conversation so far, and remember the round; arguments as for `chat`.
 
-        `new=True` forgets the conversation first, `remember=False` asks outside it. `check` is called with the
-        reply before it is remembered, and may raise. A turn that fails in any way, or is interrupted, leaves the
-        history as it was, with `new` too; an empty reply is not remembered. When rounds outgrow the model's context the
-        oldest are left out of the prompt; the reply's notices say so where only the server could tell.
+        `new=True` forgets the conversation first, `round=N` its N-th round, 1 being the first, and all after it;
+        `remember=False` asks outside it. `check` is called with the reply before it is remembered, and may raise. A
+        turn that fails in any way, or is interrupted, leaves the history as it was, with `new` too; what there was of a
+        reply that was interrupted is `partial` until the next turn. An empty reply is not remembered. When rounds
+        outgrow the model's context the oldest are left out of the prompt; the reply's notices say so where only the
+        server could tell.
         """
         query, system = mend(query), self.system if system is None else system
         options = self._options(generation)
@@ -252,7 +277,8 @@ class ChatLLM:
             self._turn if remember or new else nullcontext(),
             _shown(self.stream if stream is None else stream) as write,
         ):
-            before, heard, dropped = [] if new else self.history, Heard(write), 0
+            before, heard, dropped = self._before(1 if new else round), Heard(write), 0
+            self.asked, self.partial, self._partial_after, self._answer = query, None, before, None
             shown = self._rounds_that_fit(before, query, system, options) if remember else []
             while True:
                 try:
@@ -264,12 +290,38 @@ class ChatLLM:
                     half = (len(shown) + 1) // 2
                     shown, dropped = shown[half:], dropped + half
                     self._oldest_shown = shown[0] if shown else None
+                except Interrupted as stopped:
+                    self.partial = stopped.reply
+                    raise
             if dropped:
                 heard(Notice(f"{self.name}'s context is full: the {dropped} oldest rounds were left out"))
             if check:
                 check(reply)
-            self.history = self._last_rounds([*before, (query, reply)]) if remember and reply.strip() else before
+            if remember and reply.strip():
+                self._answer = (query, reply)
+                before = self._last_rounds([*before, self._answer])
+            self.history = before
         return reply
+
+    def _before(self, round: int | None) -> list[tuple[str, str]]:
+        """The rounds before that one; all of them if None."""
+        if round is not None and not 1 <= round <= max(1, len(self.history)):
+            raise ChatmagicError(f"there is no round {round}: the conversation has {len(self.history)}")
+        return self.history if round is None else self.history[: round - 1]
+
+    @property
+    def answered(self) -> int | None:
+        """The number of the round that the last question made; None where it failed, was asked outside or undone."""
+        made = self.history and (self.asked is None or self.history[-1] is self._answer)
+        return len(self.history) if made else None
+
+    def keep(self) -> None:
+        """Remember the question whose reply was stopped, and what there was of that. Raises ChatmagicError if none was,
+        or nothing was said."""
+        if self.partial is None or not self.partial.strip():
+            raise ChatmagicError("no part of a reply is there to keep: the last one was not stopped, or not begun")
+        self.history = self._last_rounds([*self._partial_after, (self.partial.query, self.partial)])
+        self.partial = None
 
     def chat(self, messages: list[Message], stream: bool | Callable[[str], None] = False, **generation: Any) -> Reply:
         """The reply to `messages`, history untouched.
@@ -319,7 +371,7 @@ class ChatLLM:
 
     def reset(self) -> None:
         """Forget the conversation, and free the keys and values kept of it."""
-        self.history = []
+        self.history, self.partial = [], None
         self.backend.forget()
 
     def round_tokens(self) -> list[int | None]:
@@ -357,6 +409,7 @@ class ChatLLM:
             raise ChatmagicError(f"{path} ends with a question that was not answered; remove its last message")
         contents = [message["content"] for message in messages]
         self.history, self.system = list(zip(contents[::2], contents[1::2])), system
+        self.asked = self.partial = None
 
     def _last_rounds(self, history: list[tuple[str, str]]) -> list[tuple[str, str]]:
         most = self.max_chat_rounds

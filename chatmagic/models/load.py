@@ -1,5 +1,6 @@
 """A checkpoint folder, as its publisher ships it, as a model and a tokenizer of transformers' own classes."""
 
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,28 @@ def load_model(
     return model, tokenizer
 
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_config(folder: Path, name: str) -> None:
+    """Look at the config.json of the model `name`, in `folder`, before its weights are there, without loading torch:
+    say what it is not good for. Raises RemoteCodeError for what only its own code can read."""
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+
+    config = _read_config(folder)
+    if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        from .families import find_family
+
+        if find_family(config, folder) is None:
+            _refuse_remote_code(config, name)
+    text = config | (config.get("text_config") or {})
+    if any((text.get(key) or 0) > 1 for key in EXPERTS):
+        print(f"{name} is a mixture of experts: they are not quantised here, and get no adapter.", file=sys.stderr)
+    if quantised := config.get("quantization_config"):
+        how = quantised.get("quant_method", "unknown")
+        print(f"{name} is published quantised ({how}): no adapter can be merged into it.", file=sys.stderr)
+
+
 def context_limit(model: "PreTrainedModel") -> tuple[int | None, str]:
     """How many tokens, prompt and answer together, a model may be given (None: no limit known); why no more.
 
@@ -94,7 +117,7 @@ def _check_quantised(folder: Path, stored: dict, quantize: str | None) -> None:
         mend_adalora_over_int8()
 
 
-def _refuse_remote_code(config: dict, folder: Path) -> None:
+def _refuse_remote_code(config: dict, folder: Path | str) -> None:
     from transformers import CONFIG_MAPPING
 
     from .families import FAMILIES, nearest_family
@@ -118,6 +141,8 @@ def _resolve_dtype(dtype: "torch.dtype | str", config: dict) -> "torch.dtype":
     """The torch dtype to load in."""
     import torch
 
+    from .parts import BEYOND_FLOAT16
+
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
@@ -129,8 +154,9 @@ def _resolve_dtype(dtype: "torch.dtype | str", config: dict) -> "torch.dtype":
     if not torch.cuda.is_available():
         # CPUs multiply float16 slowly or not at all
         return torch.bfloat16 if stored is torch.float16 else stored
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if stored is torch.bfloat16 and not bf16 else stored
+    if stored is not torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False):
+        return stored
+    return torch.float32 if config["model_type"] in BEYOND_FLOAT16 else torch.float16
 
 
 def _load_native(
@@ -156,6 +182,8 @@ def _load_native(
         if "quantization_config" in options:
             _refuse_experts(empty, folder)
     composite = causal.model_type != config["model_type"]
+    if composite:
+        print(f"{folder.name}: its language model alone is loaded, and not what it sees or hears with.")
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=causal,

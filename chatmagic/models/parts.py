@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
+# Their activations are beyond what float16 can hold (huggingface/transformers#36822).
+BEYOND_FLOAT16 = ("gemma3", "gemma3_text")
+
 
 def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The (name, parameter) pairs of a model that are trained."""

@@ -65,8 +65,11 @@ CELL = re.compile(r"[\s\ufeff]*%%chat(?=\s|$)")
 # Options
 
 
-def parse(line: str, parser: ArgumentParser, body: bool = False) -> tuple[Namespace, str]:
-    """Options, and the text after them, as it stands. `body`: whether a cell's text follows the line.
+def parse(
+    line: str, parser: ArgumentParser, body: bool = False, known: Namespace | None = None
+) -> tuple[Namespace, str]:
+    """Options, and the text after them, as it stands. `body`: whether a cell's text follows the line; `known`:
+    what holds where the line says nothing.
 
     A value may be quoted, curly or not. The value of an option of many words, quoted or not, ends at the next option;
     unquoted it may not stand before text. Raises ChatmagicError for what is no option, and no value.
@@ -89,7 +92,7 @@ def parse(line: str, parser: ArgumentParser, body: bool = False) -> tuple[Namesp
     if (dash := re.match(r"[—–－−]+([\w-]+)", rest)) and (meant := {f"--{dash[1]}", f"-{dash[1]}"} & actions.keys()):
         raise ChatmagicError(f"{dash[0]} begins with a long dash; the option is {min(meant)}")
     try:
-        return parser.parse_args(argv), rest
+        return parser.parse_args(argv, known), rest
     except UsageError as error:
         raise ChatmagicError(f"{error}. %{parser.prog}? lists the options") from None
 

@@ -32,6 +32,8 @@ def complete(
         and action.nargs != 0
     ):
         words, found = values.get(action.dest, action.choices or ()), re.search(r"([^\s=]*)$", before)
+        if not words:
+            return {"completions": []}  # a number, or a file, which IPython knows to complete
     else:
         found, words = re.search(r"\s(-\S*)$", before), actions
     if not found:

@@ -1,11 +1,15 @@
 """The magics themselves: `%%chat`, `%chat` and what `%config` sets for them, and their line magics."""
 
 import json
+import re
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import copy
 from keyword import iskeyword
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from IPython.core.completer import CompletionContext, context_matcher
 from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
@@ -17,23 +21,23 @@ from IPython.core.magic import (
     needs_local_scope,
     no_var_expand,
 )
-from IPython.core.magic_arguments import argument, magic_arguments
-from IPython.display import clear_output, display
+from IPython.core.magic_arguments import magic_arguments
 from traitlets import Bool, CaselessStrEnum, Float, Int, TraitType, Unicode
 
-from ..conversation.llm import ChatLLM, Interrupted, Reply
+from ..conversation.llm import ChatLLM, Interrupted, Reply, Totals
 from ..conversation.printing import kernel, say
 from ..conversation.registry import registered
 from ..errors import ChatmagicError, let_go
 from ..text import did_you_mean, visible
 from .cells import AskingLine, fill, parse, tidy
 from .completion import complete
-from .display import print_table, render_markdown
+from .display import Board, print_table
 from .folding import Folding, show_thought
+from .keeping import Autosave, export
+from .options import FORMATS, MODEL, asking
+from .sources import EXPLAIN, attach, output, read, told
 
-FORMATS = ["text", "markdown", "json"]
-WORDS = ["undo", "save", "load"]
-MODEL = argument("-m", "--model", metavar="NAME", help="which of the models in %%chat_models")
+WORDS = ["undo", "edit", "keep", "save", "load", "export"]
 
 
 def optional(trait: type[TraitType], help: str) -> TraitType:
@@ -55,31 +59,18 @@ class ChatMagics(Magics):
     stream = optional(Bool, "Print replies as they come; by default as the model was created.")
     format = CaselessStrEnum(FORMATS, "text", help="How replies are shown.").tag(config=True)
     stats = Bool(False, help="Print token counts and times after a reply.").tag(config=True)
+    autosave = Bool(True, help="Keep conversations, so that a restarted kernel can go on.").tag(config=True)
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        self._asked: WeakKeyDictionary[ChatLLM, tuple[str, Namespace]] = WeakKeyDictionary()
+        self._kept = Autosave(shell)
+        self._failed = ""
+        self._note(getattr(sys, "last_value", None))  # of a cell that ran before this was loaded
 
     @no_var_expand
     @needs_local_scope
-    @magic_arguments()
-    @MODEL
-    @argument("--system", metavar="TEXT", help="system prompt, for this question")
-    @argument("--temperature", type=float, metavar="T", help="sampling temperature; 0 is greedy")
-    @argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total probability")
-    @argument("--max-new-tokens", type=int, metavar="N", help="most tokens in the reply")
-    @argument("--seed", type=int, metavar="N", help="seed of the sampling")
-    @argument("--greedy", action="store_true", help="always take the likeliest token")
-    @argument("--thinking", choices=["on", "off"], help="whether the model is to think first, if it can be told so")
-    @argument("--thinking-budget", type=int, metavar="N", help="most tokens of its thought")
-    @argument("--no-stream", action="store_true", help="show the reply once it is complete")
-    @argument("--new", action="store_true", help="forget the conversation first")
-    @argument("--no-history", action="store_true", help="neither show the model the conversation nor remember this")
-    @argument(
-        "-o",
-        "--output",
-        metavar="NAME",
-        help="put the reply into a variable: a string with .stats and .json()",
-    )
-    @argument("--format", choices=FORMATS, help="how the reply is shown")
-    @argument("--stats", action="store_true", help="print token counts and times after the reply")
-    @argument("--vars", action="store_true", help="fill {expressions} and {expressions:format} as an f-string does")
+    @asking
     @line_cell_magic
     def chat(self, line: str, cell: str | None = None, local_ns: Mapping[str, Any] | None = None) -> Reply | None:
         """Ask a chat model.
@@ -92,37 +83,117 @@ class ChatMagics(Magics):
         text = (text if cell is None else f"{text}\n{cell}").strip("\n")
         if not text.strip():
             raise ChatmagicError("there is nothing to send: type a question below %%chat, or after %chat")
-        if args.output and (not args.output.isidentifier() or iskeyword(args.output)):
-            raise ChatmagicError(f"-o takes the name of a variable, and {args.output!r} is none")
         if args.vars:
             text = fill(text, {**self.shell.user_ns, **(local_ns or {})})
-        llm = self._model(args.model)
-        form = args.format or self.format
-        stream = llm.stream if self.stream is None else self.stream
-        stream = cell is not None and stream and not args.no_stream and form != "json"
-        reply = self._ask(llm, text, args, form, stream)
-        shown = cell is not None and self._show(reply, form, stream)
-        if reply.notices and (shown or not stream):  # else they were printed as they came
-            say("\n".join(f"[{notice}]" for notice in reply.notices))
-        if args.stats or self.stats:
-            print(f"[{reply.stats}]")
-        if args.output:
-            self.shell.push({args.output: reply})
+        reply = self._answer(self._model(args.model), text, args, shown=cell is not None)
         return reply if cell is None else None
 
-    def _ask(self, llm: ChatLLM, text: str, args: Namespace, form: str, stream: bool) -> Reply:
-        """The reply, printed as it comes if `stream`; that it is not the JSON asked for fails like all else."""
+    @no_var_expand
+    @asking
+    @line_magic
+    def chat_retry(self, line: str) -> None:
+        """Ask the last question again, as it was asked but for these options; an answer it had is replaced.
+
+        Raises ChatmagicError where nothing was asked.
+        """
+        llm = self._model(self._only_options(line, ChatMagics.chat_retry).model)
+        if not (text := llm.asked or "".join(query for query, _ in llm.history[-1:])):
+            raise ChatmagicError("there is no question to ask again: the conversation is empty")
+        earlier, known = self._asked.get(llm, ("", None))
+        known = copy(known) if known and earlier == text else ChatMagics.chat.parser.parse_args([])
+        known.file = None  # it is in the text
+        if number := llm.answered:
+            known.new, known.round = False, number
+        elif known.round and known.round > len(llm.history):
+            known.round = None  # that round was undone
+        args, _ = parse(line, ChatMagics.chat_retry.parser, known=known)
+        self._answer(llm, text, args)
+
+    @no_var_expand
+    @asking
+    @line_magic
+    def chat_explain(self, line: str) -> None:
+        """Ask why the last cell that failed did so: sends the cell, its error, and TEXT as the question.
+
+        Raises ChatmagicError where none did.
+        """
+        args, text = parse(line, ChatMagics.chat_explain.parser)
+        llm = self._model(args.model)
+        if not self._failed:
+            raise ChatmagicError("no cell has failed since chatmagic was loaded")
+        self._answer(llm, f"{self._failed}{text or EXPLAIN}", args)
+
+    def _answer(self, llm: ChatLLM, text: str, args: Namespace, shown: bool = True) -> Reply:
+        """Ask, and do with the reply what the options say; `shown` as it comes, or not at all."""
+        if args.output and (not args.output.isidentifier() or iskeyword(args.output)):
+            raise ChatmagicError(f"-o takes the name of a variable, and {args.output!r} is none")
+        form, stream = args.format or self.format, llm.stream if self.stream is None else self.stream
+        stream = shown and stream and not args.no_stream and form != "json"
+        markdown = shown and form == "markdown" and hasattr(self.shell, "kernel")  # a terminal shows text
+        attached = [self._attached(name) for name in args.file or ()]
+        text = "".join(each for each, _ in attached) + text
+        self._asked[llm] = (text, args)
+        if markdown:
+            with Board(live=stream) as board:
+                reply = self._ask(llm, text, args, form, board)
+                if reply.thinking:
+                    show_thought(reply.thinking)
+                board.finish(reply)
+        else:
+            with Folding() if stream and kernel() else nullcontext(stream) as printer:
+                reply = self._ask(llm, text, args, form, printer)
+            if shown and not stream and reply.thinking:
+                show_thought(reply.thinking)
+        if shown and form == "json":
+            say(json.dumps(reply.json(), ensure_ascii=False, indent=2))
+        elif shown and not stream and not markdown:
+            say(reply)
+        below = [f"[{size}]" for _, size in attached]
+        if markdown or not stream:  # else they were printed as they came
+            below += [f"[{notice}]" for notice in reply.notices]
+        if args.stats or self.stats:
+            below.append(f"[{reply.stats}]")
+        if args.code and (code := reply.code()):
+            self.shell.set_next_input(visible(code))
+        elif args.code:
+            below.append("[the reply has no Python code to put into a cell]")
+        if below:
+            say("\n".join(below))
+        if args.output:
+            self.shell.push({args.output: reply})
+        return reply
+
+    def _attached(self, name: str) -> tuple[str, str]:
+        """What `--file` sends, and how much that is."""
+        cell = re.fullmatch(r"Out\[(\d+)\]", name)
+        text = output(self.shell, int(cell[1])) if cell else read(name)
+        return attach(name, text), f"{name}: {len(text):,} characters"
+
+    def _ask(self, llm: ChatLLM, text: str, args: Namespace, form: str, stream: bool | Board | Folding) -> Reply:
+        """The reply, shown as it comes if `stream`; that it is not the JSON asked for fails like all else."""
+        if (system := self._option(args, "system")) and system.startswith("@"):
+            system = read(system[1:]).strip()
+
+        def is_json(reply: Reply) -> None:
+            try:
+                reply.json()
+            except ChatmagicError:
+                say(reply)
+                if args.output:
+                    self.shell.push({args.output: reply})
+                raise
+
         try:
-            with Folding() if stream and kernel() else nullcontext(stream) as shown:
-                return llm(
-                    text,
-                    stream=shown,
-                    system=self._option(args, "system"),
-                    remember=not args.no_history,
-                    new=args.new,
-                    check=Reply.json if form == "json" else None,
-                    **self._generation(args),
-                )
+            return llm(
+                text,
+                stream=stream,
+                system=system,
+                remember=not args.no_history,
+                new=args.new,
+                round=args.round,
+                check=is_json if form == "json" else None,
+                **self._generation(args),
+            )
         except Interrupted as stopped:
             if not stream:
                 say(stopped.reply)
@@ -140,48 +211,40 @@ class ChatMagics(Magics):
             generation["thinking_budget"] = args.thinking_budget
         return generation
 
-    def _show(self, reply: Reply, form: str, streamed: bool) -> bool:
-        """Show a complete reply, unless it was printed as it came and is to stay so; whether it was shown."""
-        if form == "markdown" and hasattr(self.shell, "kernel"):  # a terminal shows Markdown as it stands
-            if streamed:
-                clear_output(wait=True)
-            if reply.thinking:
-                show_thought(reply.thinking)
-            display({"text/html": render_markdown(reply), "text/plain": visible(reply)}, raw=True)
-        elif form == "json":
-            if reply.thinking:
-                show_thought(reply.thinking)
-            say(json.dumps(reply.json(), ensure_ascii=False, indent=2))
-        elif not streamed:
-            if reply.thinking:
-                show_thought(reply.thinking)
-            say(reply)
-        else:
-            return False
-        return True
-
     @no_var_expand
     @magic_arguments()
     @MODEL
     @line_magic
     def chat_history(self, line: str) -> None:
-        """Show the conversation, a round a line.
+        """Show the conversation, a round a line; a word after it changes, saves or loads it.
 
-        `%chat_history undo` forgets the last round, `%chat_history save FILE` writes the conversation as one
-        line of JSON, and `%chat_history load FILE` takes it from there. Any other word raises ChatmagicError.
+        `undo [N]` forgets the last rounds, `edit [N]` puts the question of a round into the next cell, to be asked in
+        the place of that round and all after it, `keep` remembers a reply that was stopped. `save FILE` writes the
+        conversation as one line of JSON, `load FILE` takes it from there, `load` from what an earlier kernel left,
+        `export FILE.md` writes Markdown. Any other word raises ChatmagicError.
         """
         args, rest = parse(line, ChatMagics.chat_history.parser)
         llm = self._model(args.model)
-        word, path = [*rest.split(maxsplit=1), "", ""][:2]
-        path = path.strip("\"'")
-        if word in ("save", "load") and not path:
+        word, value = [*rest.split(maxsplit=1), "", ""][:2]
+        value = value.strip("\"'")
+        if word in ("save", "export") and not value:
             raise ChatmagicError(f"%chat_history {word} needs the name of a file after it")
         if word == "save":
-            return llm.save(path)
+            return llm.save(value)
+        if word == "export":
+            return export(llm, value)
+        if word == "edit":
+            number = self._count(llm, word, value, default=len(llm.history))
+            named = f' -m "{args.model}"' if args.model else ""
+            return self.shell.set_next_input(f"%%chat{named} --round {number}\n{visible(llm.history[number - 1][0])}")
         if word == "load":
-            llm.load(path)
-        elif word == "undo" and not path:
-            llm.history = llm.history[:-1]
+            if not (file := value or self._kept.before(llm)):
+                raise ChatmagicError("nothing is kept of an earlier kernel here: %chat_history load FILE")
+            llm.load(file)
+        elif word == "undo":
+            llm.history = llm.history[: -self._count(llm, word, value, default=1)]
+        elif word == "keep" and not value:
+            llm.keep()
         elif word:
             raise ChatmagicError(f"%chat_history knows {', '.join(WORDS)}, not {rest!r}{did_you_mean(word, WORDS)}")
         print_table(
@@ -191,6 +254,16 @@ class ChatMagics(Magics):
                 for index, ((query, reply), tokens) in enumerate(zip(llm.history, llm.round_tokens()), 1)
             ],
         )
+
+    def _count(self, llm: ChatLLM, word: str, value: str, default: int) -> int:
+        """The number after a word, of a round that there is."""
+        number = int(value) if value.isdecimal() else 0 if value else default
+        if not 1 <= number <= len(llm.history):
+            raise ChatmagicError(
+                f"%chat_history {word} takes a number from 1 to {len(llm.history)}, not {value or default}: so many "
+                "rounds are remembered"
+            )
+        return number
 
     @no_var_expand
     @magic_arguments()
@@ -205,20 +278,20 @@ class ChatMagics(Magics):
     @MODEL
     @line_magic
     def chat_models(self, line: str) -> None:
-        """Show the models there are; `*` marks the one that is asked, where `-m` names no other.
+        """Show the models there are, and how many tokens they were sent and have said so far; `*` marks the one that is
+        asked, where `-m` names no other.
 
         That is the newest, or what `%config ChatMagics.model` says.
         """
         named = self._only_options(line, ChatMagics.chat_models).model
         shown = {named: self._model(named)} if named else registered
         active = self.model or "".join(list(registered)[-1:])
-        print_table(
-            ["", "model", "context", "rounds"],
-            [
-                ["*" if name == active else "", name, str(llm.backend.context or "?"), str(len(llm.history))]
-                for name, llm in shown.items()
-            ],
-        )
+        heads = ["", "model", "context", "rounds", "tokens in", "tokens out"]
+        rows = [
+            ["*" if name == active else "", name, llm.backend.context or "?", len(llm.history), *known(llm.totals)]
+            for name, llm in shown.items()
+        ]
+        print_table(heads, [[str(cell) for cell in row] for row in rows])
 
     def _only_options(self, line: str, magic: Any) -> Namespace:
         """The options of a line magic that takes nothing else; ChatmagicError for any word."""
@@ -247,9 +320,17 @@ class ChatMagics(Magics):
         value = getattr(args, name)
         return getattr(self, name) if value is None else value
 
+    def _note(self, error: BaseException | None, cell: str | None = None) -> None:
+        if error and not isinstance(error, (ChatmagicError, KeyboardInterrupt)):  # which say themselves what to do
+            self._failed = told(error, cell)
+
     def cell_ended(self, result: ExecutionResult) -> None:
-        """A cell has run: the model and its tensors do not hang on the exception that it showed."""
-        let_go(result.error_in_exec)
+        """A cell has run: keep the conversations, and of its error what `%chat_explain` sends. No model hangs on it."""
+        error = result.error_before_exec or result.error_in_exec
+        self._note(error, result.info.raw_cell)
+        let_go(error)
+        if self.autosave:
+            self._kept.look(list(registered.values()))
 
     @context_matcher()
     def complete(self, context: CompletionContext) -> dict:
@@ -257,6 +338,12 @@ class ChatMagics(Magics):
         parsers = {name: getattr(ChatMagics, name).parser for name in self.magics["line"]}
         variables = [name for name in self.shell.user_ns if not name.startswith("_")]
         return complete(context, parsers, {"model": registered, "output": variables}, variables)
+
+
+def known(totals: Totals) -> list[int | str]:
+    """Tokens in and out; "?" where a server told nothing of its replies."""
+    told = totals.tokens_in or totals.tokens_out or not totals.replies
+    return [totals.tokens_in, totals.tokens_out] if told else ["?", "?"]
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:

@@ -28,10 +28,10 @@ from torchkeras.kerascallbacks import VisProgress
 from ..accel.allocator import rank_allocator
 from ..accel.attention import without_cudnn_attention
 from ..accel.captured import CapturedStep, why_not
-from ..accel.layers import fast_layers
+from ..accel.layers import fast_layers, why_padded
 from ..errors import ChatmagicError
 from ..files import alone_in
-from ..models.parts import trainable
+from ..models.parts import experts, trainable
 from . import functional
 from .checks import OF_THE_MODEL, OF_THE_RUN, flat, refuse, refuse_another_run, run_settings
 from .plots import EpochLines, pictures
@@ -136,8 +136,9 @@ class KerasModel(kerasmodel.KerasModel):
         # One process may fit twice, with another precision; accelerate's singletons would refuse.
         AcceleratorState._reset_state()
         GradientState._reset_state()
+        model_type = getattr(getattr(self.net, "config", None), "model_type", None)
         self.accelerator = Accelerator(
-            mixed_precision=best_precision(cpu) if mixed_precision == "auto" else mixed_precision,
+            mixed_precision=best_precision(cpu, model_type) if mixed_precision == "auto" else mixed_precision,
             cpu=cpu,
             gradient_accumulation_steps=gradient_accumulation_steps,
             # fp16: the loss is a sum over the label tokens, some hundred times the mean that 2**16 is meant for.
@@ -170,6 +171,7 @@ class KerasModel(kerasmodel.KerasModel):
             else:
                 self._start()
             self.captured = self._capture()
+            self._say_what_is_left_out()
             self._on_main(write_run, self, about)
             self.trackers = self._trackers()
             self._call_back("on_fit_start")
@@ -283,6 +285,13 @@ class KerasModel(kerasmodel.KerasModel):
             self.accelerator.print(f"The training step is not captured as a CUDA graph: {reason}.")
             return None
         return CapturedStep(functional, self.net, optimizer, self.accelerator, self.StepRunner.max_grad_norm)
+
+    def _say_what_is_left_out(self) -> None:
+        """Of the model, and of what would make it faster."""
+        if experts(self.net):
+            self.accelerator.print("The experts of this mixture get no adapter: the layers between them learn.")
+        if self.fast and self.accelerator.device.type == "cpu" and (reason := why_padded(self.net)):
+            self.accelerator.print(f"Batches are computed with their padding: {reason}.")
 
     def _run_epoch(self) -> None:
         state = self.state

@@ -14,15 +14,16 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
 
-from ..models.parts import activations, free_memory
+from ..models.parts import BEYOND_FLOAT16, activations, free_memory
 
 S = TypeVar("S", bound=Sampler)
 
 
-def best_precision(cpu: bool = False) -> str:
+def best_precision(cpu: bool = False, model_type: str | None = None) -> str:
     """accelerate's mixed_precision for this machine: "bf16", "fp16" (GPUs before Ampere, as T4 and V100) or "no"."""
     if torch.cuda.is_available() and not cpu:
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+        older = "no" if model_type in BEYOND_FLOAT16 else "fp16"
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else older
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 

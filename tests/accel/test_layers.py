@@ -7,9 +7,10 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from architectures import published
 from chatmagic import find_all_linear_names
 from chatmagic.accel.attention import attend
-from chatmagic.accel.layers import drop, fast_layers, flattened, gathered, may_be_flattened, takes_rows
+from chatmagic.accel.layers import FLATTENED, drop, fast_layers, flattened, gathered, takes_rows, why_padded
 from tiny_runs import lora
 
 
@@ -111,16 +112,46 @@ def test_a_flattened_batch_has_the_logits_of_the_padded_one(family):
     assert torch.equal(as_ever, expected) and base.config._attn_implementation == "sdpa" and not takes_rows(model)
 
 
+@pytest.mark.parametrize("name", FLATTENED)
+def test_a_flattened_batch_of_every_architecture_that_may_be(name):
+    base = published(name, 300, sliding_window=None)
+    model, inputs = get_peft_model(base, LoraConfig(target_modules=find_all_linear_names(base))).eval(), padded(300)
+    with torch.no_grad(), fast_layers(model):
+        one, places = flattened(inputs)
+        logits = model(**one, use_cache=False).logits
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits
+    there = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[0, places[there]], expected[there], rtol=1e-4, atol=1e-4)
+
+
 def test_what_keeps_a_batch_as_it_is():
     model = lora()
-    assert may_be_flattened(model)
-    for name, value in (("model_type", "falcon"), ("_attn_implementation", "eager"), ("sliding_window", 4)):
+    assert why_padded(model) is None
+    reasons = {
+        "model_type": ("falcon", "nobody has compared a falcon without"),
+        "_attn_implementation": ("eager", "its attention is eager, not sdpa"),
+        "sliding_window": (4, "it attends to windows of 4 tokens"),
+    }
+    for name, (value, reason) in reasons.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model.get_base_model().config, name, value, raising=False)
-            assert not may_be_flattened(model)
-    assert may_be_flattened(model)
+            assert why_padded(model) == reason
+    assert why_padded(model) is None
     model.gradient_checkpointing_enable()
-    assert not may_be_flattened(model)
+    assert why_padded(model) == "activations are recomputed to save memory"
+
+
+def test_only_norms_of_llamas_own_code_are_replaced(monkeypatch):
+    """Qwen3.5's gated one has its epsilon under the same name, and multiplies by a gate."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for name in ("llama", "qwen3", "qwen3_5", "gemma3_text", "gpt_oss"):
+        base = published(name, 300)
+        model = get_peft_model(base, LoraConfig(target_modules=["o_proj"]))
+        norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "RMSNormGated"))]
+        with fast_layers(model):
+            replaced = {type(norm).__name__ for norm in norms if "forward" in vars(norm)}
+        assert replaced == {"llama": {"LlamaRMSNorm"}, "qwen3": {"Qwen3RMSNorm"}}.get(name, set())
 
 
 def test_attention_of_grouped_heads():

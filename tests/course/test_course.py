@@ -250,12 +250,6 @@ def test_report_tells_a_missing_package(monkeypatch, tmp_path):
     assert rows["torch"][0].isdigit() and "GB free" in rows["disk"]
 
 
-def test_ram_is_the_containers_where_that_is_less(monkeypatch):
-    monkeypatch.setattr(machine.Path, "is_file", lambda self: True)
-    monkeypatch.setattr(machine.Path, "read_text", lambda self: "1000\n")
-    assert machine.ram() == 1000
-
-
 def test_doctor_prints_what_this_machine_has(home):
     done = subprocess.run([sys.executable, "-m", "chatmagic.cli", "doctor"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

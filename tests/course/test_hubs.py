@@ -215,3 +215,31 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(tmp_path):
 def test_schedules(tmp_path, seed):
     """Two hundred of them: benchmarks/download.py."""
     assert schedule(seed, tmp_path) in ("whole", "refused")
+
+
+OTHER = {"model_type": "chatglm", "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMModel"}}
+QUANTISED = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+
+
+@pytest.mark.parametrize(
+    "config, status, said",
+    [
+        (
+            OTHER,
+            1,
+            "chatmagic: %s asks for a model of type 'chatglm', which transformers does not have, and for its own",
+        ),
+        ({"model_type": "mixtral", "num_local_experts": 8}, 0, "%s is a mixture of experts: they are not quantised"),
+        (QUANTISED, 0, "%s is published quantised (mxfp4): no adapter can be merged into it."),
+    ],
+)
+def test_what_nothing_here_reads_is_refused_before_its_weights(tmp_path, config, status, said):
+    """The config comes first: of another architecture nothing else, and what another is not good for is told."""
+    files = model(1, 3000) | {"config.json": json.dumps(config).encode()}
+    hubs = Hubs({ID: Repository({"master": files}, {"main": files})})
+    with proxied(hubs) as proxy:
+        ended, _, err = run(proxy, tmp_path, ID, "--source", "huggingface")
+    assert ended == status and said % ID in err
+    fetched = [path for _, path, _ in hubs.asked if "/resolve/" in path]
+    assert "/config.json" in fetched[0] and len(fetched) == (1 if status else len(read(files)))
+    assert (tmp_path / FOLDER).exists() is (status == 0)

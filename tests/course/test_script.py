@@ -220,3 +220,14 @@ def test_the_run_tells_how_it_was_trained_to_think(trained, tmp_path, monkeypatc
     monkeypatch.setattr(script.KerasModel, "fit", lambda self, *_, **settings: told.update(settings, net=self.net))
     script.train(course.resume())
     assert told["about"]["thinking"] is False and told["net"].chat_thinking is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, kind, rate", [("adalora", "ADALORA", 1e-2), ("lora", "LORA", 2e-3)])
+def test_the_method_is_one_word(trained, tmp_path, method, kind, rate):
+    """LoRA is trained at a rate of its own."""
+    shutil.copytree(trained, tmp_path / "home")
+    assert train(tmp_path / "home", "--method", method, "--no-resume") == 0
+    told = adapter_of(tmp_path / "home")
+    assert json.loads((told / "adapter_config.json").read_text())["peft_type"] == kind
+    assert json.loads((told / "run.json").read_text())["settings"]["learning_rate"] == [rate]

@@ -1,11 +1,13 @@
 """Tiny checkpoints of random weights, one for each architecture, saved by transformers' own classes.
 
 A row of ARCHITECTURES is all that a new one needs: its config beyond SIZES. Windows are shorter than the conversations
-of the tests, patterns of layers short enough that each kind occurs.
+of the tests, patterns of layers short enough that each kind occurs. `python tests/helpers/architectures.py` prints the
+tables of docs/models.md.
 """
 
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,9 +15,17 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    DynamicCache,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from chatmagic import find_all_linear_names
+from chatmagic.accel.layers import why_padded
+from chatmagic.course.profile import GB, Profile, profiles, smallest_card
+from chatmagic.models.parts import experts
 
 SIZES = {
     "hidden_size": 64,
@@ -115,14 +125,25 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def published(name: str, vocabulary: int) -> PreTrainedModel:
+def config_of(name: str, vocabulary: int, **changes: Any) -> PreTrainedConfig:
+    """A row's config, with `changes` made to it."""
+    row, sizes = ARCHITECTURES[name] | changes, SIZES | {"vocab_size": vocabulary}
+    return CONFIG_MAPPING[name](
+        **row | {"text_config": sizes | row["text_config"]} if is_composite(name) else sizes | row
+    )
+
+
+def is_composite(name: str) -> bool:
+    """Whether it also sees or hears."""
+    return "text_config" in ARCHITECTURES[name]
+
+
+def published(name: str, vocabulary: int, **changes: Any) -> PreTrainedModel:
     """The model that a publisher would save, in evaluation mode: float32, of random weights that bfloat16 can hold."""
-    row, sizes = ARCHITECTURES[name], SIZES | {"vocab_size": vocabulary}
-    composite = "text_config" in row
-    settings = row | {"text_config": sizes | row["text_config"]} if composite else sizes | row
-    config = CONFIG_MAPPING[name](**settings)
+    config = config_of(name, vocabulary, **changes)
+    classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if is_composite(name) else MODEL_FOR_CAUSAL_LM_MAPPING
     torch.manual_seed(0)
-    model = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if composite else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)](config)
+    model = classes[type(config)](config)
     with torch.no_grad():
         for param in model.parameters():
             if param.dim() > 1:  # wide enough that the likeliest token is so beyond rounding
@@ -138,3 +159,46 @@ def write(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTra
     deepcopy(model).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+def told(name: str) -> str:
+    """The row of docs/models.md on an architecture: what the package makes of it."""
+    config = config_of(name, 300).get_text_config()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    own = {name, config.model_type} - (ARCHITECTURES.keys() - {name})
+    users = [each.name for each in profiles().values() if each.architecture in own]
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}
+    kept = "从第一个不同的 token 起"
+    if layers != {DynamicLayer}:
+        kept = f"{kept}；窗口满了以后，" if layers <= {DynamicLayer, DynamicSlidingWindowLayer} else ""
+        kept += "接着说的只算新的，改了前文的全部重算"
+    cells = [
+        f"`{name}`",
+        type(model).__name__ + ("（只用它的语言模型）" if is_composite(name) else ""),
+        "、".join(users) or "—",
+        "拒绝" if experts(model) else "能",
+        " ".join(f"`{layer}`" for layer in find_all_linear_names(model)) + ("；专家没有" if experts(model) else ""),
+        kept,
+        "不" if why_padded(SimpleNamespace(get_base_model=lambda: model)) else "能",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def profile_told(profile: Profile) -> str:
+    """The row of docs/models.md on a model that the course can be run with."""
+    needs = [f"{size / GB:.1f} GB" for size in (profile.bytes, profile.memory, profile.memory_merged)]
+    cells = [
+        f"`{profile.name}`",
+        profile.id if profile.source == "modelscope" else "—",
+        {profile.id: "=", None: "—"}.get(profile.huggingface, profile.huggingface),
+        f"`{profile.architecture}`" if profile.architecture else "—",
+        *needs,
+        smallest_card(max(profile.memory, profile.memory_merged)),
+        {"no": "不", "told": "听吩咐", "always": "总是"}[profile.thinks],
+        profile.licence,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(*map(profile_told, profiles().values()), "", *map(told, ARCHITECTURES), sep="\n")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatmagic import ChatmagicError, load_model
 from chatmagic.models.checkpoint import CheckpointError, open_weights
-from chatmagic.models.load import context_limit
+from chatmagic.models.load import _resolve_dtype, context_limit
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 7, 3]])
 
@@ -100,6 +100,30 @@ def test_nf4_gradients_reach_the_first_layer_after_an_evaluation(llama):
     fresh = gradient()
     logits(model.eval())
     assert torch.equal(gradient(), fresh) and fresh.abs().max() > 0
+
+
+@pytest.mark.parametrize("model_type, expected", [("llama", torch.float16), ("gemma3_text", torch.float32)])
+def test_auto_dtype_of_a_gpu_without_bfloat16(monkeypatch, model_type, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert _resolve_dtype("auto", {"model_type": model_type, "torch_dtype": "bfloat16"}) == expected
+    composite = {"model_type": model_type, "text_config": {"dtype": "bfloat16"}}
+    assert _resolve_dtype("auto", composite) == expected
+
+
+def test_a_token_to_pad_with_is_none_that_a_conversation_holds(copy):
+    """Of the marks that a tokenizer has beside its eos: one that is for it, or one that its template does not write."""
+    tokenizer = load_model(copy)[1]
+    tokenizer.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": ["<|user|>", "[MASK]"]})
+    tokenizer.chat_template, tokenizer.pad_token = "{{ '<|user|>' }}", "</s>"
+    tokenizer.save_pretrained(copy)
+    assert load_model(copy)[1].pad_token == "[MASK]"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "[MASK]", "<|finetune_right_pad_id|>"]})
+    tokenizer.save_pretrained(copy)
+    assert load_model(copy)[1].pad_token == "<|finetune_right_pad_id|>"
+    tokenizer.pad_token = "[MASK]"
+    tokenizer.save_pretrained(copy)
+    assert load_model(copy)[1].pad_token == "[MASK]"
 
 
 def test_context_limit(llama):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from architectures import published
 from chatmagic import ChatmagicError
 from chatmagic.models.parts import trainable
-from chatmagic.training import adalora_config, find_all_linear_names
+from chatmagic.training import adalora_config, adapter_config, find_all_linear_names
 from chatmagic.training.adalora import importance_table, rank_table
+from chatmagic.training.plots import plot_importance, plot_ranks
 from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, lora, rows, tiny_llama
 
 # --- the schedule
@@ -33,6 +35,33 @@ def test_schedule_fits_the_run():
 def test_impossible_schedules_are_refused(settings, words):
     with pytest.raises(ChatmagicError, match=words):
         adalora_config(target_modules=PROJECTIONS, **settings)
+
+
+def test_the_method_is_one_word():
+    sizes = {"init_r": 6, "target_r": 3, "lora_alpha": 16}
+    config = adapter_config("adalora", 120, PROJECTIONS, **sizes)
+    assert config.to_dict() == adalora_config(120, PROJECTIONS, **sizes).to_dict()
+    config = adapter_config("lora", 4, PROJECTIONS, **sizes, lora_dropout=0.1)
+    assert (config.peft_type, config.r, config.lora_alpha, config.lora_dropout) == ("LORA", 3, 16, 0.1)
+    with pytest.raises(ChatmagicError, match="method='adlora' is neither .*did you mean 'adalora'"):
+        adapter_config("adlora", 120, PROJECTIONS)
+
+
+def test_lora_has_no_ranks_to_show():
+    model = lora()
+    with pytest.raises(ChatmagicError, match="keeps rank 3: only AdaLoRA"):
+        plot_ranks(model)
+    with pytest.raises(ChatmagicError, match="only AdaLoRA does"):
+        plot_importance(model)
+
+
+def test_names_of_a_mixture_and_of_a_scan_that_pefts_layers_would_miss():
+    """PEFT takes `gate_proj` of a mixture for the experts', and a Mamba's kernel goes past an adapter on `out_proj`."""
+    assert find_all_linear_names(published("mixtral", 64)) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    names = find_all_linear_names(published("glm4_moe_lite", 64))
+    assert "q_a_proj" in names and not {"gate_proj", "up_proj", "down_proj"} & {*names}
+    assert "in_proj" in (names := find_all_linear_names(published("falcon_h1", 64))) and "out_proj" not in names
+    assert "out_proj" in find_all_linear_names(published("lfm2", 64))
 
 
 def test_linear_names():

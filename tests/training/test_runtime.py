@@ -25,6 +25,7 @@ def test_precision_of_a_gpu(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert best_precision() == precision
+    assert best_precision(model_type="gemma3_text") == precision.replace("fp16", "no")
 
 
 @pytest.mark.parametrize("flag, precision", [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "no")])
