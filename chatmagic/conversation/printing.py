@@ -49,7 +49,7 @@ class Printer:
         now = monotonic()
         # A kernel sends by itself, 0.2 s later, what is not flushed; a terminal may not.
         flush = self._kernel is None or now - self._flushed >= PAUSE
-        print(visible(piece), end="", flush=flush)
+        emit(visible(piece), flush)
         if flush:
             self._flushed = now
 
@@ -67,4 +67,12 @@ def quoted(thought: str) -> str:
 
 def say(text: str) -> None:
     """Print a whole text: in one write, so that no flush comes between it and the end of its line."""
-    print(visible(text) + "\n", end="")
+    emit(visible(text) + "\n")
+
+
+def emit(text: str, flush: bool = False) -> None:
+    """Print the text as it is; what a console cannot encode that is not UTF-8 as \\u4f60, so that no reply is lost."""
+    try:
+        print(text, end="", flush=flush)
+    except UnicodeEncodeError as error:
+        print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), end="", flush=flush)

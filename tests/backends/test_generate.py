@@ -1,6 +1,7 @@
 """ChatLLM over tiny models with real weights: tokens are those of plain generate, and what is kept between turns."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -311,3 +312,59 @@ def test_stop_ends_a_reply_at_once_and_the_next_is_as_ever(model, tokenizer):
         assert time.perf_counter() - start < delay + 0.2
         assert llm.history == [] and caught.value.reply.stats.stop_reason == "interrupted"
         assert llm("hi", greedy=True, remember=False, max_new_tokens=20) == expected
+
+
+def test_two_threads_on_one_model_wait_for_each_other(model, tokenizer):
+    """In one ChatLLM and in two, over an adapter's wrapper too; each answer is as if it were alone."""
+    llms = [ChatLLM(model, tokenizer, stream=False, max_new_tokens=10, name=name) for name in "ab"]
+    queries = [f"question {n}" for n in range(8)]
+    alone = [llms[0](query, greedy=True, remember=False) for query in queries]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(llms[n % 2], query, greedy=True, remember=False) for n, query in enumerate(queries)]
+    assert [reply.result() for reply in asked] == alone
+
+
+def test_a_model_asked_while_it_answers_says_so(model, tokenizer):
+    llm = ChatLLM(model, tokenizer, max_new_tokens=5)
+    with pytest.raises(ChatmagicError, match="is still answering: ask it again when that reply has ended"):
+        llm("hi", stream=lambda piece: llm("and?"))
+    assert llm("hi", stream=False).stats.tokens_out == 5
+
+
+def test_stop_in_the_middle_of_a_cut_leaves_no_wrong_cache(model, tokenizer, monkeypatch):
+    llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=8)
+    expected = [llm(query, greedy=True, remember=False) for query in ("a long first question", "a short")]
+
+    def cut_the_first_layer(cache, length):
+        layer = cache.layers[0]
+        layer.keys = layer.keys[..., :length, :]
+        raise KeyboardInterrupt
+
+    llm("a long first question", greedy=True, remember=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("chatmagic.backends.generate.cut", cut_the_first_layer)
+        with pytest.raises(Interrupted):
+            llm("a short", greedy=True, remember=False)
+    assert llm("a long first question", greedy=True, remember=False) == expected[0]
+    assert llm("a short", greedy=True, remember=False) == expected[1]
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ({"num_beams": 4}, "'num_beams' has no place here: .*temperature, top_k"),
+        ({"max_time": 1.0}, "'max_time' has no place here"),
+        ({"stop_strings": "x"}, "'stop_strings' has no place here"),
+        ({"top_k": "many"}, "top_k|many"),
+        ({"repetition_penalty": "strong"}, "repetition_penalty|strong"),
+        ({"repetition_penalty": -1.0}, "penalty"),
+        ({"min_p": 7.0}, "min_p"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fast", [True, False])
+def test_options_that_cannot_be_are_refused_in_words(model, tokenizer, option, words, fast):
+    llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=3, fast=fast)
+    with pytest.raises(ChatmagicError, match=words):
+        llm("hi", temperature=1.0, **option)
+    assert llm.history == [] and llm("hi").stats.tokens_out == 3

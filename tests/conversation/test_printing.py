@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import redirect_stdout
+from io import BytesIO, TextIOWrapper
 from types import SimpleNamespace
 
 import pytest
@@ -87,3 +88,25 @@ def test_nothing_said_prints_that_alone(in_kernel):
         in_kernel(allow_stdin=watched)
         written, _ = say("")
     assert written == ["[the reply is empty, and is not remembered]\n"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])
+def test_a_console_that_is_not_utf8_loses_no_reply(monkeypatch, encoding):
+    monkeypatch.setitem(sys.modules, "IPython", None)
+    model = FakeModel()
+    model.reply = lambda turn, question: "a你🙂"
+    llm, out = ChatLLM(model), TextIOWrapper(BytesIO(), encoding)
+    with redirect_stdout(out):
+        llm("?")
+        printing.say("🙂")
+    out.seek(0)
+    hidden = {"gbk": "a你\\U0001f642\n"}.get(encoding, "a\\u4f60\\U0001f642\n")
+    assert out.read() == hidden + "\\U0001f642\n" and llm.history == [("?", "a你🙂")]
+
+
+def test_what_turns_the_direction_of_writing_is_shown_and_not_obeyed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "IPython", None)
+    model = FakeModel()
+    model.reply = lambda turn, question: "a\u202eb\x1b[2J\u2066"
+    assert ChatLLM(model)("?") == "a\u202eb\x1b[2J\u2066"
+    assert capsys.readouterr().out == "a<U+202E>b␛[2J<U+2066>\n"
