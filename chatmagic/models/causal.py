@@ -8,7 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -21,12 +27,14 @@ LANGUAGE_MODEL = {r"^model\.language_model\.": "model.", r"^language_model\.(mod
 def causal_config(folder: Path) -> PreTrainedConfig:
     """The config of the causal language model in a folder. Raises CheckpointError where there is none."""
     whole = AutoConfig.from_pretrained(folder)
-    config = whole.get_text_config(decoder=True)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    text = whole.get_text_config(decoder=True)
+    config = next((each for each in (text, whole) if type(each) in MODEL_FOR_CAUSAL_LM_MAPPING), None)
+    if config is None:
         raise CheckpointError(f"{folder} is a {whole.model_type}, of which transformers has no causal language model.")
     if config is not whole:
-        said = read_json(folder / "config.json")
-        for name in {"tie_word_embeddings", "quantization_config"} & said.keys() - said["text_config"].keys():
+        said = read_json(folder / "config.json")  # and what it says of the whole alone
+        of_the_whole = said.keys() - (said.get("text_config") or {}).keys()
+        for name in {"tie_word_embeddings", "quantization_config"} & of_the_whole:
             setattr(config, name, getattr(whole, name))
     return config
 
@@ -34,7 +42,7 @@ def causal_config(folder: Path) -> PreTrainedConfig:
 def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config on the meta device: its names and shapes."""
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        return AutoModelForCausalLM.from_config(config)
 
 
 def names_on_disk(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:

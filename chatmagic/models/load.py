@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# What the number of a layer's experts is called in a config.json.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 class RemoteCodeError(ChatmagicError):
     """The folder wants its own Python files to be run."""
 
@@ -56,9 +60,6 @@ def load_model(
     if tokenizer is not None:
         name_family(tokenizer, folder.resolve())
     return model, tokenizer
-
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_config(folder: Path, name: str) -> None:

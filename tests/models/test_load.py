@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipConfig
 
 from chatmagic import ChatmagicError, load_model
 from chatmagic.models.checkpoint import CheckpointError, open_weights
@@ -124,6 +124,13 @@ def test_a_token_to_pad_with_is_none_that_a_conversation_holds(copy):
     tokenizer.pad_token = "[MASK]"
     tokenizer.save_pretrained(copy)
     assert load_model(copy)[1].pad_token == "[MASK]"
+
+
+def test_what_has_no_language_model_is_no_model_to_talk_to(copy):
+    (copy / "config.json").unlink()
+    SiglipConfig().save_pretrained(copy)
+    with pytest.raises(CheckpointError, match="is a siglip, of which transformers has no causal language model"):
+        load_model(copy)
 
 
 def test_context_limit(llama):
