@@ -22,7 +22,9 @@ from chatmagic import ChatLLM, encode_prompt, load_model
 model, tokenizer = load_model({folder!r} or chatmagic.snapshot_download("smollm2-135m"), dtype={dtype!r})
 llm = ChatLLM(model, tokenizer, max_new_tokens={tokens})
 model.generation_config.eos_token_id = None  # every reply takes all its tokens
-llm.backend.template = SimpleNamespace(stop_token_ids=lambda tokenizer: [], stop_strings=())
+llm.backend.template = SimpleNamespace(
+    stop_token_ids=lambda tokenizer: [], stop_strings=(), parting=lambda thinking: None
+)
 question = "Please explain to me in a few words, question number {{}}: what is a conversation?"
 shell = get_ipython()
 
