@@ -96,7 +96,9 @@ def measure(model, tokenizer, tokens: int, repeats: int) -> dict:
 
     first_plain_s, _ = timed(plain)
     llm = ChatLLM(model, tokenizer, max_new_tokens=tokens)
-    llm.backend.template = SimpleNamespace(stop_token_ids=lambda tokenizer: [], stop_strings=[])
+    llm.backend.template = SimpleNamespace(
+        stop_token_ids=lambda tokenizer: [], stop_strings=[], parting=lambda thinking: None
+    )
     arrivals, backend = [], llm.backend
     in_order = backend._tokens
 
