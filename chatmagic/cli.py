@@ -258,7 +258,7 @@ def merge(args: argparse.Namespace) -> None:
     """Merge an adapter, and print the folder that it is in."""
     from .models.merge import merge_adapter
 
-    print(merge_adapter(args.base, args.adapter, args.output, args.any_base))
+    print(merge_adapter(args.base, args.adapter, args.output, args.any_base, args.onto))
 
 
 TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.cli train, over several
@@ -325,6 +325,9 @@ def parser() -> argparse.ArgumentParser:
     for name in ("base", "adapter", "output"):
         added.add_argument(name, type=Path)
     added.add_argument("--any-base", action="store_true", help="also where the adapter was trained on another model")
+    added.add_argument(
+        "--onto", choices=("trained", "original"), default="trained", help="which weights of a base trained in NF4"
+    )
     return top
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from safetensors.torch import save_file
 from ..errors import ChatmagicError
 from ..files import new_folder, write
 from .checkpoint import first_not_finite, open_file, open_weights, read_json, weight_files
-from .provenance import BASE, PROVENANCE, base_fingerprint, trained_thinking
+from .provenance import BASE, PROVENANCE, base_fingerprint, trained_in_nf4, trained_thinking
+from .quantize import as_in_nf4
 from .shard import Part, write_shard
 
 FACTORS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -77,7 +79,9 @@ class Update:
         weight += product.mul_(self.scale).div_(self.divisor)
 
 
-def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path, any_base: bool = False) -> Path:
+def merge_adapter(
+    base: str | Path, adapter: str | Path, output: str | Path, any_base: bool = False, onto: str = "trained"
+) -> Path:
     """Merge a LoRA or AdaLoRA adapter, as PEFT saves it, into a base of 16 or 32 bit; returns `output`.
 
     `output` is a new folder, there only once it is complete: the merged weights, in the dtype and the shards of
@@ -85,12 +89,17 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path, any
     template. A base whose publisher has his own tensor names (Baichuan, Qwen, InternLM, ChatGLM) comes out native, one
     in `.bin` files as safetensors; a head that was the embedding, and that the adapter changes, becomes its own.
     `any_base` merges also where the adapter was trained on another model, as long as the shapes fit.
+    `onto`: "trained" takes the base's weights as they were in training: of one in NF4, what 4 bits had left of them,
+    in 16 bits again, which is what the adapter was fitted to. "original" takes them as they were published. Where they
+    differ, a line tells which was taken.
 
     Raises MergeError if the adapter was trained on another base or is more than LoRA, or if the base is quantised;
     WriteError if `output` exists or its disk is too full.
     """
     from .families import find_family
 
+    if onto not in ("trained", "original"):
+        raise MergeError(f"onto is {onto!r}; expected 'trained' or 'original'.")
     base, adapter, output = (Path(path).expanduser() for path in (base, adapter, output))
     config = _read_base_config(base)
     if config.get("quantization_config"):
@@ -112,7 +121,15 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path, any
             Lock(),
             {name for name, update in updates.items() if len(update.A)},
         )  # AdaLoRA empties some
+        in_nf4 = trained_in_nf4(adapter)
+        if in_nf4:
+            other = "original" if onto == "trained" else "trained"
+            what = {"trained": "as they were in training, in NF4", "original": "as they were published"}[onto]
+            print(f"Merged onto the base's weights {what}; the other way: onto={other!r}.")
         for file, parts in shards.items():
+            for name in parts if onto == "trained" else ():
+                if name.removesuffix(".weight").split(".")[-1] in in_nf4:
+                    parts[name] = parts[name]._replace(rows=partial(_rounded, parts[name].rows))
             for name in parts.keys() & changed:
                 rows = partial(_Changed, name, parts[name], updates[name], multiplying)
                 parts[name] = parts[name]._replace(rows=rows)
@@ -368,6 +385,10 @@ def _write_index(shards: dict[str, dict[str, Part]], output: Path) -> None:
         weight_map = {name: file for file, shard in shards.items() for name in shard}
         index = json.dumps({"metadata": {}, "weight_map": weight_map})
         write(output / "model.safetensors.index.json", index)
+
+
+def _rounded(rows: Callable) -> torch.Tensor:
+    return as_in_nf4(rows()[:])
 
 
 class _Changed:

@@ -34,6 +34,20 @@ def quantization_config(quantize: str, compute_dtype: "torch.dtype") -> "BitsAnd
     )
 
 
+def as_in_nf4(weight: "torch.Tensor") -> "torch.Tensor":
+    """What NF4 leaves of a weight, in the weight's own dtype: what a layer computes with that was loaded so."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(*quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4"))
+
+
+def names_in_nf4(model: "torch.nn.Module") -> list[str]:
+    """The last names, such as `up_proj`, of a model's layers in NF4."""
+    layers = {id(layer) for layer in linears_4bit(model)}
+    names = {name.removesuffix(".base_layer") for name, module in model.named_modules() if id(module) in layers}
+    return sorted({name.split(".")[-1] for name in names})
+
+
 @functools.cache
 def mend_bitsandbytes() -> None:
     """Let a 4-bit model on the CPU be saved and trained after use.

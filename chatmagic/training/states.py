@@ -26,6 +26,7 @@ from ..files import new_folder, remove, write, write_together
 from ..models.checkpoint import first_not_finite
 from ..models.parts import trainable
 from ..models.provenance import BASE, PROVENANCE, base_fingerprint
+from ..models.quantize import names_in_nf4
 
 ADAPTER, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
 FILES = {ADAPTER, CONFIG, PROVENANCE, STATE}
@@ -185,6 +186,7 @@ def adapter_files(model: PeftModel) -> dict[str, bytes]:
     provenance = {
         BASE: base_fingerprint(base) if (base / "config.json").is_file() else None,
         "thinking": getattr(model, "chat_thinking", None),
+        "nf4": names_in_nf4(model),
     }
     return {
         ADAPTER: save(tensors, metadata={"format": "pt"}),

@@ -12,16 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from chatmagic import ChatmagicError, adalora_to_lora, load_model, merge_adapter
-from chatmagic.files import WriteError
+from chatmagic.files import WriteError, write
 from chatmagic.models import merge
 from chatmagic.models.checkpoint import CheckpointError
 from chatmagic.models.merge import MergeError
 from chatmagic.models.provenance import BASE, PROVENANCE, base_fingerprint
+from chatmagic.models.quantize import quantization_config
+from chatmagic.training.states import adapter_files
 from published import MODELS
 
 IDS = torch.tensor([[5, 17, 3, 250, 9, 9, 41, 2]])
@@ -117,6 +121,46 @@ def test_merged_weights_equal_those_of_peft_to_the_last_bit(tmp_path, kind, dtyp
         assert weight.dtype == dtype and torch.equal(weight, expected[name]), name
     unchanged = [name for name, weight in weights(base).items() if torch.equal(weight, merged[name])]
     assert len(unchanged) < len(merged) - 3
+
+
+def test_an_adapter_trained_over_nf4_is_merged_onto_what_it_was_trained_on(tmp_path, base, capsys):
+    """Onto the numbers that bitsandbytes' own layers hold, also where the adapter changes nothing; the head and the
+    norms were never in 4 bits."""
+    model = load_in_nf4(base)
+    held = {f"{name}.weight": dequantize_4bit(m.weight.data, m.weight.quant_state) for name, m in in_nf4(model)}
+    model = get_peft_model(model, lora())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    (tmp_path / "adapter").mkdir()
+    for name, content in adapter_files(model).items():
+        write(tmp_path / "adapter" / name, content)
+
+    merged = weights(merge_adapter(base, tmp_path / "adapter", tmp_path / "merged"))
+    told = capsys.readouterr().out
+    original = weights(merge_adapter(base, tmp_path / "adapter", tmp_path / "original", onto="original"))
+
+    published = weights(base)
+    assert len(held) == 14 and any(not torch.equal(held[name], published[name]) for name in held)
+    for name, weight in published.items():
+        change = original[name].double() - weight.double()  # rounded once more than what is added
+        expected = held.get(name, weight).double() + change
+        assert torch.allclose(merged[name].double(), expected, atol=2**-7 * max(1, expected.abs().max())), name
+        if not name.endswith(("q_proj.weight", "down_proj.weight")):
+            assert torch.equal(merged[name], held.get(name, weight)) and torch.equal(original[name], weight), name
+    assert "as they were in training, in NF4" in told and "onto='original'" in told
+    with pytest.raises(MergeError, match="onto is 'nf4'; expected 'trained' or 'original'"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "third", onto="nf4")
+
+
+def load_in_nf4(base):
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=quantization_config("nf4", torch.bfloat16)
+    )
+
+
+def in_nf4(model):
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
 
 
 def test_how_an_adapter_was_trained_to_think_goes_with_the_merged_tokenizer(tmp_path, base, adapter):

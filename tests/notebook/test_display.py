@@ -95,6 +95,7 @@ def test_formulas_survive(formula, around):
     "text",
     [
         "It costs $5 and $6.",
+        "$5 or $6, `$HOME`",
         "US$5, CA$6",
         "`$HOME` and `$PATH`",
         "```sh\necho $A $B\n```",
