@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+from golden import KINDS, SHARED
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 FAMILIES = ["baichuan2-13b-chat", "chatglm2-6b", "internlm-chat-7b", "qwen-7b-chat"]
-# Checkpoints that are ours from top to bottom; where the golden data lie, also with the publishers' tokenizers.
-KINDS = ["tiny", "golden"] if SHARED.is_dir() or os.environ.get("CHATMAGIC_REQUIRE_SHARED") else ["tiny"]
 
 
 def pytest_configure():

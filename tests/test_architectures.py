@@ -194,7 +194,8 @@ def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, meth
     without = logits(base)
     expected = logits(PeftModel.from_pretrained(base, adapter))
     change = (expected - without).norm()
-    merged = merge_adapter(folder, adapter, tmp_path / "merged")
+    # Onto the published weights, which PEFT merges into too; onto those of NF4: tests/models/test_merge.py.
+    merged = merge_adapter(folder, adapter, tmp_path / "merged", onto="original")
     assert open_weights(merged).keys() == open_weights(folder).keys()
     model, tokenizer = load_model(merged, dtype="float32")
     assert change > 10 and same_but_for_rounding(model, expected, change)
@@ -210,7 +211,7 @@ def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, meth
         exported = adalora_to_lora(adapter, tmp_path / "lora")
         named = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in open_file(exported / ADAPTER)}
         assert {f"{layer}.weight" for layer in named} <= open_weights(folder).keys()
-        again, _ = load_model(merge_adapter(folder, exported, tmp_path / "again"), dtype="float32")
+        again, _ = load_model(merge_adapter(folder, exported, tmp_path / "again", onto="original"), dtype="float32")
         assert same_but_for_rounding(again, expected, change)
 
 

@@ -117,8 +117,8 @@ def test_half_a_file_is_gone_on_with_after_a_kill(tmp_path, source):
     with proxied(hubs) as proxy:
         status, _, err = run(proxy, tmp_path, ID, "--source", source)
     assert status == 0 and here(tmp_path / FOLDER) == read(files), err
-    (again,) = [part for _, path, part in hubs.asked if shard in path]
-    assert int(again.removeprefix("bytes=").split("-")[0]) > 9_000_000
+    again = [part for _, path, part in hubs.asked if shard in path]  # more than one where a busy machine was too slow
+    assert again and all(int(part.removeprefix("bytes=").split("-")[0]) > 9_000_000 for part in again)
 
 
 @pytest.mark.parametrize("source", ["modelscope", "huggingface"])

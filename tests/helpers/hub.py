@@ -202,5 +202,6 @@ def environment(proxy: str, home: str) -> dict[str, str]:
         "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "2",
         "CHATMAGIC_HOME": home,
         "HOME": home,
+        "XDG_CACHE_HOME": f"{home}/.cache",
         "OMP_NUM_THREADS": "1",
     }

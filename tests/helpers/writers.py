@@ -20,6 +20,7 @@ from chatmagic import ChatLLM, adalora_to_lora, build_messages, merge_adapter, w
 from chatmagic.course import Persona, download, evaluate, hubs, own, replies, thread
 from chatmagic.course.profile import get_profile
 from chatmagic.files import write
+from chatmagic.notebook import keeping
 from chatmagic.training import plots, record, states
 from fake_model import FakeModel
 from tiny_gguf import tiny_gguf
@@ -56,6 +57,12 @@ def conversations(source, monkeypatch):
 def history(source, monkeypatch):
     rounds = [("q", "answer " * 3000)]
     return lambda where, version: ChatLLM(FakeModel(), history=rounds * version).save(where / "chat.jsonl")
+
+
+@writer("notebook/keeping.py")
+def markdown(source, monkeypatch):
+    rounds = [("q", "answer " * 3000)]
+    return lambda where, version: keeping.export(ChatLLM(FakeModel(), history=rounds * version), where / "chat.md")
 
 
 @writer("course/thread.py")

@@ -42,7 +42,7 @@ def test_streaming_switched_off(run, llm, monkeypatch, off):
     calls = []
     monkeypatch.setattr("builtins.print", lambda *text, **keywords: calls.append((*text, keywords)))
     run.ip.run_cell(off)
-    assert calls == [("1: hi\n", {"end": ""})]
+    assert calls == [("1: hi\n", {"end": "", "flush": False})]
 
 
 def test_a_line_returns_the_reply(run, llm):

@@ -7,7 +7,6 @@ from itertools import groupby
 from operator import itemgetter
 
 import pytest
-from conftest import KINDS
 from hypothesis import given
 
 from chatmagic import (
@@ -21,7 +20,7 @@ from chatmagic.conversation.messages import MessagesError
 from chatmagic.data.dataset import encode_example
 from chatmagic.prompts.labels import LabelsError
 from chatmagic.prompts.templates import TemplateError
-from golden import golden
+from golden import KINDS, golden
 from published import MODELS
 from talk import CONVERSATIONS, QUICKLY, check
 
