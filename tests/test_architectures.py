@@ -39,6 +39,7 @@ from chatmagic.training.functional import loss_at
 from chatmagic.training.keras import TrainingInterrupted
 from chatmagic.training.states import ADAPTER
 from generation import new_ids, plain
+from over_nf4 import trained_over_nf4
 from tiny_runs import fit, runner_that
 
 IDS = torch.arange(3, 43)[None]
@@ -194,7 +195,7 @@ def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, meth
     without = logits(base)
     expected = logits(PeftModel.from_pretrained(base, adapter))
     change = (expected - without).norm()
-    # Onto the published weights, which PEFT merges into too; onto those of NF4: tests/models/test_merge.py.
+    # Onto the published weights, with which PEFT merges too.
     merged = merge_adapter(folder, adapter, tmp_path / "merged", onto="original")
     assert open_weights(merged).keys() == open_weights(folder).keys()
     model, tokenizer = load_model(merged, dtype="float32")
@@ -213,6 +214,27 @@ def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, meth
         assert {f"{layer}.weight" for layer in named} <= open_weights(folder).keys()
         again, _ = load_model(merge_adapter(folder, exported, tmp_path / "again", onto="original"), dtype="float32")
         assert same_but_for_rounding(again, expected, change)
+
+
+def test_what_was_trained_over_nf4_is_merged_onto_that(architecture, tmp_path):
+    """By PEFT to the last bit; a tower beside the language model, whose layers have the same last names, was never in
+    NF4. A LoRA adapter that was made of it takes with it what it was trained on."""
+    name, folder, model = architecture
+    if experts(model):
+        return
+    expected = trained_over_nf4(folder, tmp_path / "adapter")
+    merged = merge_adapter(folder, tmp_path / "adapter", tmp_path / "merged")
+    found = load_model(merged, dtype="bfloat16")[0].state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    if is_composite(name):
+        published, stored = open_weights(folder), open_weights(merged)
+        tower = [name for name in published if "vision_tower." in name or "visual." in name]
+        assert tower and all(torch.equal(stored[name].tensor, published[name].tensor) for name in tower)
+        exported = adalora_to_lora(tmp_path / "adapter", tmp_path / "lora")
+        again = open_weights(merge_adapter(folder, exported, tmp_path / "again"))
+        for name, (weight, _) in stored.items():
+            torch.testing.assert_close(again[name].tensor, weight, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])

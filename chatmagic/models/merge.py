@@ -9,7 +9,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Set
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -89,9 +90,9 @@ def merge_adapter(
     template. A base whose publisher has his own tensor names (Baichuan, Qwen, InternLM, ChatGLM) comes out native, one
     in `.bin` files as safetensors; a head that was the embedding, and that the adapter changes, becomes its own.
     `any_base` merges also where the adapter was trained on another model, as long as the shapes fit.
-    `onto`: "trained" takes the base's weights as they were in training: of one in NF4, what 4 bits had left of them,
-    in 16 bits again, which is what the adapter was fitted to. "original" takes them as they were published. Where they
-    differ, a line tells which was taken.
+    `onto`: "trained" takes those of the base's weights that were in NF4 in training as that leaves them, in the base's
+    dtype again, which is what the adapter was fitted to. "original" takes all as they were published. Where these
+    differ, a line on stderr tells which were taken.
 
     Raises MergeError if the adapter was trained on another base or is more than LoRA, or if the base is quantised;
     WriteError if `output` exists or its disk is too full.
@@ -113,28 +114,27 @@ def merge_adapter(
             _check_base(base, adapter)
         family = find_family(config, base)
         shards = _open_family(family, base, config, staging) if family else _open_native(base, staging)
-        updates = _under_names_of(base, updates)
+        in_nf4 = trained_in_nf4(adapter)
+        renamed = _renamed_in(base, updates.keys() | in_nf4)
+        updates = {renamed.get(name, name): update for name, update in updates.items()}
         if HEAD in updates:
             _untie_head(shards, config, staging)
         _check_updates(updates, base, shards)
-        multiplying, changed = (
-            Lock(),
-            {name for name, update in updates.items() if len(update.A)},
-        )  # AdaLoRA empties some
-        in_nf4 = trained_in_nf4(adapter)
-        if in_nf4:
-            other = "original" if onto == "trained" else "trained"
-            what = {"trained": "as they were in training, in NF4", "original": "as they were published"}[onto]
-            print(f"Merged onto the base's weights {what}; the other way: onto={other!r}.")
+        changed = {name for name, update in updates.items() if len(update.A)}  # AdaLoRA empties some
+        rounded = {renamed.get(name, name) for name in in_nf4} if onto == "trained" else set()
+        multiplying = Lock()
         for file, parts in shards.items():
-            for name in parts if onto == "trained" else ():
-                if name.removesuffix(".weight").split(".")[-1] in in_nf4:
-                    parts[name] = parts[name]._replace(rows=partial(_rounded, parts[name].rows))
+            for name in parts.keys() & rounded:
+                parts[name] = parts[name]._replace(rows=partial(_as_trained, parts[name], multiplying))
             for name in parts.keys() & changed:
                 rows = partial(_Changed, name, parts[name], updates[name], multiplying)
                 parts[name] = parts[name]._replace(rows=rows)
             write_shard(staging / file, parts)
         _note_thinking(staging / "tokenizer_config.json", trained_thinking(adapter))
+    if in_nf4:
+        what = {"trained": "as NF4 leaves them, as in training", "original": "as they are published"}[onto]
+        other = "original" if onto == "trained" else "trained"
+        print(f"Merged onto the base's weights {what}; the other way: onto={other!r}, --onto {other}.", file=sys.stderr)
     return output
 
 
@@ -151,10 +151,10 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
     config, updates = _read_config(adapter), _read_updates(adapter)
     base = Path(config.get("base_model_name_or_path") or "")
-    named = _under_names_of(base, updates) if (base / "config.json").is_file() else updates
-    if config["peft_type"] != "ADALORA" and named is updates:
+    renamed = _renamed_in(base, updates.keys()) if (base / "config.json").is_file() else {}
+    if config["peft_type"] != "ADALORA" and not renamed:
         raise MergeError(f"{adapter} is {config['peft_type']}, not ADALORA: there is nothing to fold. Use it as it is.")
-    kept = {name.removesuffix(".weight"): u for name, u in named.items() if len(u.A)}
+    kept = {renamed.get(name, name).removesuffix(".weight"): u for name, u in updates.items() if len(u.A)}
     if not kept:
         raise MergeError(f"{adapter} kept no rank in any layer, so it changes nothing. Train it again.")
     rank = max(len(update.A) for update in kept.values())
@@ -309,22 +309,22 @@ def _open_native(base: Path, output: Path) -> dict[str, dict[str, Part]]:
     return shards
 
 
-def _under_names_of(base: Path, named: dict[str, Any]) -> dict[str, Any]:
-    """What is named as the weights of a model are, named as in its checkpoint, where that differs: above all in
-    composite ones, of which the language model is a part. vLLM calls them so, too; of an adapter under other names it
-    loads nothing, and says nothing (vllm-project/vllm#48019)."""
+def _renamed_in(base: Path, names: Set[str]) -> dict[str, str]:
+    """What those of a model's weights are called in its checkpoint that have another name there: above all in composite
+    ones, of which the language model is a part. vLLM calls them so, too; of an adapter under other names it loads
+    nothing, and says nothing (vllm-project/vllm#48019)."""
     from transformers import CONFIG_MAPPING
 
     from .families import find_family
 
     stored, config = open_weights(base), read_json(base / "config.json")
     known = config.get("model_type") in CONFIG_MAPPING and not find_family(config, base)
-    if not known or stored.keys() >= named.keys():
-        return named
+    if not known or stored.keys() >= names:
+        return {}
     from .causal import causal_config, names_on_disk, without_weights
 
-    names = names_on_disk(without_weights(causal_config(base)), stored)
-    return {names.get(name, name): each for name, each in named.items()}
+    on_disk = names_on_disk(without_weights(causal_config(base)), stored)
+    return {name: on_disk[name] for name in names & on_disk.keys() if on_disk[name] != name}
 
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:
@@ -387,8 +387,10 @@ def _write_index(shards: dict[str, dict[str, Part]], output: Path) -> None:
         write(output / "model.safetensors.index.json", index)
 
 
-def _rounded(rows: Callable) -> torch.Tensor:
-    return as_in_nf4(rows()[:])
+def _as_trained(part: Part, multiplying: Lock) -> torch.Tensor:
+    """A weight as it was in NF4."""
+    with multiplying:  # one at a time: on its way it takes some twenty bytes a number
+        return as_in_nf4(part.rows()[:])
 
 
 class _Changed:

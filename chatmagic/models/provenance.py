@@ -10,7 +10,7 @@ import torch
 from .checkpoint import open_weights, read_json, weight_files
 
 # Beside an adapter: {BASE: base_fingerprint(of what it is for), "thinking": how it was trained, see `note_thinking`,
-# "nf4": last names of the layers that were in NF4 while it was trained}.
+# "nf4": names of the weights that were in NF4 while it was trained}.
 PROVENANCE, BASE = "chatmagic.json", "base_tensors"
 # Settings of a base that say how it is run or who wrote it, not what it computes.
 NOT_OF_THE_MODEL = """
@@ -54,6 +54,6 @@ def trained_thinking(adapter: Path) -> bool | None:
     return read_json(adapter / PROVENANCE).get("thinking")
 
 
-def trained_in_nf4(adapter: Path) -> list[str]:
-    """Last names, such as `up_proj`, of the layers that were in NF4 while an adapter was trained."""
-    return list(read_json(adapter / PROVENANCE).get("nf4") or [])
+def trained_in_nf4(adapter: Path) -> set[str]:
+    """Names of the weights, as the model has them, that were in NF4 while an adapter was trained."""
+    return set(read_json(adapter / PROVENANCE).get("nf4") or [])

@@ -42,10 +42,14 @@ def as_in_nf4(weight: "torch.Tensor") -> "torch.Tensor":
 
 
 def names_in_nf4(model: "torch.nn.Module") -> list[str]:
-    """The last names, such as `up_proj`, of a model's layers in NF4."""
-    layers = {id(layer) for layer in linears_4bit(model)}
-    names = {name.removesuffix(".base_layer") for name, module in model.named_modules() if id(module) in layers}
-    return sorted({name.split(".")[-1] for name in names})
+    """The names of a model's weights in NF4, without what an adapter adds to them."""
+    from bitsandbytes.nn import Linear4bit
+
+    return [
+        f"{name.removesuffix('.base_layer')}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear4bit) and layer.weight.quant_type == "nf4"
+    ]
 
 
 @functools.cache

@@ -186,7 +186,7 @@ def adapter_files(model: PeftModel) -> dict[str, bytes]:
     provenance = {
         BASE: base_fingerprint(base) if (base / "config.json").is_file() else None,
         "thinking": getattr(model, "chat_thinking", None),
-        "nf4": names_in_nf4(model),
+        "nf4": names_in_nf4(model.get_base_model()),
     }
     return {
         ADAPTER: save(tensors, metadata={"format": "pt"}),

@@ -12,20 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from chatmagic import ChatmagicError, adalora_to_lora, load_model, merge_adapter
-from chatmagic.files import WriteError, write
+from chatmagic.files import WriteError
 from chatmagic.models import merge
 from chatmagic.models.checkpoint import CheckpointError
 from chatmagic.models.merge import MergeError
 from chatmagic.models.provenance import BASE, PROVENANCE, base_fingerprint
-from chatmagic.models.quantize import quantization_config
-from chatmagic.training.states import adapter_files
+from over_nf4 import trained_over_nf4
 from published import MODELS
 
 IDS = torch.tensor([[5, 17, 3, 250, 9, 9, 41, 2]])
@@ -123,44 +120,35 @@ def test_merged_weights_equal_those_of_peft_to_the_last_bit(tmp_path, kind, dtyp
     assert len(unchanged) < len(merged) - 3
 
 
-def test_an_adapter_trained_over_nf4_is_merged_onto_what_it_was_trained_on(tmp_path, base, capsys):
-    """Onto the numbers that bitsandbytes' own layers hold, also where the adapter changes nothing; the head and the
-    norms were never in 4 bits."""
-    model = load_in_nf4(base)
-    held = {f"{name}.weight": dequantize_4bit(m.weight.data, m.weight.quant_state) for name, m in in_nf4(model)}
-    model = get_peft_model(model, lora())
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    (tmp_path / "adapter").mkdir()
-    for name, content in adapter_files(model).items():
-        write(tmp_path / "adapter" / name, content)
-
-    merged = weights(merge_adapter(base, tmp_path / "adapter", tmp_path / "merged"))
-    told = capsys.readouterr().out
-    original = weights(merge_adapter(base, tmp_path / "adapter", tmp_path / "original", onto="original"))
-
-    published = weights(base)
-    assert len(held) == 14 and any(not torch.equal(held[name], published[name]) for name in held)
-    for name, weight in published.items():
-        change = original[name].double() - weight.double()  # rounded once more than what is added
-        expected = held.get(name, weight).double() + change
-        assert torch.allclose(merged[name].double(), expected, atol=2**-7 * max(1, expected.abs().max())), name
-        if not name.endswith(("q_proj.weight", "down_proj.weight")):
-            assert torch.equal(merged[name], held.get(name, weight)) and torch.equal(original[name], weight), name
-    assert "as they were in training, in NF4" in told and "onto='original'" in told
+def test_one_is_told_what_an_adapter_trained_over_nf4_was_merged_onto(tmp_path, base, adapter, capsys):
+    """That it is what it was trained on: tests/test_architectures.py, and below for the families."""
+    plain = weights(merge_adapter(base, adapter, tmp_path / "plain"))
+    assert not capsys.readouterr().err
+    name_nf4(adapter, ["model.layers.0.mlp.gate_proj.weight"])
+    merged = weights(merge_adapter(base, adapter, tmp_path / "merged"))
+    assert "as NF4 leaves them, as in training; the other way: onto='original', --onto orig" in capsys.readouterr().err
+    assert [name for name in plain if not torch.equal(merged[name], plain[name])] == [
+        "model.layers.0.mlp.gate_proj.weight"
+    ]
+    original = weights(merge_adapter(base, adapter, tmp_path / "original", onto="original"))
+    assert "as they are published; the other way: onto='trained', --onto trained" in capsys.readouterr().err
+    assert all(torch.equal(original[name], plain[name]) for name in plain)
     with pytest.raises(MergeError, match="onto is 'nf4'; expected 'trained' or 'original'"):
-        merge_adapter(base, tmp_path / "adapter", tmp_path / "third", onto="nf4")
+        merge_adapter(base, adapter, tmp_path / "third", onto="nf4")
 
 
-def load_in_nf4(base):
-    return AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, quantization_config=quantization_config("nf4", torch.bfloat16)
-    )
+def name_nf4(adapter: Path, names: list[str]) -> None:
+    """Note beside an adapter that these weights were in NF4 while it was trained."""
+    (adapter / PROVENANCE).write_text(json.dumps({"nf4": names}))
 
 
-def in_nf4(model):
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+@pytest.mark.usefixtures("tokenizers_built_once")
+@pytest.mark.parametrize("family", MODELS)
+def test_a_published_family_trained_over_nf4_is_merged_onto_that(tmp_path, tiny_models, family):
+    expected = trained_over_nf4(tiny_models / family, tmp_path / "adapter")
+    merged = weights(merge_adapter(tiny_models / family, tmp_path / "adapter", tmp_path / "merged"))
+    assert merged.keys() == expected.keys()
+    assert [name for name in merged if not torch.equal(merged[name], expected[name])] == []
 
 
 def test_how_an_adapter_was_trained_to_think_goes_with_the_merged_tokenizer(tmp_path, base, adapter):
@@ -283,7 +271,8 @@ def test_the_fingerprint_is_of_the_model_not_of_its_files(tmp_path, base, adapte
 
 
 def test_a_base_in_bin_files_comes_out_as_safetensors(tmp_path, base, adapter):
-    """In one file, and in several."""
+    """In one file, and in several; of weights that were in NF4, too."""
+    name_nf4(adapter, ["model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"])
     expected = weights(merge_adapter(base, adapter, tmp_path / "expected"))
     one = laid_out_otherwise(base, tmp_path / "one")
     several = tmp_path / "several"
@@ -326,6 +315,8 @@ def test_a_tied_head_becomes_its_own(tmp_path, stored_twice):
     merged = merge_adapter(tmp_path / "base", adapter, tmp_path / "merged")
     assert torch.allclose(logits(load(merged)), expected, atol=1e-4)
     assert (logits(load(tmp_path / "base")) - expected).norm() > 1
+    with pytest.raises(MergeError, match="not ADALORA"):  # the base lacks a name, and that is no other name
+        adalora_to_lora(adapter, tmp_path / "lora")
 
 
 # --- adapters as other tools leave them
@@ -514,7 +505,8 @@ def test_folders_that_are_no_model_or_no_adapter(tmp_path, base, adapter):
 
 
 @pytest.mark.slow
-def test_host_memory_stays_below_twice_the_largest_shard(tmp_path):
+@pytest.mark.parametrize("trained_in", ["16 bit", "NF4"])
+def test_host_memory_stays_below_twice_the_largest_shard(tmp_path, trained_in):
     """Four shards of 64 MiB in tensors of 1 MiB: a merge that held two shards would be seen."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir(), adapter.mkdir()
@@ -531,8 +523,10 @@ def test_host_memory_stays_below_twice_the_largest_shard(tmp_path):
             factors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(1024, 2)
     save_file(factors, adapter / "adapter_model.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    if trained_in == "NF4":
+        name_nf4(adapter, [*weight_map])
     script = (
-        "import re, sys; from pathlib import Path; import chatmagic.models.families\n"
+        "import re, sys; from pathlib import Path; import bitsandbytes, chatmagic.models.families\n"
         "from chatmagic.models.merge import merge_adapter\n"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = peak(); merge_adapter(*sys.argv[1:]); print(peak() - before)"
