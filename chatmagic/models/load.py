@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# What the number of a layer's experts is called in a config.json.
+# What the number of a layer's experts is called in a config.json; some of those that see list two.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -63,8 +63,9 @@ def load_model(
 
 
 def check_config(folder: Path, name: str) -> None:
-    """Look at the config.json of the model `name`, in `folder`, before its weights are there, without loading torch:
-    say what it is not good for. Raises RemoteCodeError for what only its own code can read."""
+    """Look at the config.json of the model `name`, in `folder`, before its weights are there, without loading torch
+    where transformers knows it: say what it is not good for. Raises RemoteCodeError for what only its own code can
+    read."""
     from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
     config = _read_config(folder)
@@ -74,7 +75,7 @@ def check_config(folder: Path, name: str) -> None:
         if find_family(config, folder) is None:
             _refuse_remote_code(config, name)
     text = config | (config.get("text_config") or {})
-    if any((text.get(key) or 0) > 1 for key in EXPERTS):
+    if any(text.get(key) not in (None, 0, 1) for key in EXPERTS):
         print(f"{name} is a mixture of experts: they are not quantised here, and get no adapter.", file=sys.stderr)
     if quantised := config.get("quantization_config"):
         how = quantised.get("quant_method", "unknown")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from chatmagic import ChatmagicError, load_model
 from chatmagic.models.checkpoint import CheckpointError, open_weights
-from chatmagic.models.load import _resolve_dtype, context_limit
+from chatmagic.models.load import _resolve_dtype, check_config, context_limit
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 7, 3]])
 
@@ -131,6 +131,14 @@ def test_what_has_no_language_model_is_no_model_to_talk_to(copy):
     SiglipConfig().save_pretrained(copy)
     with pytest.raises(CheckpointError, match="is a siglip, of which transformers has no causal language model"):
         load_model(copy)
+
+
+@pytest.mark.parametrize("experts", [8, [64, 64], 1, None])
+def test_a_mixture_is_told_by_its_config_alone(tmp_path, capsys, experts):
+    """ERNIE-4.5-VL counts those of its text and those of its pictures."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ernie4_5_vl_moe", "moe_num_experts": experts}))
+    check_config(tmp_path, "author/name")
+    assert ("author/name is a mixture of experts" in capsys.readouterr().err) is (experts in (8, [64, 64]))
 
 
 def test_context_limit(llama):
