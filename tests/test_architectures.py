@@ -31,7 +31,7 @@ from chatmagic import (
     prepare,
 )
 from chatmagic.accel.captured import of_fixed_shape
-from chatmagic.accel.layers import fast_layers
+from chatmagic.accel.layers import FLATTENED, fast_layers
 from chatmagic.models.checkpoint import open_file, open_weights
 from chatmagic.models.parts import experts
 from chatmagic.training import StepRunner
@@ -169,7 +169,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, method, tmp_path):
+def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, method, tmp_path, capsys):
     name, folder, model = architecture
     quantize = "nf4" if method == "adalora" and not experts(model) else None
 
@@ -184,6 +184,10 @@ def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, meth
         return fit(model, path, epochs=1 if method == "lora" else 2, lr=5e-2, train=train, val=val, **settings)
 
     history = run(tmp_path / "unbroken")
+    told = capsys.readouterr().out
+    assert ("The experts of this mixture get no adapter" in told) is bool(experts(model))
+    padded = name not in FLATTENED or "sliding_window" in ARCHITECTURES[name]
+    assert ("Batches are computed with their padding" in told) is padded
     with pytest.raises(TrainingInterrupted):
         run(tmp_path / "broken", runner=runner_that(lambda _: os.kill(os.getpid(), signal.SIGINT), 2))
     losses = ["train_loss", "val_loss", "grad_norm"]
