@@ -3,6 +3,7 @@
 docs/models.md has a row for each, which `python tests/helpers/architectures.py` prints.
 """
 
+import json
 import os
 import signal
 from string import ascii_letters
@@ -32,7 +33,7 @@ from chatmagic import (
 )
 from chatmagic.accel.captured import of_fixed_shape
 from chatmagic.accel.layers import FLATTENED, fast_layers
-from chatmagic.models.checkpoint import open_file, open_weights
+from chatmagic.models.checkpoint import open_file, open_weights, read_json
 from chatmagic.models.parts import experts
 from chatmagic.training import StepRunner
 from chatmagic.training.functional import loss_at
@@ -241,6 +242,15 @@ def test_what_was_trained_over_nf4_is_merged_onto_that(architecture, tmp_path):
             torch.testing.assert_close(again[name].tensor, weight, rtol=2**-7, atol=2**-7)
 
 
+def test_what_a_composite_config_says_of_the_whole_alone_is_heard(tokenizer, tmp_path):
+    """Qwen3.5's language model has no tied head unless it is told so, and there is no other head in the files."""
+    model = write("qwen3_5", tmp_path, tokenizer)
+    config = read_json(tmp_path / "config.json")
+    assert config["tie_word_embeddings"] and config["text_config"].pop("tie_word_embeddings")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(logits(load_model(tmp_path, dtype="float32")[0]), logits(model), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
 def test_the_tied_head_of_a_composite_checkpoint_becomes_its_own(name, tokenizer, tmp_path):
     """The names that it has on disk stay, and all but its language model."""
@@ -254,6 +264,8 @@ def test_the_tied_head_of_a_composite_checkpoint_becomes_its_own(name, tokenizer
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     merged = merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert open_weights(merged).keys() - open_weights(tmp_path / "base").keys() == {"lm_head.weight"}
+    config = read_json(merged / "config.json")
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
     assert same_but_for_rounding(load_model(merged, dtype="float32")[0], expected, (expected - without).norm())
     whole = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32)
     assert same_but_for_rounding(whole, expected, (expected - without).norm())
