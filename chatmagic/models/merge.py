@@ -389,7 +389,7 @@ def _write_index(shards: dict[str, dict[str, Part]], output: Path) -> None:
 
 def _as_trained(part: Part, multiplying: Lock) -> torch.Tensor:
     """A weight as it was in NF4."""
-    with multiplying:  # one at a time: on its way it takes some twenty bytes a number
+    with multiplying:  # one at a time: on its way it takes many times its size
         return as_in_nf4(part.rows()[:])
 
 
