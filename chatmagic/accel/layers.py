@@ -27,8 +27,8 @@ from .patched import patched, same_code
 @contextmanager
 def fast_layers(model: PeftModel) -> Iterator[None]:
     """For a while, give every AdaLoRA layer on a linear layer, quantised or not, the forward below; on a GPU every
-    RMSNorm of Llama's code the one of a single kernel; where the GPU has memory to spare, every 4-bit layer its weight dequantised
-    once, not twice a step; and on the CPU the attention that takes batches without their padding."""
+    RMSNorm of Llama's code the one of a single kernel; where the GPU has memory to spare, every 4-bit layer its weight
+    dequantised once, not twice a step; and on the CPU the attention that takes batches without their padding."""
     changes = []
     for layer in model.modules():
         if isinstance(layer, AdaLoraLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear):
