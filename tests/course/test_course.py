@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from chatmagic import machine
-from chatmagic.course import download
+from chatmagic.course import doctor, download
 from chatmagic.course import profile as profiles
 from chatmagic.course.download import DownloadError, snapshot_download
 from chatmagic.course.profile import ProfileError, check_machine, get_profile
@@ -98,13 +98,14 @@ def test_where_no_source_answers_auto_goes_on_with_the_smaller_model(monkeypatch
         fetch(start(EMBEDDED))
 
 
-def test_home_where_roots_folder_is_closed(tmp_path, monkeypatch):
+def test_home_and_doctor_where_roots_folder_is_closed(tmp_path, monkeypatch):
     """As for a user without root: Path.is_dir and Path.exists raise PermissionError below a closed folder."""
     closed = tmp_path / "root"
     (closed / "autodl-tmp").mkdir(parents=True)
     monkeypatch.delenv("CHATMAGIC_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(machine, "AUTODL", closed / "autodl-tmp")
+    for module in (machine, doctor):
+        monkeypatch.setattr(module, "AUTODL", closed / "autodl-tmp")
     assert download.home() == closed / "autodl-tmp"
     tmp_path.chmod(0o755)
     closed.chmod(0o000)
@@ -113,6 +114,10 @@ def test_home_where_roots_folder_is_closed(tmp_path, monkeypatch):
             if os.geteuid() == 0:
                 os.setuid(65534)
             machine.nearest_existing(closed / "autodl-tmp" / "model")
+            [*doctor._folders()]
+            os.environ["CHATMAGIC_HOME"] = str(closed / "autodl-tmp" / "models")
+            [*doctor._folders()]
+            del os.environ["CHATMAGIC_HOME"]
             os._exit(download.home() != tmp_path / "cache" / "chatmagic")
         except BaseException:
             os._exit(2)
