@@ -16,7 +16,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +25,7 @@ from urllib.parse import quote
 from ..errors import ChatmagicError
 from ..files import (
     FULL,
+    BusyError,
     WriteError,
     alone_in,
     in_words,
@@ -125,19 +126,14 @@ def download(
     if wanted.profile:
         check_machine(wanted.profile, folder, 0 if any_machine else wanted.profile.memory)
     staging = folder.with_name(f".{folder.name}.download")
-    try:
-        with in_words(folder, MAKE_ROOM), _in_turn(staging, wanted.name):
-            if not is_whole(folder):
-                _check_ours(wanted)
-                if wanted.profile and wanted.profile.sha256:
-                    _from_gguf(wanted, staging, source)
-                else:
-                    ways = {hub.name: partial(_from_hub, wanted, hub, staging) for hub in HUBS}
-                    first_answer(wanted.name, folder, ways, source, _carry(wanted))
-    finally:
-        if staging.is_dir() and not any(staging.iterdir()):
-            with suppress(WriteError):
-                remove(staging)
+    with in_words(folder, MAKE_ROOM), _in_turn(staging, wanted.name):
+        if not is_whole(folder):
+            _check_ours(wanted)
+            if wanted.profile and wanted.profile.sha256:
+                _from_gguf(wanted, staging, source)
+            else:
+                ways = {hub.name: partial(_from_hub, wanted, hub, staging) for hub in HUBS}
+                first_answer(wanted.name, folder, ways, source, _carry(wanted))
     return folder
 
 
@@ -219,17 +215,19 @@ def _check_ours(wanted: Wanted) -> None:
 
 @contextmanager
 def _in_turn(staging: Path, name: str) -> Iterator[None]:
-    """Have the folder to oneself; a process that died holds it no longer."""
-    try:
-        with alone_in(staging, patience=0):
+    """Have the folder to oneself; a process that died holds it no longer. Nothing stays of an empty one."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone_in(staging, patience=0))
+        except BusyError:
+            _tell(f"Another process downloads {name}: this one waits for its end.")
+            held.enter_context(alone_in(staging, patience=math.inf))
+        try:
             yield
-            return
-    except WriteError as error:
-        if "Another process" not in str(error):
-            raise
-    _tell(f"Another process downloads {name}: this one waits for its end.")
-    with alone_in(staging, patience=math.inf):
-        yield
+        finally:
+            if staging.is_dir() and not any(staging.iterdir()):
+                with suppress(WriteError):
+                    remove(staging)
 
 
 def _tell(line: str) -> None:
