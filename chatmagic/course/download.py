@@ -109,8 +109,8 @@ def download(
     source: str = "auto",
     any_machine: bool = False,
 ) -> Path:
-    """As `snapshot_download`, which see; `any_machine`: also what this machine has not the memory for. Raises
-    DownloadError."""
+    """As `snapshot_download`, which see; `any_machine`: also for a course that this machine has not the memory or the
+    disk for. Raises DownloadError."""
     if source not in SOURCES:
         raise DownloadError(f"source={source!r} is not known: give one of {', '.join(map(repr, SOURCES))}.")
     if source == "local" and (here := Path(model).expanduser()).is_dir():
@@ -123,8 +123,8 @@ def download(
         return found
     if source == "local":
         raise DownloadError(f"{wanted.name} is not at {folder}, nor whole in a hub's cache. {_carry(wanted)}")
-    if wanted.profile:
-        check_machine(wanted.profile, folder, 0 if any_machine else wanted.profile.memory)
+    if wanted.profile and not any_machine:
+        check_machine(wanted.profile, folder)
     staging = folder.with_name(f".{folder.name}.download")
     with in_words(folder, MAKE_ROOM), _in_turn(staging, wanted.name):
         if not is_whole(folder):

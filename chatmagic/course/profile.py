@@ -164,10 +164,10 @@ def all_of(profile: Profile) -> list[tuple[str, str]]:
     ]
 
 
-def check_machine(profile: Profile, folder: Path, needed: int | None = None) -> None:
-    """Raise ProfileError, before a byte is downloaded, if this machine has not the disk for this profile, or `needed`
-    bytes of memory, which default to what training takes."""
-    if problems := lacking(profile, folder, profile.memory if needed is None else needed):
+def check_machine(profile: Profile, folder: Path) -> None:
+    """Raise ProfileError, before a byte is downloaded, if this machine has not the disk for a course with this profile,
+    or the memory that training takes."""
+    if problems := lacking(profile, folder, profile.memory):
         memory, free = gpu_memory() or ram(), shutil.disk_usage(nearest_existing(folder)).free
         fits = [p.name for p in profiles().values() if p.memory <= memory and p.disk <= free]
         advice = f"Fits here: {', '.join(fits)}." if fits else "Free some disk, and run this again."

@@ -137,6 +137,20 @@ def test_what_does_not_fit_is_refused_before_a_byte_is_fetched(monkeypatch, home
     assert not home.exists()
 
 
+def test_for_another_machine_the_model_alone_has_to_fit(monkeypatch, home):
+    """Neither the memory nor the disk of a whole course; what is fetched is measured when the hub has listed it."""
+    asked = []
+    monkeypatch.setattr(download, "first_answer", lambda name, *args: asked.append(name))
+    monkeypatch.setattr(profiles, "ram", lambda: 4 * 10**9)
+    monkeypatch.setattr(profiles, "gpu_memory", lambda: 0)
+    usage = machine.shutil._ntuple_diskusage(10**11, 0, 20 * 10**9)
+    monkeypatch.setattr(profiles.shutil, "disk_usage", lambda path: usage)
+    download.download("baichuan2-7b-chat", any_machine=True)
+    assert asked == ["baichuan2-7b-chat"]
+    with pytest.raises(ProfileError, match="31.0 GB of disk"):
+        download.download("baichuan2-7b-chat")
+
+
 def test_a_full_disk_is_told(monkeypatch, home):
     monkeypatch.setattr(profiles.shutil, "disk_usage", lambda path: machine.shutil._ntuple_diskusage(10**9, 10**9, 5))
     with pytest.raises(ProfileError, match="GB of disk at .*CHATMAGIC_HOME names another disk"):
