@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bms-[0-9a-f]{8}-[0-9a-f-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}"
     r"|://[^/\s:@\"'<>{}]+:[^/\s@\"'<>{}]+@"
-    r"|/home/(?!USER\b|ubuntu\b)\w+/|/Users/\w+/|/root/(?!autodl)[\w.]|[A-Z]:\\\\Users\\\\\w+"
+    r"|/(?:home/(?!USER\b|ubuntu\b)\w+/|Users/\w+/|root/(?!autodl)[\w.])|[A-Z]:\\\\Users\\\\\w+"
 )
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 KEYS = {name: f"hf_{'K3y' * 9}" for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "OPENAI_API_KEY")}
@@ -36,9 +36,10 @@ def strings(value) -> list[str]:
         ("hf_" + "a" * 34, True),
         ("sk-" + "a1" * 20, True),
         ("http://me:secret@proxy:3128", True),
-        ("/home/someone/models", True),
-        ("/root/.cache/chatmagic", True),
-        ("/root/autodl-tmp", False),
+        ("/" + "home/someone/models", True),
+        ("/" + "Users/someone/models", True),
+        ("/" + "root/.cache/chatmagic", True),
+        ("/" + "root/autodl-tmp", False),
         ("~/.cache/chatmagic", False),
         ("https://huggingface.co/a@b", False),
     ],
