@@ -18,6 +18,7 @@ import pytest
 
 from chatmagic.errors import ChatmagicError
 from chatmagic.files import BusyError, WriteError, alone_in, new_folder, remove, settle, write, write_together, writing
+from disk import small_disk
 from writers import COVERED, NEW, WRITERS
 
 ROOT = os.geteuid() == 0
@@ -35,10 +36,8 @@ def disk(tmp_path):
     """A small file system of its own, where root may mount one; else a folder."""
     where = Path(tempfile.mkdtemp())
     where.chmod(0o755)
-    mounted = ROOT and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=755", "none", where]).returncode
-    yield where
-    if mounted:
-        subprocess.run(["umount", "-l", where], check=True)
+    with small_disk(where, "4m"):
+        yield where
     where.chmod(0o755)
     subprocess.run(["rm", "-r", where], check=True)
 
