@@ -56,7 +56,8 @@ def models(args: argparse.Namespace) -> None:
 
 def download(args: argparse.Namespace) -> None:
     """Print the folder of the model, downloaded if need be, and verified if asked to."""
-    from .course.download import download, verify
+    from .course.download import download
+    from .models.checkpoint import verify
 
     folder = download(args.model, None, args.revision, args.source, args.any_machine)
     if args.verify:

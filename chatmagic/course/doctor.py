@@ -20,9 +20,9 @@ from urllib.request import getproxies
 from ..files import nearest_existing
 from ..machine import AUTODL, PACKAGES, courses, gpu_memory, home, report, shipped, short
 from ..models.checkpoint import CheckpointError, check_whole
-from .download import find, local
 from .hubs import HUBS, without_password
 from .profile import Profile, get_profile, lacking
+from .wanted import find, local
 
 PYTHONS = ((3, 11), (3, 13))  # the first and the last that the course was tried on
 PORTS = {8888: "JupyterLab", 6006: "what AutoDL shows outside"}

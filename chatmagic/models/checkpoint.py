@@ -1,14 +1,17 @@
 """The weight files of a checkpoint folder: opened without being read, and checked before a model is made."""
 
+import hashlib
 import json
 import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ChatmagicError
+from ..files import write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +72,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
 
 
+def write_manifest(
+    folder: Path, files: Iterable[Path], model: str, source: str, revision: str, commit: str = ""
+) -> None:
+    """Note in the folder what a model consists of, and where it is from: see `read_manifest`."""
+    noted = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(files)}
+    about = {"model": model, "source": source, "revision": revision, "commit": commit, "files": noted}
+    write(folder / MANIFEST, json.dumps(about, indent=1))
+
+
+def sha256(file: Path) -> str:
+    """The checksum of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def check_sizes(folder: Path) -> None:
     """Raise CheckpointError, naming the file, where one is not as long as it was when it was downloaded."""
     manifest = read_manifest(folder)
@@ -92,6 +110,30 @@ def check_whole(folder: Path) -> None:
             raise CheckpointError(f"{file} is cut short or no checkpoint: download it again.")
     if not any(any(folder.glob(name)) for name in TOKENIZERS):
         raise CheckpointError(f"{folder} holds no tokenizer, none of {', '.join(TOKENIZERS)}: download it again.")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `check_whole` has nothing to say of the folder."""
+    try:
+        check_whole(folder)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The folder's manifest, every file hashed anew and found to be as noted; {} where there is none, and the files
+    are what `check_whole` asks for. Raises CheckpointError, naming the file."""
+    check_whole(folder)
+    manifest = read_manifest(folder)
+    for name, noted in manifest.get("files", {}).items():
+        if (found := sha256(folder / name)) != noted["sha256"]:
+            raise CheckpointError(
+                f"{folder / name} has the checksum {found[:12]}..., and {noted['sha256'][:12]}... was downloaded: it "
+                f"was changed since. To have it again, and it alone: rm {folder / name}; chatmagic download "
+                f"{manifest['model']}"
+            )
+    return manifest
 
 
 def _is_cut(file: Path) -> bool:

@@ -106,7 +106,7 @@ def test_home_and_doctor_where_roots_folder_is_closed(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for module in (machine, doctor):
         monkeypatch.setattr(module, "AUTODL", closed / "autodl-tmp")
-    assert download.home() == closed / "autodl-tmp"
+    assert machine.home() == closed / "autodl-tmp"
     tmp_path.chmod(0o755)
     closed.chmod(0o000)
     if (child := os.fork()) == 0:  # root is kept out by nothing
@@ -118,7 +118,7 @@ def test_home_and_doctor_where_roots_folder_is_closed(tmp_path, monkeypatch):
             os.environ["CHATMAGIC_HOME"] = str(closed / "autodl-tmp" / "models")
             [*doctor._folders()]
             del os.environ["CHATMAGIC_HOME"]
-            os._exit(download.home() != tmp_path / "cache" / "chatmagic")
+            os._exit(machine.home() != tmp_path / "cache" / "chatmagic")
         except BaseException:
             os._exit(2)
     status = os.waitpid(child, 0)[1]

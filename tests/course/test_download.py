@@ -19,12 +19,12 @@ import torch
 
 from chatmagic import load_model, snapshot_download
 from chatmagic.course import download, hubs
-from chatmagic.course.download import DownloadError, verify
+from chatmagic.course.download import DownloadError
 from chatmagic.course.hubs import HuggingFace, ModelScope, answers
 from chatmagic.course.profile import profiles
 from chatmagic.files import WriteError
 from chatmagic.models import shard
-from chatmagic.models.checkpoint import CheckpointError
+from chatmagic.models.checkpoint import CheckpointError, verify
 from disk import small_disk
 from tiny_gguf import tiny_gguf
 
