@@ -96,8 +96,15 @@ def check_sizes(folder: Path) -> None:
             found = f"has {file.stat().st_size:,} bytes" if file.is_file() else "is missing"
             raise CheckpointError(
                 f"{file} {found}; {noted['bytes']:,} were downloaded. To have it again, and it alone: "
-                f"chatmagic download {manifest['model']}"
+                f"{_download(folder)}"
             )
+
+
+def _download(folder: Path) -> str:
+    """The command that brings what the folder lacks of its download."""
+    noted = read_manifest(folder)
+    of = f" --revision {noted['revision']}" if "@" in folder.name else ""  # as course/wanted.py names it
+    return f"chatmagic download {noted['model']}{of}"
 
 
 def check_whole(folder: Path) -> None:
@@ -130,8 +137,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if (found := sha256(folder / name)) != noted["sha256"]:
             raise CheckpointError(
                 f"{folder / name} has the checksum {found[:12]}..., and {noted['sha256'][:12]}... was downloaded: it "
-                f"was changed since. To have it again, and it alone: rm {folder / name}; chatmagic download "
-                f"{manifest['model']}"
+                f"was changed since. To have it again, and it alone: rm {folder / name}; {_download(folder)}"
             )
     return manifest
 

@@ -53,6 +53,10 @@ def test_a_revision_is_the_hubs_own_and_each_has_its_folder(hubs, tmp_path):
         assert run(proxy, tmp_path, ID)[0] == 0
         status, out, err = run(proxy, tmp_path, ID, "--revision", "v1.0")
         assert status == 0 and out == f"{tmp_path / FOLDER}@v1.0" and here(tmp_path / f"{FOLDER}@v1.0") == old
+        changed = tmp_path / f"{FOLDER}@v1.0/tokenizer.json"
+        changed.write_bytes(b"[]" + changed.read_bytes()[2:])
+        status, out, err = run(proxy, tmp_path, ID, "--revision", "v1.0", "--verify")
+        assert status == 1 and err.endswith(f"rm {changed}; chatmagic download {ID} --revision v1.0\n")
         # what the first hub does not have the second may
         status, out, err = run(proxy, tmp_path, ID, "--revision", "v2.0")
         noted = json.loads((tmp_path / f"{FOLDER}@v2.0/.complete").read_text())
