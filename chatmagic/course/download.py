@@ -208,7 +208,7 @@ def _from_hub(wanted: Wanted, hub: Hub, staging: Path) -> None:
     for left in staging.iterdir():
         if left.name not in lost:
             remove(left)
-    paths = [(staging if name in lost else folder) / name for name in files]
+    paths = {(staging if name in lost else folder) / name: remote.sha256 for name, remote in files.items()}
     if not folder.exists():
         check_whole(staging)  # what the hub has may not be
     write_manifest(staging, paths, wanted.name, hub.name, revision, listing.commit)
@@ -289,7 +289,7 @@ def _from_gguf(wanted: Wanted, staging: Path, source: str) -> None:
         from ..models.unpack import unpack_gguf
 
         unpack_gguf(gguf, model)
-        write_manifest(model, [*model.iterdir()], profile.name, source, profile.sha256)
+        write_manifest(model, dict.fromkeys(model.iterdir(), ""), profile.name, source, profile.sha256)
     _put(staging / "model", folder)
     remove(staging)
 

@@ -30,6 +30,11 @@ class Remote(NamedTuple):
     bytes: int
     digest: str
 
+    @property
+    def sha256(self) -> str:
+        """The first of the two; "" where the hub does not say it."""
+        return self.digest if len(self.digest) == 64 else ""
+
     def differs(self, file: Path) -> str:
         """In what the file is another; "" if it is this one. One without a digest is known by its size alone."""
         if not file.is_file():
@@ -37,7 +42,7 @@ class Remote(NamedTuple):
         size = file.stat().st_size
         if size != self.bytes:
             return f"has {size:,} bytes, not {self.bytes:,}"
-        digest = hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % size)
+        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size)
         with file.open("rb") as stream:
             while self.digest and (block := stream.read(2**20)):
                 digest.update(block)

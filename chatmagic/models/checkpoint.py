@@ -6,7 +6,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,10 +73,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(
-    folder: Path, files: Iterable[Path], model: str, source: str, revision: str, commit: str = ""
+    folder: Path, files: Mapping[Path, str], model: str, source: str, revision: str, commit: str = ""
 ) -> None:
-    """Note in the folder what a model consists of, and where it is from: see `read_manifest`."""
-    noted = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(files)}
+    """Note in the folder what a model consists of, and where it is from: see `read_manifest`. files: with the SHA-256
+    of those that were just found to have it, "" for those that are still to be read for it."""
+    noted = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest or sha256(path)}
+        for path, digest in sorted(files.items())
+    }
     about = {"model": model, "source": source, "revision": revision, "commit": commit, "files": noted}
     write(folder / MANIFEST, json.dumps(about, indent=1))
 
