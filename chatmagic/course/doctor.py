@@ -223,5 +223,5 @@ def _fit(profile: Profile) -> Finding:
         problems.append(f"a GPU: on a CPU, {profile.quantize.upper()} unpacks every weight at every step")
     if problems:
         said = f"{profile.name} needs {'; it needs '.join(problems)}"
-        return Finding("profile", said, BAD, "another: chatmagic models lists first those that fit")
+        return Finding("profile", said, BAD, "" if profile == get_profile() else "chatmagic doctor --profile auto")
     return Finding("profile", f"{profile.name}: fits this machine")

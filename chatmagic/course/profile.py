@@ -147,7 +147,7 @@ def all_of(profile: Profile) -> list[tuple[str, str]]:
         ("Hugging Face", profile.huggingface or "-"),
         ("PyPI", ", ".join(profile.wheels) or "-"),
         ("licence", profile.licence),
-        ("architecture", profile.architecture or "docs/families.md"),
+        ("architecture", profile.architecture or "-"),
         ("weights", size + ("; what it sees or hears with is downloaded too, and not used" if profile.sees else "")),
         ("thinks", {"no": "no", "told": "or not, as it is told to", "always": "before every answer"}[profile.thinks]),
         ("trains", f"in {how}, in {profile.memory / GB:.1f} GB: {smallest_card(profile.memory)} or more"),

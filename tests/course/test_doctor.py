@@ -86,6 +86,9 @@ def test_a_model_for_gpus_does_not_fit_a_cpu(monkeypatch):
     assert "needs a GPU: on a CPU" in found("profile", "qwen-14b-chat").found
     monkeypatch.setattr(profiles, "ram", lambda: 24 * 10**9)
     assert "needs 30.3 GB of RAM" in found("profile", "qwen-14b-chat").found, "merging takes more than training"
+    assert found("profile", "qwen-14b-chat").mend == "chatmagic doctor --profile auto"
+    monkeypatch.setattr(profiles, "ram", lambda: 10**9)
+    assert (found("profile", "auto").state, found("profile", "auto").mend) == (BAD, ""), "there is no smaller one"
 
 
 @pytest.mark.parametrize(
