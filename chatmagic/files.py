@@ -32,6 +32,10 @@ class WriteError(ChatmagicError):
     """Nothing could be written there; what was there is as it was."""
 
 
+class BusyError(WriteError):
+    """Another process writes there."""
+
+
 def write(path: str | Path, content: str | bytes | memoryview, hint: str = "") -> None:
     """Let the file be `content`, text in UTF-8; as `writing`."""
     with writing(path, hint) as file:
@@ -99,10 +103,10 @@ def new_folder(folder: str | Path, needed: int = 0, hint: str = "", over: bool =
 
 
 def settle(part: Path, folder: Path, over: bool = False) -> None:
-    """Let a folder that was filled be `folder`, with all in it safe on the disk; `over` as for `new_folder`. Raises
-    WriteError as `writing` does."""
+    """Let a folder that was filled, or a file, be `folder`, with all in it safe on the disk; `over` as for
+    `new_folder`. Raises WriteError as `writing` does."""
     with in_words(folder, ""):
-        for file in filter(Path.is_file, part.rglob("*")):
+        for file in filter(Path.is_file, (part, *part.rglob("*"))):
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         if over and folder.exists():
@@ -113,28 +117,35 @@ def settle(part: Path, folder: Path, over: bool = False) -> None:
 
 @contextmanager
 def alone_in(folder: str | Path, patience: float = 10.0) -> Iterator[None]:
-    """Have the folder, made if it is not there, to oneself among all that ask so; raises WriteError where somebody has
+    """Have the folder, made if it is not there, to oneself among all that ask so; raises BusyError where somebody has
     it for longer than `patience` seconds, in which the helpers of a process that was killed end."""
-    folder = Path(folder).expanduser()
+    folder, until = Path(folder).expanduser(), time.monotonic() + patience
     make_folder(folder)
     with ExitStack() as held:
-        if fcntl:
-            while True:
-                with suppress(FileNotFoundError):  # whoever had it has just put it elsewhere
-                    fd = os.open(folder, os.O_RDONLY)
-                    break
-                make_folder(folder)
-            held.callback(os.close, fd)
-            until = time.monotonic() + patience
-            with suppress(OSError):  # a disk without locks
-                while not _lock(fd):
-                    if time.monotonic() > until:
-                        raise WriteError(
-                            f"Another process writes to {folder.absolute()}, and two would spoil each other's: wait "
-                            "for its end, or name another folder. Nothing was changed."
-                        )
-                    time.sleep(0.2)
+        while fcntl and not _is_ours(folder, held):
+            if time.monotonic() > until:
+                raise BusyError(
+                    f"Another process writes to {folder.absolute()}, and two would spoil each other's: wait for its "
+                    "end, or name another folder. Nothing was changed."
+                )
+            time.sleep(0.2)
+            make_folder(folder)
         yield
+
+
+def _is_ours(folder: Path, held: ExitStack) -> bool:
+    """Whether nobody has the folder of that name now but us, until `held` is closed."""
+    with ExitStack() as opened, suppress(FileNotFoundError):  # whoever had it has put it elsewhere
+        fd = os.open(folder, os.O_RDONLY)
+        opened.callback(os.close, fd)
+        try:
+            locked = _lock(fd)
+        except OSError:  # a disk without locks
+            locked = True
+        if locked and os.path.samestat(os.fstat(fd), os.stat(folder)):
+            held.push(opened.pop_all())
+            return True
+    return False
 
 
 def _lock(fd: int) -> bool:

@@ -202,6 +202,11 @@ def test_the_tutorial_in_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     nbformat.write(notebook(NOTE.format("mine")), folder / "01.ipynb")
     assert cli.main(["tutorial", str(folder)]) == 0
     assert (folder / "ran").read_text() == "0001mine" and capsys.readouterr().out.count("done before") == 1
+    assert cli.main(["tutorial", str(folder), "--executed", str(tmp_path / "other")]) == 0
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["00.ipynb", "01.ipynb"]
+    with pytest.raises(SystemExit):
+        cli.main(["tutorial", str(folder), "--notebooks", str(tmp_path / "shipped")])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_errors_are_one_paragraph_and_a_failing_exit_code():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from chatmagic.errors import ChatmagicError
-from chatmagic.files import WriteError, new_folder, remove, write, write_together, writing
+from chatmagic.files import BusyError, WriteError, alone_in, new_folder, remove, settle, write, write_together, writing
+from disk import small_disk
 from writers import COVERED, NEW, WRITERS
 
 ROOT = os.geteuid() == 0
@@ -34,10 +36,8 @@ def disk(tmp_path):
     """A small file system of its own, where root may mount one; else a folder."""
     where = Path(tempfile.mkdtemp())
     where.chmod(0o755)
-    mounted = ROOT and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=755", "none", where]).returncode
-    yield where
-    if mounted:
-        subprocess.run(["umount", "-l", where], check=True)
+    with small_disk(where, "4m"):
+        yield where
     where.chmod(0o755)
     subprocess.run(["rm", "-r", where], check=True)
 
@@ -250,6 +250,37 @@ def test_a_folder_in_the_place_of_another(tmp_path, monkeypatch):
                 write(part / content, content)
         assert contents(tmp_path) == {"folder/new": b"new"}
         monkeypatch.setattr("ctypes.CDLL", lambda name: None)  # a system that cannot
+
+
+def test_who_waits_for_a_folder_gets_the_one_that_has_its_name_by_then(tmp_path):
+    """Whoever had it may have put it elsewhere, as a download does that has ended, or removed it."""
+
+    def waits():
+        with alone_in(tmp_path / "folder"):
+            (tmp_path / "folder" / "mine").touch()
+
+    waiting = threading.Thread(target=waits)
+    with alone_in(tmp_path / "folder"):
+        with pytest.raises(BusyError, match="Another process writes to"), alone_in(tmp_path / "folder", patience=0):
+            pass
+        waiting.start()
+        time.sleep(0.5)
+        (tmp_path / "folder").rename(tmp_path / "elsewhere")
+    waiting.join()
+    assert contents(tmp_path) == {"folder/mine": b""}
+
+
+def test_what_settles_is_safe_on_the_disk(tmp_path, monkeypatch):
+    """A folder with all in it, and a file alone."""
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd)))
+    (tmp_path / "part").mkdir()
+    for path in (tmp_path / "part" / "file", tmp_path / "alone"):
+        path.write_text(path.name)
+    settle(tmp_path / "part", tmp_path / "folder")
+    settle(tmp_path / "alone", tmp_path / "folder" / "other")
+    assert contents(tmp_path) == {"folder/file": b"file", "folder/other": b"alone"}
+    assert synced == [(tmp_path / "folder" / name).stat().st_ino for name in ("file", "other")]
 
 
 def test_a_part_that_is_being_written_is_not_cleared(tmp_path):

@@ -72,10 +72,11 @@ def test_both_readmes_show_the_same_commands_and_all_are_run_here():
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_make_tutorial(clone, monkeypatch):
+def test_make_tutorial(clone, tmp_path, monkeypatch):
     """From the last notebook of the series; those before it were run by nbval in this same session, and so
     was 08, which trains anew."""
     monkeypatch.delenv("CHATMAGIC_COURSE")  # nbval ran them in the user's own
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))  # whose kernel is not to be one of a clone that goes
     executed = clone / "work" / "executed"
     executed.mkdir(parents=True)
     (clone / "notebooks" / "08-your-own-data.ipynb").unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hub import Hubs, Repository, proxied
+from hub import HUGGINGFACE, MODELSCOPE, Hubs, Repository, proxied
 from tiny_hub import ID, download, model
 from writers import WRITERS
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bms-[0-9a-f]{8}-[0-9a-f-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}"
     r"|://[^/\s:@\"'<>{}]+:[^/\s@\"'<>{}]+@"
-    r"|/home/(?!USER\b|ubuntu\b)\w+/|/Users/\w+/|/root/(?!autodl)[\w.]|[A-Z]:\\\\Users\\\\\w+"
+    r"|/(?:home/(?!USER\b|ubuntu\b)\w+/|Users/\w+/|root/(?!autodl)[\w.])|[A-Z]:\\\\Users\\\\\w+"
 )
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 KEYS = {name: f"hf_{'K3y' * 9}" for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "OPENAI_API_KEY")}
@@ -36,9 +36,10 @@ def strings(value) -> list[str]:
         ("hf_" + "a" * 34, True),
         ("sk-" + "a1" * 20, True),
         ("http://me:secret@proxy:3128", True),
-        ("/home/someone/models", True),
-        ("/root/.cache/chatmagic", True),
-        ("/root/autodl-tmp", False),
+        ("/" + "home/someone/models", True),
+        ("/" + "Users/someone/models", True),
+        ("/" + "root/.cache/chatmagic", True),
+        ("/" + "root/autodl-tmp", False),
         ("~/.cache/chatmagic", False),
         ("https://huggingface.co/a@b", False),
     ],
@@ -85,3 +86,19 @@ def test_a_download_neither_notes_nor_prints_one(tmp_path, source):
     kept = b"".join(path.read_bytes() for path in (tmp_path / ID).iterdir()).decode(errors="replace")
     for text in (err, kept):
         assert KEYS["HF_TOKEN"] not in text and "secret" not in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("how", ["503 for all", "unreachable"])
+def test_nor_does_one_that_fails(tmp_path, how):
+    """Where the hubs' addresses hold a password of their own."""
+    addresses = {
+        "MODELSCOPE_ENDPOINT": MODELSCOPE.replace("//", "//me:secret@"),
+        "HF_ENDPOINT": HUGGINGFACE.replace("//", "//me:secret@"),
+    }
+    with proxied(Hubs({}), lambda url: how) as proxy:
+        if how == "unreachable":
+            proxy = "http://127.0.0.1:9"
+        process = download(proxy.replace("//", "//me:secret@"), tmp_path, ID, **KEYS, **addresses)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "modelscope says: " in err and "huggingface says: " in err
+    assert KEYS["HF_TOKEN"] not in err and "secret" not in err

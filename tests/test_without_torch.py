@@ -44,16 +44,16 @@ for name in ("torch", "transformers", "numpy", "requests", "tqdm"):
 
 def closure(names: list[str]) -> set[str]:
     """The distributions of these names and all that they need on this machine."""
-    found, todo = set(), [(Requirement(name).name, Requirement(name).extras) for name in names]
-    while todo:
-        name, extras = todo.pop()
+    found, asked = set(), [(Requirement(name).name, Requirement(name).extras) for name in names]
+    while asked:
+        name, extras = asked.pop()
         key = re.sub(r"[-_.]+", "-", name).lower()
         if (key, *sorted(extras)) in found:
             continue
         found.add((key, *sorted(extras)))
         for needed in map(Requirement, requires(name) or ()):
             if any(not needed.marker or needed.marker.evaluate({"extra": extra}) for extra in (*extras, "")):
-                todo.append((needed.name, needed.extras))
+                asked.append((needed.name, needed.extras))
     return {key for key, *_ in found}
 
 

@@ -4,6 +4,7 @@ Nothing is loaded for it but what a GPU's driver makes necessary: torch is impor
 """
 
 import configparser
+import json
 import os
 import re
 import socket
@@ -19,9 +20,9 @@ from urllib.request import getproxies
 from ..files import nearest_existing
 from ..machine import AUTODL, PACKAGES, courses, gpu_memory, home, report, shipped, short
 from ..models.checkpoint import CheckpointError, check_whole
-from .download import find, local
 from .hubs import HUBS, without_password
 from .profile import Profile, get_profile, lacking
+from .wanted import find, local
 
 PYTHONS = ((3, 11), (3, 13))  # the first and the last that the course was tried on
 PORTS = {8888: "JupyterLab", 6006: "what AutoDL shows outside"}
@@ -96,7 +97,8 @@ def _bitsandbytes() -> Iterator[Finding]:
     import torch
 
     cuda = (torch.version.cuda or "").replace(".", "")
-    brought = sorted(path.stem.removeprefix("libbitsandbytes_cuda") for path in Path(spec.origin).parent.glob("*cuda*"))
+    libraries = Path(spec.origin).parent.glob("libbitsandbytes_cuda*")
+    brought = sorted(path.stem.removeprefix("libbitsandbytes_cuda") for path in libraries)
     if any(each[:2] == cuda[:2] for each in brought):  # it takes the nearest of the same major version
         yield Finding("bitsandbytes", f"has a library for CUDA {torch.version.cuda}")
     else:
@@ -107,17 +109,23 @@ def _bitsandbytes() -> Iterator[Finding]:
 def _kernel() -> Finding:
     """Whether notebooks find a kernel named chatmagic, and it is of this Python."""
     data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "jupyter"
-    folders = [Path(named) for named in [os.environ.get("JUPYTER_DATA_DIR")] if named] or [data]
-    specs = [folder / "kernels" / "chatmagic" for folder in (*folders, Path(sys.prefix) / "share" / "jupyter")]
-    spec = next((path for path in specs if (path / "kernel.json").is_file()), None)
+    folders = [Path(os.environ.get("JUPYTER_DATA_DIR") or data), Path(sys.prefix) / "share" / "jupyter"]
+    specs = (folder / "kernels" / "chatmagic" / "kernel.json" for folder in folders)
+    spec = next((file for file in specs if os.path.isfile(file)), None)
     mend = f"{short(sys.executable)} -m ipykernel install --user --name chatmagic (make kernel does that)"
     if spec is None:
         return Finding("kernel", "no kernel named chatmagic is registered: notebooks run in python3's", NOTE, mend)
-    if not any(
-        path in (spec / "kernel.json").read_text() for path in (sys.executable, os.path.realpath(sys.executable))
-    ):
-        return Finding("kernel", f"{short(spec)} is of another Python than this", NOTE, mend)
-    return Finding("kernel", f"chatmagic, {short(spec)}")
+    of = ""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        of = str(json.loads(spec.read_text(encoding="utf-8"))["argv"][0])
+    if _python(of) != _python(sys.executable):
+        return Finding("kernel", f"{short(spec.parent)} is of another Python than this", NOTE, mend)
+    return Finding("kernel", f"chatmagic, {short(spec.parent)}")
+
+
+def _python(path: str) -> tuple[Path, Path]:
+    """The folder of a Python, and what it is a link to: that alone is the same for all environments made of one."""
+    return Path(path).parent.resolve(), Path(path).resolve()
 
 
 def _font() -> Finding:
@@ -129,7 +137,7 @@ def _font() -> Finding:
         "fonts",
         "the plots' own is not there: Chinese shows as boxes",
         NOTE,
-        "pip install --force-reinstall --no-deps chatmagic",
+        "pip install --force-reinstall --no-deps . in the repository's folder",
     )
 
 
@@ -184,11 +192,11 @@ def _folders() -> Iterator[Finding]:
     for what, folder, name in (("models", home(), "CHATMAGIC_HOME"), ("courses", courses(), "CHATMAGIC_COURSE")):
         found = nearest_existing(folder)
         closed = not os.access(found, os.W_OK | os.X_OK)
-        used = what == "models" and folder.is_dir() and os.access(folder, os.R_OK)  # a share: what is whole is used
+        used = what == "models" and folder == found and os.access(folder, os.R_OK)  # a share: what is whole is used
         state = (NOTE if used else BAD) if closed else OK
         said = f"{short(folder)}{' cannot be written' if closed else ''}"
         yield Finding(what, said, state, f"export {name}=FOLDER, one of your own" if closed else "")
-    if AUTODL.is_dir() and not home().is_relative_to(AUTODL):
+    if os.access(AUTODL, os.W_OK | os.X_OK) and not home().is_relative_to(AUTODL):
         yield Finding(
             "data disk", f"models go to {short(home())}, and not to {AUTODL}", NOTE, f"export CHATMAGIC_HOME={AUTODL}"
         )
@@ -199,13 +207,12 @@ def _model(profile: Profile) -> Finding:
     wanted = find(profile.name)
     if folder := local(wanted):
         return Finding("model", f"{profile.name} is whole, {short(folder)}")
-    if not os.path.lexists(wanted.folder):
-        return Finding("model", f"{profile.name} is not here yet", OK, f"chatmagic download {profile.name}")
-    try:
-        check_whole(wanted.folder)
-    except (CheckpointError, OSError) as error:
-        return Finding("model", str(error), NOTE, f"chatmagic download {profile.name}")
-    return Finding("model", f"{profile.name} is whole, {short(wanted.folder)}")
+    if os.path.lexists(wanted.folder):
+        try:
+            check_whole(wanted.folder)
+        except (CheckpointError, OSError) as error:
+            return Finding("model", str(error), NOTE, f"chatmagic download {profile.name}")
+    return Finding("model", f"{profile.name} is not here yet", OK, f"chatmagic download {profile.name}")
 
 
 def _fit(profile: Profile) -> Finding:
@@ -215,7 +222,6 @@ def _fit(profile: Profile) -> Finding:
     if profile.quantize != "no" and not gpu_memory():
         problems.append(f"a GPU: on a CPU, {profile.quantize.upper()} unpacks every weight at every step")
     if problems:
-        return Finding(
-            "profile", f"{profile.name} needs {'; it needs '.join(problems)}", BAD, "chatmagic doctor --profile auto"
-        )
+        said = f"{profile.name} needs {'; it needs '.join(problems)}"
+        return Finding("profile", said, BAD, "" if profile == get_profile() else "chatmagic doctor --profile auto")
     return Finding("profile", f"{profile.name}: fits this machine")

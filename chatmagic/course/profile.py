@@ -147,7 +147,7 @@ def all_of(profile: Profile) -> list[tuple[str, str]]:
         ("Hugging Face", profile.huggingface or "-"),
         ("PyPI", ", ".join(profile.wheels) or "-"),
         ("licence", profile.licence),
-        ("architecture", profile.architecture or "docs/families.md"),
+        ("architecture", profile.architecture or "-"),
         ("weights", size + ("; what it sees or hears with is downloaded too, and not used" if profile.sees else "")),
         ("thinks", {"no": "no", "told": "or not, as it is told to", "always": "before every answer"}[profile.thinks]),
         ("trains", f"in {how}, in {profile.memory / GB:.1f} GB: {smallest_card(profile.memory)} or more"),
@@ -164,10 +164,10 @@ def all_of(profile: Profile) -> list[tuple[str, str]]:
     ]
 
 
-def check_machine(profile: Profile, folder: Path, needed: int | None = None) -> None:
-    """Raise ProfileError, before a byte is downloaded, if this machine has not the disk for this profile, or `needed`
-    bytes of memory, which default to what training takes."""
-    if problems := lacking(profile, folder, profile.memory if needed is None else needed):
+def check_machine(profile: Profile, folder: Path) -> None:
+    """Raise ProfileError, before a byte is downloaded, if this machine has not the disk for a course with this profile,
+    or the memory that training takes."""
+    if problems := lacking(profile, folder, profile.memory):
         memory, free = gpu_memory() or ram(), shutil.disk_usage(nearest_existing(folder)).free
         fits = [p.name for p in profiles().values() if p.memory <= memory and p.disk <= free]
         advice = f"Fits here: {', '.join(fits)}." if fits else "Free some disk, and run this again."

@@ -14,10 +14,11 @@ from ..data.dataset import as_line
 from ..errors import ChatmagicError
 from ..files import make_folder, write, writing
 from ..machine import courses
-from ..models.checkpoint import CheckpointError, check_whole
-from .download import find, is_whole, local, snapshot_download
+from ..models.checkpoint import CheckpointError, check_whole, is_whole
+from .download import snapshot_download
 from .persona import Persona, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
+from .wanted import find, local
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,14 +1,17 @@
 """The weight files of a checkpoint folder: opened without being read, and checked before a model is made."""
 
+import hashlib
 import json
 import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ChatmagicError
+from ..files import write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +72,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
 
 
+def write_manifest(
+    folder: Path, files: Mapping[Path, str], model: str, source: str, revision: str, commit: str = ""
+) -> None:
+    """Note in the folder what a model consists of, and where it is from: see `read_manifest`. files: with the SHA-256
+    of those that were just found to have it, "" for those that are still to be read for it."""
+    noted = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest or sha256(path)}
+        for path, digest in sorted(files.items())
+    }
+    about = {"model": model, "source": source, "revision": revision, "commit": commit, "files": noted}
+    write(folder / MANIFEST, json.dumps(about, indent=1))
+
+
+def sha256(file: Path) -> str:
+    """The checksum of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def check_sizes(folder: Path) -> None:
     """Raise CheckpointError, naming the file, where one is not as long as it was when it was downloaded."""
     manifest = read_manifest(folder)
@@ -78,8 +100,15 @@ def check_sizes(folder: Path) -> None:
             found = f"has {file.stat().st_size:,} bytes" if file.is_file() else "is missing"
             raise CheckpointError(
                 f"{file} {found}; {noted['bytes']:,} were downloaded. To have it again, and it alone: "
-                f"chatmagic download {manifest['model']}"
+                f"{_download(folder)}"
             )
+
+
+def _download(folder: Path) -> str:
+    """The command that brings what the folder lacks of its download."""
+    noted = read_manifest(folder)
+    of = f" --revision {noted['revision']}" if "@" in folder.name else ""  # as course/wanted.py names it
+    return f"chatmagic download {noted['model']}{of}"
 
 
 def check_whole(folder: Path) -> None:
@@ -92,6 +121,29 @@ def check_whole(folder: Path) -> None:
             raise CheckpointError(f"{file} is cut short or no checkpoint: download it again.")
     if not any(any(folder.glob(name)) for name in TOKENIZERS):
         raise CheckpointError(f"{folder} holds no tokenizer, none of {', '.join(TOKENIZERS)}: download it again.")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `check_whole` has nothing to say of the folder."""
+    try:
+        check_whole(folder)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The folder's manifest, every file hashed anew and found to be as noted; {} where there is none, and the files
+    are what `check_whole` asks for. Raises CheckpointError, naming the file."""
+    check_whole(folder)
+    manifest = read_manifest(folder)
+    for name, noted in manifest.get("files", {}).items():
+        if (found := sha256(folder / name)) != noted["sha256"]:
+            raise CheckpointError(
+                f"{folder / name} has the checksum {found[:12]}..., and {noted['sha256'][:12]}... was downloaded: it "
+                f"was changed since. To have it again, and it alone: rm {folder / name}; {_download(folder)}"
+            )
+    return manifest
 
 
 def _is_cut(file: Path) -> bool:

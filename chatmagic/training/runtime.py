@@ -24,7 +24,7 @@ def best_precision(cpu: bool = False, model_type: str | None = None) -> str:
     if torch.cuda.is_available() and not cpu:
         older = "no" if model_type in BEYOND_FLOAT16 else "fp16"
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else older
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.6 has none: float32 is right there, too
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 

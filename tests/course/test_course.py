@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from chatmagic import machine
-from chatmagic.course import download
+from chatmagic.course import doctor, download
 from chatmagic.course import profile as profiles
 from chatmagic.course.download import DownloadError, snapshot_download
 from chatmagic.course.profile import ProfileError, check_machine, get_profile
@@ -98,14 +98,15 @@ def test_where_no_source_answers_auto_goes_on_with_the_smaller_model(monkeypatch
         fetch(start(EMBEDDED))
 
 
-def test_home_where_roots_folder_is_closed(tmp_path, monkeypatch):
+def test_home_and_doctor_where_roots_folder_is_closed(tmp_path, monkeypatch):
     """As for a user without root: Path.is_dir and Path.exists raise PermissionError below a closed folder."""
     closed = tmp_path / "root"
     (closed / "autodl-tmp").mkdir(parents=True)
     monkeypatch.delenv("CHATMAGIC_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(machine, "AUTODL", closed / "autodl-tmp")
-    assert download.home() == closed / "autodl-tmp"
+    for module in (machine, doctor):
+        monkeypatch.setattr(module, "AUTODL", closed / "autodl-tmp")
+    assert machine.home() == closed / "autodl-tmp"
     tmp_path.chmod(0o755)
     closed.chmod(0o000)
     if (child := os.fork()) == 0:  # root is kept out by nothing
@@ -113,7 +114,11 @@ def test_home_where_roots_folder_is_closed(tmp_path, monkeypatch):
             if os.geteuid() == 0:
                 os.setuid(65534)
             machine.nearest_existing(closed / "autodl-tmp" / "model")
-            os._exit(download.home() != tmp_path / "cache" / "chatmagic")
+            [*doctor._folders()]
+            os.environ["CHATMAGIC_HOME"] = str(closed / "autodl-tmp" / "models")
+            [*doctor._folders()]
+            del os.environ["CHATMAGIC_HOME"]
+            os._exit(machine.home() != tmp_path / "cache" / "chatmagic")
         except BaseException:
             os._exit(2)
     status = os.waitpid(child, 0)[1]
@@ -130,6 +135,20 @@ def test_what_does_not_fit_is_refused_before_a_byte_is_fetched(monkeypatch, home
     assert "Fits here: smollm2-135m" in str(error.value)
     assert str(error.value).endswith("for another machine: chatmagic download baichuan2-7b-chat --any-machine")
     assert not home.exists()
+
+
+def test_for_another_machine_the_model_alone_has_to_fit(monkeypatch, home):
+    """Neither the memory nor the disk of a whole course; what is fetched is measured when the hub has listed it."""
+    asked = []
+    monkeypatch.setattr(download, "first_answer", lambda name, *args: asked.append(name))
+    monkeypatch.setattr(profiles, "ram", lambda: 4 * 10**9)
+    monkeypatch.setattr(profiles, "gpu_memory", lambda: 0)
+    usage = machine.shutil._ntuple_diskusage(10**11, 0, 20 * 10**9)
+    monkeypatch.setattr(profiles.shutil, "disk_usage", lambda path: usage)
+    download.download("baichuan2-7b-chat", any_machine=True)
+    assert asked == ["baichuan2-7b-chat"]
+    with pytest.raises(ProfileError, match="31.0 GB of disk"):
+        download.download("baichuan2-7b-chat")
 
 
 def test_a_full_disk_is_told(monkeypatch, home):

@@ -86,6 +86,9 @@ def test_a_model_for_gpus_does_not_fit_a_cpu(monkeypatch):
     assert "needs a GPU: on a CPU" in found("profile", "qwen-14b-chat").found
     monkeypatch.setattr(profiles, "ram", lambda: 24 * 10**9)
     assert "needs 30.3 GB of RAM" in found("profile", "qwen-14b-chat").found, "merging takes more than training"
+    assert found("profile", "qwen-14b-chat").mend == "chatmagic doctor --profile auto"
+    monkeypatch.setattr(profiles, "ram", lambda: 10**9)
+    assert (found("profile", "auto").state, found("profile", "auto").mend) == (BAD, ""), "there is no smaller one"
 
 
 @pytest.mark.parametrize(
@@ -144,8 +147,13 @@ def test_who_holds_the_gpu(monkeypatch):
 @pytest.mark.parametrize("cuda, state", [("12.8", OK), ("11.8", NOTE)])
 def test_bitsandbytes_against_cuda(monkeypatch, tmp_path, cuda, state):
     gpu(monkeypatch, cuda)
-    for release in ("126", "128", "130"):
-        (tmp_path / f"libbitsandbytes_cuda{release}.so").touch()
+    for name in (
+        "libbitsandbytes_cuda126.so",
+        "libbitsandbytes_cuda128.so",
+        "libbitsandbytes_cuda130.so",
+        "cuda_specs.py",
+    ):
+        (tmp_path / name).touch()
     real = doctor.find_spec
     fake = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(doctor, "find_spec", lambda name: fake if name == "bitsandbytes" else real(name))
@@ -155,13 +163,21 @@ def test_bitsandbytes_against_cuda(monkeypatch, tmp_path, cuda, state):
     )
 
 
-@pytest.mark.parametrize("whose", ["nobody's", "another's", "ours"])
-def test_the_kernel(tmp_path, whose):
+@pytest.mark.parametrize("whose", ["nobody's", "another's", "another environment's", "broken", "ours"])
+def test_the_kernel(tmp_path, monkeypatch, whose):
+    """In environments that are made of one Python, below a folder of a Chinese name."""
+    pythons = [tmp_path / "环境" / name / "bin" / "python" for name in ("ours", "another")]
+    for python in pythons:
+        python.parent.mkdir(parents=True)
+        python.symlink_to(os.path.realpath(sys.executable))
+    monkeypatch.setattr(doctor.sys, "executable", str(pythons[0]))
     spec = tmp_path / "jupyter/kernels/chatmagic"
     if whose != "nobody's":
         spec.mkdir(parents=True)
-        argv = ["/usr/bin/python3" if whose == "another's" else sys.executable, "-m", "ipykernel_launcher"]
-        (spec / "kernel.json").write_text(json.dumps({"argv": argv}))
+        of = {"another's": "/usr/bin/python3", "another environment's": str(pythons[1])}.get(whose, str(pythons[0]))
+        (spec / "kernel.json").write_text(
+            json.dumps({"argv": [of, "-m", "ipykernel_launcher"]} if whose != "broken" else [])
+        )
     finding = found("kernel")
     assert finding.state == (OK if whose == "ours" else NOTE)
     assert whose == "ours" or "-m ipykernel install --user --name chatmagic" in finding.mend
@@ -198,16 +214,17 @@ def test_a_port_that_is_taken(monkeypatch):
 
 def test_write_rights_and_the_data_disk(tmp_path, monkeypatch):
     assert found("models").state == found("courses").state == OK
-    monkeypatch.setattr(doctor.os, "access", lambda path, mode: mode == os.R_OK)  # root may write everywhere
-    assert (found("courses").state, found("courses").mend) == (BAD, "export CHATMAGIC_COURSE=FOLDER, one of your own")
-    assert found("models").state == BAD
-    (tmp_path / "models").mkdir()
-    assert found("models").state == NOTE, "what is whole in a share is used"
     monkeypatch.setattr(doctor, "AUTODL", tmp_path)
     assert "data disk" not in [each.what for each in examine(NAME)]
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(doctor, "AUTODL", tmp_path / "disk")
     assert found("data disk").mend == f"export CHATMAGIC_HOME={tmp_path / 'disk'}"
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: mode == os.R_OK)  # root may write everywhere
+    assert (found("courses").state, found("courses").mend) == (BAD, "export CHATMAGIC_COURSE=FOLDER, one of your own")
+    assert found("models").state == BAD
+    assert "data disk" not in [each.what for each in examine(NAME)], "what is not to be written is no advice"
+    (tmp_path / "models").mkdir()
+    assert found("models").state == NOTE, "what is whole in a share is used"
 
 
 def test_a_model_that_is_not_whole(tmp_path):

@@ -5,7 +5,6 @@ import filecmp
 import hashlib
 import io
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -20,12 +19,13 @@ import torch
 
 from chatmagic import load_model, snapshot_download
 from chatmagic.course import download, hubs
-from chatmagic.course.download import DownloadError, verify
+from chatmagic.course.download import DownloadError
 from chatmagic.course.hubs import HuggingFace, ModelScope, answers
 from chatmagic.course.profile import profiles
 from chatmagic.files import WriteError
 from chatmagic.models import shard
-from chatmagic.models.checkpoint import CheckpointError
+from chatmagic.models.checkpoint import CheckpointError, verify
+from disk import small_disk
 from tiny_gguf import tiny_gguf
 
 NAME = "qwen2.5-coder-0.5b-instruct"
@@ -245,23 +245,20 @@ def test_a_full_disk_in_the_middle_is_a_sentence_and_leaves_nothing(tiny, home, 
     monkeypatch.undo()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk wants root")
 def test_a_really_full_disk(tiny, home, offline, monkeypatch, tmp_path):
     """On a file system that ends in the middle of the weights."""
     profile, path = tiny
     pip_that_gives(monkeypatch, path.read_bytes())
     home.mkdir()
     size = (2 * profile.packed + 60_000) // 4096 * 4
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", home], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
+    with small_disk(home, f"{size}k") as mounted:
+        if not mounted:
+            pytest.skip("mounting a small disk wants root")
         for check in ("check_machine", "_check_room"):
             monkeypatch.setattr(download, check, lambda *_: None)
         with pytest.raises(WriteError, match="is full: .*CHATMAGIC_HOME"):
             snapshot_download(NAME)
         assert not (home / NAME).exists() and not [*home.rglob("*.safetensors")]
-    finally:
-        subprocess.run(["umount", home], check=True)
 
 
 def test_what_stands_in_the_models_place_is_left(tiny, home, offline):

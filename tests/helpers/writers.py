@@ -120,7 +120,7 @@ def evaluation(source, monkeypatch):
     return act
 
 
-@writer("course/download.py", "models/unpack.py", "models/shard.py", new=True)
+@writer("course/download.py", "models/checkpoint.py", "models/unpack.py", "models/shard.py", new=True)
 def embedded_model(source, monkeypatch):
     tiny_gguf(source / "tiny.gguf", tied=False)
     profile = replace(PROFILE, packed=200_000, bytes=300_000)

@@ -32,3 +32,5 @@ def test_precision_of_a_gpu(monkeypatch, capability, precision):
 def test_precision_of_a_cpu(monkeypatch, flag, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
     assert best_precision(cpu=True) == precision
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in PyTorch 2.6
+    assert best_precision(cpu=True) == "no"
