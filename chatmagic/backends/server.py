@@ -73,28 +73,19 @@ def connect(
 
     Nothing is sent before the first question. Raises ChatmagicError for what cannot be asked.
     """
-    return ChatLLM(ServerModel(url, model, key, timeout, headers, extra_body, context, verify, proxy), **settings)
+    connection = Connection(url, key, timeout, headers, verify, proxy)
+    return ChatLLM(ServerModel(connection, model, extra_body, context), **settings)
 
 
 class ServerModel:
-    """The chat model protocol of `llm.py` over HTTP; the parameters are those of `connect`."""
+    """The chat model protocol of `llm.py` over HTTP; what it takes beside the connection is as for `connect`."""
 
     def __init__(
-        self,
-        url: str,
-        model: str,
-        key: str | None = None,
-        timeout: float = 600,
-        headers: dict[str, str] | None = None,
-        extra_body: dict[str, Any] | None = None,
-        context: int | None = None,
-        verify: bool | str | Path = True,
-        proxy: str | bool | None = None,
+        self, connection: Connection, model: str, extra_body: dict[str, Any] | None, context: int | None
     ) -> None:
-        self._connection = Connection(url, key, timeout, headers, verify, proxy)
         if not isinstance(model, str) or not model.strip():
             raise ChatmagicError(f"connect takes the name of a model after the address, not {model!r}")
-        self.name, self.context = model, context
+        self._connection, self.name, self.context = connection, model, context
         self._extra = extra_body or {}
         self._max_tokens = "max_tokens"  # what the server calls it; OpenAI's newer models want another word
         self._left_out: set[str] = set()  # what it refused in requests
