@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from threading import Lock, get_ident
@@ -157,7 +158,7 @@ class LocalModel:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            for token in (self._tokens if self.fast else self._plain_tokens)(ids, config, seed, stats, processors):
+            for token in self._tokens(ids, config, seed, stats, processors):
                 stats.tokens_out += 1
                 if token in stop_ids:
                     stats.stop_reason = "stop"
@@ -229,40 +230,26 @@ class LocalModel:
         seed: int | None,
         stats: Stats,
         processors: LogitsProcessorList,
-    ) -> Iterator[int]:
-        """The new token ids, without end; `generate` prepares, `_decode` runs as they are asked for."""
-        stats.tokens_reused = self._reuse(ids)
+    ) -> Iterable[int]:
+        """The new token ids: without end, for `generate` prepares and `_decode` runs as they are asked for; with
+        `fast=False` all that `generate` makes of it."""
         input_ids = torch.tensor([ids], device=self.model.device)
-        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-        with _refused_in_words():
-            return self.model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=config,
-                logits_processor=processors,
-                generator=generator,
-                custom_generate=self._decode,
-            )
-
-    def _plain_tokens(
-        self,
-        ids: list[int],
-        config: GenerationConfig,
-        seed: int | None,
-        stats: Stats,
-        processors: LogitsProcessorList,
-    ) -> list[int]:
-        """The new token ids, by `generate` alone."""
-        input_ids = torch.tensor([ids], device=self.model.device)
+        generate = partial(
+            self.model.generate,
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            logits_processor=processors,
+        )
+        if self.fast:
+            stats.tokens_reused = self._reuse(ids)
+            with _refused_in_words():
+                generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+                return generate(generator=generator, custom_generate=self._decode)
         with torch.random.fork_rng(enabled=seed is not None), _refused_in_words():
             if seed is not None:
                 torch.manual_seed(seed)
-            output = self.model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=config,
-                logits_processor=processors,
-            )
+            output = generate()
         stats.tokens_at_once = output.shape[1] - len(ids)
         return output[0, len(ids) :].tolist()
 
