@@ -1,6 +1,7 @@
 """A local model as a stream of text, with the keys and values of the conversation kept between turns."""
 
 import copy
+import math
 import sys
 import warnings
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
@@ -36,6 +37,9 @@ OPTIONS = (
 """The fields of transformers' GenerationConfig that say how the next token is chosen, or which ends a reply."""
 PREFILL_CHUNK = 512
 """Prompt tokens run at once: bounds the memory of a long prompt, and how long Stop waits for the device."""
+WHOLE = 2**16
+"""The elements of a weight that are all looked at before a turn; of a larger one some are, see `sample`."""
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LocalModel:
@@ -323,36 +327,39 @@ class LocalModel:
         a hook added: what is kept is of the model before.
 
         torch counts a tensor's in-place updates in `_version`, PEFT's layers tell how their adapters stand; but what
-        is written past torch, by bitsandbytes' optimizers, through `.data` or a NumPy view, only the bits tell. Reading
-        them all takes less than a token, which reads them as well and computes.
+        is written past torch, by bitsandbytes' optimizers, through `.data` or a NumPy view, only the bits tell.
         """
         state = [(id(weight), weight.data_ptr(), weight._version) for weight in self.model.parameters()]
         for module in self.model.modules():
             state += [*module._forward_pre_hooks, *module._forward_hooks]
             if "merged_adapters" in vars(module):
                 state.append((module.disable_adapters, *module.active_adapters, *module.merged_adapters))
-        return [state, checksum(self.model.parameters())]
+        return [state, sample(self.model.parameters())]
 
 
-@torch.no_grad()
-def checksum(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Numbers, one a device, that change with any bit of the tensors, and where two of their rows change places.
-
-    One kernel a tensor: its rows are summed up as int64, then these sums with weights of their own; their highest bits,
-    the signs of half of the numbers, are mixed in below, for twice the highest bit is nothing. What holds no data here,
-    being offloaded, is left out.
-    """
-    sums: dict[torch.device, list[torch.Tensor]] = {}
+def sample(tensors: Iterable[torch.Tensor]) -> list[bytes]:
+    """Bits of the tensors, gathered once a device and dtype: every row and every column has some in it, a tensor of no
+    more than WHOLE elements all of its own. What holds no data here, being offloaded, is left out."""
+    places: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        data = tensor.data.contiguous()
+        data = tensor.data
         if data.is_meta or not data.numel() or type(data) is not torch.Tensor:
             continue
-        rows = data.view(-1, data.shape[-1]) if data.ndim > 1 and data.shape[-1] > 1 else data.view(1, -1)
-        size = data.element_size()
-        words = torch.int64 if not (rows.shape[1] * size % 8 or data.storage_offset() * size % 8) else torch.uint8
-        sums.setdefault(data.device, []).append(rows.view(words).sum(-1, dtype=torch.int64))
-    mixed = [each ^ (each >> 29) for each in map(torch.cat, sums.values())]
-    return [int((each * torch.arange(1, 2 * len(each), 2, device=each.device)).sum()) for each in mixed]
+        bits = data.view(INTEGERS[data.element_size()]).flatten()
+        places.setdefault((bits.device, bits.dtype), []).append(bits[:: stride(data.shape)])
+    return [torch.cat(bits).cpu().numpy().tobytes() for bits in places.values()]
+
+
+def stride(shape: Sequence[int]) -> int:
+    """The longest step through a tensor, seen as a matrix, that passes no row by and comes to every column: one shorter
+    than a row, without a factor of it, and repeated as often as there are columns. NF4's bytes, whose rows are not to
+    be seen, are taken for a square."""
+    size = math.prod(shape)
+    if size <= WHOLE:
+        return 1
+    columns = shape[-1] if shape[-1] > 1 and len(shape) > 1 else math.isqrt(size)
+    steps = range(min(size // columns, columns) - 1, 1, -1)
+    return next((step for step in steps if math.gcd(step, columns) == 1), 1)
 
 
 class Busy:
