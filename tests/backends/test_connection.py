@@ -45,6 +45,8 @@ def sent(server, url=None, **settings):
         ("http://", "is none: write it as http://localhost:8000/v1"),
         ("http://localhost:80 00/v1", "is none"),
         ("http://localhost:eight/v1", "is none"),
+        ("http://gpu/v1?version=2", "is none"),
+        ("http://gpu/v1#chat", "is none"),
         ("http://me:secret@gpu/v1", "name or password: pass them in headers="),
         ("http://gpu/v1/chat/completions", "goes too far: .*Write http://gpu/v1$"),
         ("http://gpu/v1/completions/", "goes too far: .*Write http://gpu/v1$"),
