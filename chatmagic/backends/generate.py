@@ -1,7 +1,6 @@
 """A local model as a stream of text, with the keys and values of the conversation kept between turns."""
 
 import copy
-import math
 import sys
 import warnings
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from ..prompts.labels import encode_prompt
 from ..prompts.templates import NoSystemError, get_template, name_family
 from ..text import did_you_mean
 from .budget import ThinkingBudget
+from .weights import fingerprint
 
 OPTIONS = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
@@ -37,9 +37,6 @@ OPTIONS = (
 """The fields of transformers' GenerationConfig that say how the next token is chosen, or which ends a reply."""
 PREFILL_CHUNK = 512
 """Prompt tokens run at once: bounds the memory of a long prompt, and how long Stop waits for the device."""
-WHOLE = 2**16
-"""The elements of a weight that are all looked at before a turn; of a larger one some are, see `sample`."""
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LocalModel:
@@ -310,7 +307,7 @@ class LocalModel:
         An interrupted forward leaves layers of unequal length: each is cut by itself, to what all have. A sliding
         window and the state of a scan cannot be cut: they are kept where `ids` go on from all that was run, else anew.
         """
-        if (weights := self._weights_now()) != self._weights:
+        if (weights := fingerprint(self.model)) != self._weights:
             self._free()
             self._weights = weights
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self._kept_ids)))
@@ -321,45 +318,6 @@ class LocalModel:
             common, self._kept_ids = 0, []
             self._cache = DynamicCache(config=self.model.config)
         return common
-
-    def _weights_now(self) -> list:
-        """Differs once a weight was trained, loaded, moved or replaced, an adapter added, merged or switched, or
-        a hook added: what is kept is of the model before.
-
-        torch counts a tensor's in-place updates in `_version`, PEFT's layers tell how their adapters stand; but what
-        is written past torch, by bitsandbytes' optimizers, through `.data` or a NumPy view, only the bits tell.
-        """
-        state = [(id(weight), weight.data_ptr(), weight._version) for weight in self.model.parameters()]
-        for module in self.model.modules():
-            state += [*module._forward_pre_hooks, *module._forward_hooks]
-            if "merged_adapters" in vars(module):
-                state.append((module.disable_adapters, *module.active_adapters, *module.merged_adapters))
-        return [state, sample(self.model.parameters())]
-
-
-def sample(tensors: Iterable[torch.Tensor]) -> list[bytes]:
-    """Bits of the tensors, gathered once a device and dtype: every row and every column has some in it, a tensor of no
-    more than WHOLE elements all of its own. What holds no data here, being offloaded, is left out."""
-    places: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        data = tensor.data
-        if data.is_meta or not data.numel() or type(data) is not torch.Tensor:
-            continue
-        bits = data.view(INTEGERS[data.element_size()]).flatten()
-        places.setdefault((bits.device, bits.dtype), []).append(bits[:: stride(data.shape)])
-    return [torch.cat(bits).cpu().numpy().tobytes() for bits in places.values()]
-
-
-def stride(shape: Sequence[int]) -> int:
-    """The longest step through a tensor, seen as a matrix, that passes no row by and comes to every column: one shorter
-    than a row, without a factor of it, and repeated as often as there are columns. NF4's bytes, whose rows are not to
-    be seen, are taken for a square."""
-    size = math.prod(shape)
-    if size <= WHOLE:
-        return 1
-    columns = shape[-1] if shape[-1] > 1 and len(shape) > 1 else math.isqrt(size)
-    steps = range(min(size // columns, columns) - 1, 1, -1)
-    return next((step for step in steps if math.gcd(step, columns) == 1), 1)
 
 
 class Busy:

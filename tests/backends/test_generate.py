@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages, encode_prompt, load_model
-from chatmagic.backends.generate import WHOLE, TextStream, sample
+from chatmagic.backends.generate import TextStream
+from chatmagic.backends.weights import WHOLE
 from chatmagic.conversation.llm import Interrupted
 from generation import (
     adapter,
@@ -163,7 +164,7 @@ WIDE = [adapter, trained, trained_by_bitsandbytes, column_written_through_data, 
 @pytest.mark.parametrize("whole, change", [*product([WHOLE], ANY + WIDE), *product([0], WIDE)])
 def test_kept_keys_and_values_are_dropped_when_the_weights_change(model, tokenizer, monkeypatch, whole, change):
     """A reader chats, trains, and chats on: the second reply must come from the new weights alone."""
-    monkeypatch.setattr("chatmagic.backends.generate.WHOLE", whole)
+    monkeypatch.setattr("chatmagic.backends.weights.WHOLE", whole)
     llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=10)
     llm("hi", greedy=True, remember=False)
     assert llm("hi", greedy=True, remember=False).stats.tokens_reused > 0
@@ -171,51 +172,6 @@ def test_kept_keys_and_values_are_dropped_when_the_weights_change(model, tokeniz
     reply = llm("hi", greedy=True, remember=False)
     assert reply.stats.tokens_reused == 0
     assert reply == ChatLLM(model, tokenizer, stream=False, max_new_tokens=10)("hi", greedy=True)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "int64", "float64"])
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 7), (16, 8), (24, 1), (2, 3, 4)])
-def test_every_bit_of_a_small_weight_counts(shape, dtype):
-    import torch
-
-    tensor = (torch.arange(torch.Size(shape).numel() + 1) + 1).to(getattr(torch, dtype))[1:].reshape(shape)
-    tensors = [torch.ones(3), tensor, torch.ones(2)]
-    before = sample(tensors)
-    bits = tensor.reshape(-1).view(torch.uint8).numpy()
-    for index in range(bits.size):
-        bits[index] ^= 1 << index % 8
-        assert sample(tensors) != before
-        bits[index] ^= 1 << index % 8
-    assert sample(tensors) == before
-
-
-@pytest.mark.parametrize(
-    "shape", [(256, 256), (576, 1536), (1536, 576), (896, 4864), (32, 9000), (9000, 32), (3, 200, 300), (1009, 1008)]
-)
-def test_every_row_and_column_of_a_large_weight_counts(shape, monkeypatch):
-    import numpy
-    import torch
-
-    monkeypatch.setattr("chatmagic.backends.generate.WHOLE", 0)
-    size, columns = torch.Size(shape).numel(), shape[-1]
-    (seen,) = sample([torch.arange(size, dtype=torch.int32).reshape(shape)])
-    seen = numpy.frombuffer(seen, numpy.int32)
-    assert {*seen // columns} == {*range(size // columns)} and {*seen % columns} == {*range(columns)}
-    assert len(seen) < 2 * max(size // columns, columns)
-
-
-@pytest.mark.parametrize("shape", [(1_000_000,), (1_000_000, 1)])
-def test_of_a_large_one_without_rows_a_thousandth_counts(shape):
-    import torch
-
-    (seen,) = sample([torch.zeros(shape, dtype=torch.uint8)])
-    assert 1000 <= len(seen) <= 1100
-
-
-def test_what_is_not_here_has_no_sample():
-    import torch
-
-    assert sample([torch.empty(3, device="meta"), torch.empty(0)]) == []
 
 
 def test_an_adapter_switched_off(model, tokenizer):
