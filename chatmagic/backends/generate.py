@@ -17,9 +17,10 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 
 from ..accel.attention import without_cudnn_attention
 from ..accel.decode import NOT_ON_A_GPU, GraphedForward, NoGraph, can_be_cut, capture, cut
-from ..conversation.llm import ContextOverflow, Stats
+from ..conversation.llm import ContextOverflow
 from ..conversation.messages import merge_system
 from ..conversation.pieces import Parting
+from ..conversation.reply import Stats
 from ..errors import ChatmagicError, let_go
 from ..models.load import context_limit
 from ..prompts.labels import encode_prompt

@@ -9,8 +9,9 @@ from pathlib import Path
 from time import sleep, time
 from typing import TYPE_CHECKING, Any
 
-from ..conversation.llm import ChatLLM, Stats
+from ..conversation.llm import ChatLLM
 from ..conversation.pieces import Notice, Parting, Thought
+from ..conversation.reply import Stats
 from ..errors import ChatmagicError
 from .connection import OVERFLOW, Connection, body_of
 from .wire import DONE, BrokenEvent, NoReply, error_in, read_events, thought_and_words

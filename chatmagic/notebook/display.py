@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.display import DisplayHandle, display
 
-from ..conversation.llm import Reply
 from ..conversation.pieces import AllThought
 from ..conversation.printing import PAUSE, watched
+from ..conversation.reply import Reply
 from ..text import visible, width
 from .folding import folded
 

@@ -24,9 +24,10 @@ from IPython.core.magic import (
 from IPython.core.magic_arguments import magic_arguments
 from traitlets import Bool, CaselessStrEnum, Float, Int, TraitType, Unicode
 
-from ..conversation.llm import ChatLLM, Interrupted, Reply, Totals
+from ..conversation.llm import ChatLLM, Interrupted
 from ..conversation.printing import Printer, kernel, say
 from ..conversation.registry import registered
+from ..conversation.reply import Reply, Totals
 from ..errors import ChatmagicError, let_go
 from ..text import did_you_mean, visible
 from .cells import AskingLine, fill, parse, tidy

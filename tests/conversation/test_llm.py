@@ -8,8 +8,9 @@ from threading import Thread
 import pytest
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages
-from chatmagic.conversation.llm import Interrupted, Reply
+from chatmagic.conversation.llm import Interrupted
 from chatmagic.conversation.registry import registered
+from chatmagic.conversation.reply import Reply
 from fake_model import FakeModel
 
 
