@@ -22,7 +22,18 @@ def test_every_bit_of_a_small_weight_counts(shape, dtype):
 
 
 @pytest.mark.parametrize(
-    "shape", [(256, 256), (576, 1536), (1536, 576), (896, 4864), (32, 9000), (9000, 32), (3, 200, 300), (1009, 1008)]
+    "shape",
+    [
+        (256, 256),
+        (576, 1536),
+        (1536, 576),
+        (896, 4864),
+        (33, 8192),
+        (64, 14336),
+        (9000, 32),
+        (3, 200, 300),
+        (1009, 1008),
+    ],
 )
 def test_every_row_and_column_of_a_large_weight_counts(shape, monkeypatch):
     monkeypatch.setattr("chatmagic.backends.weights.WHOLE", 0)
