@@ -158,8 +158,9 @@ class ChatLLM:
         outgrow the model's context the oldest are left out of the prompt; the reply's notices say so where only the
         server could tell.
         """
-        query, system = mend(query), self.system if system is None else system
-        options = self._options(generation)
+        system = self.system if system is None else system
+        validate_messages(build_messages(query, system=system))
+        query, options = mend(query), self._options(generation)
         with (
             self._turn if remember or new else nullcontext(),
             _shown(self.stream if stream is None else stream) as write,
@@ -218,8 +219,9 @@ class ChatLLM:
         `generation`: `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, `thinking`, `thinking_budget` (in
         tokens), for a local model also the fields of transformers' `GenerationConfig` that say how a token is chosen;
         what is not given, or None, is as the model's own has it.
-        Raises ChatmagicError for an option that is out of its range, ContextOverflow for messages that are too long,
-        and Interrupted, which has the part there is, in the place of a KeyboardInterrupt.
+        Raises MessagesError for messages that are none, ChatmagicError for an option that is out of its range,
+        ContextOverflow for messages that are too long, and Interrupted, which has the part there is, in the place of a
+        KeyboardInterrupt.
         """
         with _shown(stream) as write:
             return self._reply(messages, Heard(write), self._options(generation))
@@ -235,6 +237,7 @@ class ChatLLM:
         return options
 
     def _reply(self, messages: list[Message], heard: Heard, options: dict[str, Any]) -> Reply:
+        validate_messages(messages)
         messages = [{**message, "content": mend(message["content"])} for message in messages]
         stats, start, interrupted = Stats(), perf_counter(), False
         try:

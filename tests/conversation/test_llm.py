@@ -209,6 +209,19 @@ def test_impossible_options(context, option):
     assert fake.asked == []
 
 
+def test_what_is_no_text_is_not_sent(fake):
+    llm = ChatLLM(fake, stream=False)
+    for question in (5, None, ["a"], b"a"):
+        with pytest.raises(ChatmagicError, match="expected a"):
+            llm(question)
+        with pytest.raises(ChatmagicError, match="expected a"):
+            llm.chat(build_messages("a", [("b", "c")], question or 5))
+    for messages in ("hi", [], ["hi"], [{"role": "user"}], [{"role": "user", "content": None}]):
+        with pytest.raises(ChatmagicError, match="expected|must be a dict"):
+            llm.chat(messages)
+    assert fake.asked == [] and llm.history == [] and llm.asked is None
+
+
 def test_an_option_that_is_none_is_not_given(fake):
     ChatLLM(fake, stream=False)("x", temperature=None, seed=None, top_p=None)
     assert fake.asked[0][1] == {"max_new_tokens": 512}
