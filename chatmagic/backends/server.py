@@ -86,6 +86,10 @@ class ServerModel:
     ) -> None:
         if not isinstance(model, str) or not model.strip():
             raise ChatmagicError(f"connect takes the name of a model after the address, not {model!r}")
+        if context is not None and (not isinstance(context, int) or context < 1):
+            raise ChatmagicError(f"context must be a number of tokens, not {context!r}")
+        if not isinstance(extra_body or {}, dict):
+            raise ChatmagicError(f"extra_body must be a dict of fields, not {extra_body!r}")
         self._connection, self.name, self.context = connection, model, context
         self._extra = extra_body or {}
         self._max_tokens = "max_tokens"  # what the server calls it; OpenAI's newer models want another word

@@ -208,11 +208,25 @@ def test_every_name_has_its_address_and_its_key(monkeypatch, name):
 def test_headers_and_fields_of_ones_own(server):
     assert sent(server, headers={"X-Class": "3b"}, extra_body={"top_k": 5, "temperature": 0.1})["X-Class"] == "3b"
     assert (server.requests[-1]["top_k"], server.requests[-1]["temperature"]) == (5, 0.1)
-    for wrong in {"headers": {"X": "班"}}, {"headers": ["X"]}, {"timeout": "long"}, {"verify": "nowhere.pem"}:
-        with pytest.raises(ChatmagicError, match="cannot be sent|number of seconds|no certificates"):
-            connect(server.url, "parrot", **wrong)
-    with pytest.raises(ChatmagicError, match="look at extra_body"):
-        connect(server.url, "parrot", extra_body={"x": {1, 2}})("hi")
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        *(({"headers": value}, "cannot be sent") for value in ({"X": "班"}, {"X": None}, ["X"], "X")),
+        *(({"headers": value}, "was not asked.*look at headers") for value in ({"X": "a\nb"}, {"a b": "c"})),
+        *(({"timeout": value}, "number of seconds above 0") for value in ("long", None, 0, -1, float("nan"), 1e99)),
+        *(({"verify": value}, "no certificates") for value in ("nowhere.pem", None, 7)),
+        *(({"context": value}, "number of tokens") for value in ("long", 0, -5, 0.5)),
+        ({"extra_body": {"x": {1, 2}}}, "look at extra_body"),
+        ({"extra_body": ["x"]}, "a dict of fields"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be(server, setting, words):
+    with pytest.raises(ChatmagicError, match=words):
+        connect(server.url, "parrot", **setting)("hi")
+    assert server.requests == []
 
 
 def test_settings_are_chatllms_own(server):
