@@ -213,14 +213,12 @@ class LocalModel:
             options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         elif {"temperature", "top_p", "top_k"} & options.keys():
             options.setdefault("do_sample", True)
-        config.update(num_beams=1, num_return_sequences=1, **options)
-        try:
+        with _refused_in_words():
+            config.update(num_beams=1, num_return_sequences=1, **options)
             config.validate()
-        except ValueError as error:
-            raise ChatmagicError(f"these options cannot be: {' '.join(str(error).split())}") from None
-        eos = config.eos_token_id
-        own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        config.eos_token_id = sorted({*own, *self.template.stop_token_ids(self.tokenizer)}) or None
+            eos = config.eos_token_id
+            own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+            config.eos_token_id = sorted({*own, *self.template.stop_token_ids(self.tokenizer)}) or None
         if config.pad_token_id is None and config.eos_token_id:
             config.pad_token_id = config.eos_token_id[0]  # unused at batch 1; generate warns without one
         return config

@@ -326,6 +326,7 @@ def test_stop_in_the_middle_of_a_cut_leaves_no_wrong_cache(model, tokenizer, mon
         ({"repetition_penalty": -1.0}, "penalty"),
         ({"min_p": 7.0}, "min_p"),
         ({"seed": 2**64}, "cannot generate so: Overflow"),
+        ({"eos_token_id": "</s>"}, "cannot generate so: .*'str'"),
     ],
     ids=str,
 )
