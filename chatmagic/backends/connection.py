@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -56,10 +57,9 @@ class Connection:
         self._proxy = find_proxy(self.url, proxy)
         if found:
             check_key(found, self._key_source)
-        try:
-            limit = httpx2.Timeout(float(timeout), connect=min(float(timeout), CONNECTING))
-        except (TypeError, ValueError):
-            raise ChatmagicError(f"timeout must be a number of seconds, not {timeout!r}") from None
+        if not isinstance(timeout, Real) or not 0 < timeout < 1e9:
+            raise ChatmagicError(f"timeout must be a number of seconds above 0, not {timeout!r}")
+        limit = httpx2.Timeout(float(timeout), connect=min(float(timeout), CONNECTING))
         try:
             transport = httpx2.HTTPTransport(
                 verify=_trusted(verify),
@@ -110,6 +110,8 @@ class Connection:
                 f"shows a certificate that is not trusted here ({certificate.verify_message or certificate}): pass "
                 "connect(..., verify=FILE) the certificate to trust, or verify=False where you know the network"
             )
+        if isinstance(error, httpx2.LocalProtocolError):
+            return f"was not asked, since no request can be such ({error}): look at headers"
         if isinstance(error, httpx2.ReadTimeout):
             return self.too_slow()
         if self._proxy:
@@ -202,10 +204,11 @@ def _trusted(verify: bool | str | Path) -> bool | ssl.SSLContext:
     """What httpx2 takes for it."""
     if isinstance(verify, bool):
         return verify
-    path, context = Path(verify).expanduser(), ssl.create_default_context()
+    context = ssl.create_default_context()
     try:
+        path = Path(verify).expanduser()
         context.load_verify_locations(**{"capath" if path.is_dir() else "cafile": path})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ChatmagicError(f"verify={str(verify)!r} holds no certificates in PEM form: {error}") from None
     return context
 

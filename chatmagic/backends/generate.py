@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from threading import Lock, get_ident
@@ -16,15 +17,17 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 
 from ..accel.attention import without_cudnn_attention
 from ..accel.decode import NOT_ON_A_GPU, GraphedForward, NoGraph, can_be_cut, capture, cut
-from ..conversation.llm import ContextOverflow, Stats
+from ..conversation.llm import ContextOverflow
 from ..conversation.messages import merge_system
 from ..conversation.pieces import Parting
+from ..conversation.reply import Stats
 from ..errors import ChatmagicError, let_go
 from ..models.load import context_limit
 from ..prompts.labels import encode_prompt
 from ..prompts.templates import NoSystemError, get_template, name_family
 from ..text import did_you_mean
 from .budget import ThinkingBudget
+from .weights import fingerprint
 
 OPTIONS = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
@@ -157,7 +160,7 @@ class LocalModel:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            for token in (self._tokens if self.fast else self._plain_tokens)(ids, config, seed, stats, processors):
+            for token in self._tokens(ids, config, seed, stats, processors):
                 stats.tokens_out += 1
                 if token in stop_ids:
                     stats.stop_reason = "stop"
@@ -210,14 +213,12 @@ class LocalModel:
             options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         elif {"temperature", "top_p", "top_k"} & options.keys():
             options.setdefault("do_sample", True)
-        config.update(num_beams=1, num_return_sequences=1, **options)
-        try:
+        with _refused_in_words():
+            config.update(num_beams=1, num_return_sequences=1, **options)
             config.validate()
-        except ValueError as error:
-            raise ChatmagicError(f"these options cannot be: {' '.join(str(error).split())}") from None
-        eos = config.eos_token_id
-        own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        config.eos_token_id = sorted({*own, *self.template.stop_token_ids(self.tokenizer)}) or None
+            eos = config.eos_token_id
+            own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+            config.eos_token_id = sorted({*own, *self.template.stop_token_ids(self.tokenizer)}) or None
         if config.pad_token_id is None and config.eos_token_id:
             config.pad_token_id = config.eos_token_id[0]  # unused at batch 1; generate warns without one
         return config
@@ -229,40 +230,26 @@ class LocalModel:
         seed: int | None,
         stats: Stats,
         processors: LogitsProcessorList,
-    ) -> Iterator[int]:
-        """The new token ids, without end; `generate` prepares, `_decode` runs as they are asked for."""
-        stats.tokens_reused = self._reuse(ids)
+    ) -> Iterable[int]:
+        """The new token ids: without end, for `generate` prepares and `_decode` runs as they are asked for; with
+        `fast=False` all that `generate` makes of it."""
         input_ids = torch.tensor([ids], device=self.model.device)
-        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-        with _refused_in_words():
-            return self.model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=config,
-                logits_processor=processors,
-                generator=generator,
-                custom_generate=self._decode,
-            )
-
-    def _plain_tokens(
-        self,
-        ids: list[int],
-        config: GenerationConfig,
-        seed: int | None,
-        stats: Stats,
-        processors: LogitsProcessorList,
-    ) -> list[int]:
-        """The new token ids, by `generate` alone."""
-        input_ids = torch.tensor([ids], device=self.model.device)
+        generate = partial(
+            self.model.generate,
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            logits_processor=processors,
+        )
+        if self.fast:
+            stats.tokens_reused = self._reuse(ids)
+            with _refused_in_words():
+                generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+                return generate(generator=generator, custom_generate=self._decode)
         with torch.random.fork_rng(enabled=seed is not None), _refused_in_words():
             if seed is not None:
                 torch.manual_seed(seed)
-            output = self.model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=config,
-                logits_processor=processors,
-            )
+            output = generate()
         stats.tokens_at_once = output.shape[1] - len(ids)
         return output[0, len(ids) :].tolist()
 
@@ -319,7 +306,7 @@ class LocalModel:
         An interrupted forward leaves layers of unequal length: each is cut by itself, to what all have. A sliding
         window and the state of a scan cannot be cut: they are kept where `ids` go on from all that was run, else anew.
         """
-        if (weights := self._weights_now()) != self._weights:
+        if (weights := fingerprint(self.model)) != self._weights:
             self._free()
             self._weights = weights
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self._kept_ids)))
@@ -330,42 +317,6 @@ class LocalModel:
             common, self._kept_ids = 0, []
             self._cache = DynamicCache(config=self.model.config)
         return common
-
-    def _weights_now(self) -> list:
-        """Differs once a weight was trained, loaded, moved or replaced, an adapter added, merged or switched, or
-        a hook added: what is kept is of the model before.
-
-        torch counts a tensor's in-place updates in `_version`, PEFT's layers tell how their adapters stand; but what
-        is written past torch, by bitsandbytes' optimizers, through `.data` or a NumPy view, only the bits tell. Reading
-        them all takes less than a token, which reads them as well and computes.
-        """
-        state = [(id(weight), weight.data_ptr(), weight._version) for weight in self.model.parameters()]
-        for module in self.model.modules():
-            state += [*module._forward_pre_hooks, *module._forward_hooks]
-            if "merged_adapters" in vars(module):
-                state.append((module.disable_adapters, *module.active_adapters, *module.merged_adapters))
-        return [state, checksum(self.model.parameters())]
-
-
-@torch.no_grad()
-def checksum(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Numbers, one a device, that change with any bit of the tensors, and where two of their rows change places.
-
-    One kernel a tensor: its rows are summed up as int64, then these sums with weights of their own; their highest bits,
-    the signs of half of the numbers, are mixed in below, for twice the highest bit is nothing. What holds no data here,
-    being offloaded, is left out.
-    """
-    sums: dict[torch.device, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        data = tensor.data.contiguous()
-        if data.is_meta or not data.numel() or type(data) is not torch.Tensor:
-            continue
-        rows = data.view(-1, data.shape[-1]) if data.ndim > 1 and data.shape[-1] > 1 else data.view(1, -1)
-        size = data.element_size()
-        words = torch.int64 if not (rows.shape[1] * size % 8 or data.storage_offset() * size % 8) else torch.uint8
-        sums.setdefault(data.device, []).append(rows.view(words).sum(-1, dtype=torch.int64))
-    mixed = [each ^ (each >> 29) for each in map(torch.cat, sums.values())]
-    return [int((each * torch.arange(1, 2 * len(each), 2, device=each.device)).sum()) for each in mixed]
 
 
 class Busy:

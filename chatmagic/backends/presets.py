@@ -88,7 +88,7 @@ def find_server(url: str) -> tuple[str, Server]:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ChatmagicError(f"the address {url!r} is none: {error}") from None
-    if not host or re.search(r"\s", url):
+    if not host or parts.query or parts.fragment or re.search(r"\s", url):
         raise ChatmagicError(f"the address {url!r} is none: write it as http://localhost:8000/v1")
     if parts.username or parts.password:
         raise ChatmagicError(f"the address at {host} holds a name or password: pass them in headers=, or as key=")

@@ -9,8 +9,9 @@ from pathlib import Path
 from time import sleep, time
 from typing import TYPE_CHECKING, Any
 
-from ..conversation.llm import ChatLLM, Stats
+from ..conversation.llm import ChatLLM
 from ..conversation.pieces import Notice, Parting, Thought
+from ..conversation.reply import Stats
 from ..errors import ChatmagicError
 from .connection import OVERFLOW, Connection, body_of
 from .wire import DONE, BrokenEvent, NoReply, error_in, read_events, thought_and_words
@@ -73,28 +74,23 @@ def connect(
 
     Nothing is sent before the first question. Raises ChatmagicError for what cannot be asked.
     """
-    return ChatLLM(ServerModel(url, model, key, timeout, headers, extra_body, context, verify, proxy), **settings)
+    connection = Connection(url, key, timeout, headers, verify, proxy)
+    return ChatLLM(ServerModel(connection, model, extra_body, context), **settings)
 
 
 class ServerModel:
-    """The chat model protocol of `llm.py` over HTTP; the parameters are those of `connect`."""
+    """The chat model protocol of `llm.py` over HTTP; what it takes beside the connection is as for `connect`."""
 
     def __init__(
-        self,
-        url: str,
-        model: str,
-        key: str | None = None,
-        timeout: float = 600,
-        headers: dict[str, str] | None = None,
-        extra_body: dict[str, Any] | None = None,
-        context: int | None = None,
-        verify: bool | str | Path = True,
-        proxy: str | bool | None = None,
+        self, connection: Connection, model: str, extra_body: dict[str, Any] | None, context: int | None
     ) -> None:
-        self._connection = Connection(url, key, timeout, headers, verify, proxy)
         if not isinstance(model, str) or not model.strip():
             raise ChatmagicError(f"connect takes the name of a model after the address, not {model!r}")
-        self.name, self.context = model, context
+        if context is not None and (not isinstance(context, int) or context < 1):
+            raise ChatmagicError(f"context must be a number of tokens, not {context!r}")
+        if not isinstance(extra_body or {}, dict):
+            raise ChatmagicError(f"extra_body must be a dict of fields, not {extra_body!r}")
+        self._connection, self.name, self.context = connection, model, context
         self._extra = extra_body or {}
         self._max_tokens = "max_tokens"  # what the server calls it; OpenAI's newer models want another word
         self._left_out: set[str] = set()  # what it refused in requests

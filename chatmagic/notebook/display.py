@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.display import DisplayHandle, display
 
-from ..conversation.llm import Reply
-from ..conversation.pieces import AllThought, Thought
+from ..conversation.pieces import AllThought
 from ..conversation.printing import PAUSE, watched
+from ..conversation.reply import Reply
 from ..text import visible, width
+from .folding import folded
 
 if TYPE_CHECKING:
     from markdown_it.renderer import RendererHTML
@@ -86,10 +87,11 @@ class Board:
 
     def __call__(self, piece: str) -> None:
         """Show a piece of text, not more often than the page can follow: each time all text is sent."""
-        if isinstance(piece, AllThought):
-            self._text = ""
-        if not isinstance(piece, Thought):
+        if not isinstance(piece, AllThought):
             self._text, self._left = self._text + piece, True
+        elif self._text.strip():  # stays where it stands, and the words get an output below it
+            self._show(folded(self._text))
+            self._handle, self._text = None, ""
         if self._live and self._left and (now := monotonic()) >= self._due:
             self._due = now + PAUSE * max(1.0, len(self._text) / 10_000)
             self._show({"text/plain": visible(self._text)})

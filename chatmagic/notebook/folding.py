@@ -2,6 +2,7 @@
 
 from html import escape
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from IPython.display import DisplayHandle, display
 
@@ -9,27 +10,33 @@ from ..conversation.pieces import Thought
 from ..conversation.printing import Printer, kernel, quoted, say, watched
 from ..text import visible
 
+if TYPE_CHECKING:
+    from .display import Board
+
 PAUSE = 0.5
 """Seconds between two looks at a thought that grows."""
 STYLE = "white-space: pre-wrap; opacity: 0.7; border-left: 2px solid; padding-left: 1em"
 
 
-class Folding(Printer):
-    """Prints a reply, but for its thought: that is shown folded, its latest words where a person looks on, the whole
-    once it has ended."""
+class Folding:
+    """Shows the thought of a reply in an output of its own: folded, its latest words if `live` and a person looks on,
+    the whole once it has ended. All else goes to `words`."""
 
-    def __enter__(self) -> "Folding":
+    def __init__(self, words: "Printer | Board", live: bool = True) -> None:
+        self._words, self._live = words, live and watched()
         self._thought, self._looked = "", 0.0
         self._handle: DisplayHandle | None = None
-        super().__enter__()
+
+    def __enter__(self) -> "Folding":
+        self._words.__enter__()
         return self
 
     def __call__(self, piece: str) -> None:
         if type(piece) is not Thought:
             self._fold()
-            return super().__call__(piece)
+            return self._words(piece)
         self._thought += piece
-        if watched() and monotonic() - self._looked >= PAUSE:
+        if self._live and monotonic() - self._looked >= PAUSE:
             latest = folded(self._thought, f"thinking: {' '.join(self._thought[-60:].split())}")
             if self._handle:
                 self._handle.update(latest, raw=True)
@@ -39,7 +46,7 @@ class Folding(Printer):
 
     def __exit__(self, *error: object) -> None:
         self._fold()
-        super().__exit__(*error)
+        self._words.__exit__(*error)
 
     def _fold(self) -> None:
         if not self._thought:

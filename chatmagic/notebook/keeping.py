@@ -10,8 +10,9 @@ from weakref import WeakKeyDictionary
 
 from IPython.core.interactiveshell import InteractiveShell
 
-from ..conversation.llm import FENCE, ChatLLM
+from ..conversation.llm import ChatLLM
 from ..conversation.printing import say, watched
+from ..conversation.reply import FENCE
 from ..errors import ChatmagicError
 from ..files import make_folder, remove, write
 from ..machine import courses

@@ -24,9 +24,10 @@ from IPython.core.magic import (
 from IPython.core.magic_arguments import magic_arguments
 from traitlets import Bool, CaselessStrEnum, Float, Int, TraitType, Unicode
 
-from ..conversation.llm import ChatLLM, Interrupted, Reply, Totals
-from ..conversation.printing import kernel, say
+from ..conversation.llm import ChatLLM, Interrupted
+from ..conversation.printing import Printer, kernel, say
 from ..conversation.registry import registered
+from ..conversation.reply import Reply, Totals
 from ..errors import ChatmagicError, let_go
 from ..text import did_you_mean, visible
 from .cells import AskingLine, fill, parse, tidy
@@ -134,13 +135,12 @@ class ChatMagics(Magics):
         text = "".join(each for each, _ in attached) + text
         self._asked[llm] = (text, args)
         if markdown:
-            with Board(live=stream) as board:
-                reply = self._ask(llm, text, args, form, board)
-                if reply.thinking:
-                    show_thought(reply.thinking)
+            board = Board(live=stream)
+            with Folding(board, live=stream) as printer:
+                reply = self._ask(llm, text, args, form, printer)
                 board.finish(reply)
         else:
-            with Folding() if stream and kernel() else nullcontext(stream) as printer:
+            with Folding(Printer()) if stream and kernel() else nullcontext(stream) as printer:
                 reply = self._ask(llm, text, args, form, printer)
             if shown and not stream and reply.thinking:
                 show_thought(reply.thinking)
@@ -169,7 +169,7 @@ class ChatMagics(Magics):
         text = output(self.shell, int(cell[1])) if cell else read(name)
         return attach(name, text), f"{name}: {len(text):,} characters"
 
-    def _ask(self, llm: ChatLLM, text: str, args: Namespace, form: str, stream: bool | Board | Folding) -> Reply:
+    def _ask(self, llm: ChatLLM, text: str, args: Namespace, form: str, stream: bool | Folding) -> Reply:
         """The reply, shown as it comes if `stream`; that it is not the JSON asked for fails like all else."""
         if (system := self._option(args, "system")) and system.startswith("@"):
             system = read(system[1:]).strip()

@@ -1,5 +1,6 @@
 """ChatLLM over a server: what is asked of it, how it may answer, and what it refuses, breaks off or does not have."""
 
+import re
 import subprocess
 import sys
 import time
@@ -112,7 +113,7 @@ def test_an_error_is_shown_in_the_servers_own_words(server, mood):
 def test_what_is_no_reply_at_all(server):
     with pytest.raises(ChatmagicError, match="answered what is no reply: 'Hello from port 8000'"):
         ask(server, sends("Hello from port 8000"))
-    with pytest.raises(ChatmagicError, match="broke off|no reply"):
+    with pytest.raises(ChatmagicError, match="answered what is no reply: ''$"):
         ask(server, sends())
 
 
@@ -286,8 +287,7 @@ def test_an_empty_reply_is_not_remembered_and_says_why(server, mood, notice):
     llm = connect(server.url, "parrot", history=[("a", "b")], stream=False)
     reply = llm("hi")
     assert not reply.strip() and llm.history == [("a", "b")]
-    with pytest.raises(AssertionError, match=notice):
-        raise AssertionError(reply.notices[-1])
+    assert re.search(notice, reply.notices[-1])
 
 
 THOUGHTS = {

@@ -9,6 +9,7 @@ import pytest
 
 from chatmagic import ChatLLM
 from chatmagic.conversation import printing
+from chatmagic.conversation.pieces import AllThought, Notice, Thought
 from fake_model import FakeModel
 
 
@@ -88,6 +89,23 @@ def test_nothing_said_prints_that_alone(in_kernel):
         in_kernel(allow_stdin=watched)
         written, _ = say("")
     assert written == ["[the reply is empty, and is not remembered]\n"]
+
+
+THOUGHTS = {
+    "told": ([Thought("Hm,"), Thought("\nyes"), "Hi"], "> Hm,\n> yes\n\nHi\n"),
+    "told by its end": (["Hm", AllThought(), "Hi"], "Hm\n[what stands above was a thought]\n\nHi\n"),
+    "and nothing else": ([Thought("Hm"), Notice("[cut]\n")], "> Hm[cut]\n"),
+}
+
+
+@pytest.mark.parametrize("pieces, shown", THOUGHTS.values(), ids=THOUGHTS)
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_thought_is_told_from_what_is_said(in_kernel, capsys, watched, pieces, shown):
+    in_kernel(allow_stdin=watched)
+    with printing.Printer() as printer:
+        for piece in pieces:
+            printer(piece)
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])

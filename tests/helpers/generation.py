@@ -60,6 +60,10 @@ def written_through_data(model):
     model.model.layers[0].mlp.down_proj.weight.data[5, 7] += 3.0
 
 
+def column_written_through_data(model):
+    model.model.layers[0].mlp.down_proj.weight.data[:, 7] = 0.5
+
+
 def rows_swapped_through_data(model):
     weight = model.model.embed_tokens.weight.data
     weight[[104, 105]] = weight[[105, 104]]  # h and i

@@ -84,42 +84,38 @@ def test_a_cell_in_a_terminal_goes_on_until_an_empty_line(run):
 # Cells
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [
-        "# my note\n%%chat\n你好",
-        "#| echo: false\n#| label: fig\n\n%%chat\n你好",
-        "\n\n# a\n\n  # b\n%%chat\n你好\n",
-        "%%chat\u3000\n你好",
-        "%%chat\t\n你好",
-        "%%chat \t \n你好",
-        "%%chat\r\n你好\r\n",
-        "\ufeff%%chat\n你好",
-        "%%chat 你好",
-        "%%chat\u3000你好",
-        "%%chat\t你好\n",
-        "%chat\u3000你好",
-        "%chat\t你好",
-        "%chat \u3000 你好",
-        "x = %chat\u3000你好",
-        "%time %chat\u3000你好",
-        "%%time\n%%chat\n你好",
-        "%%time\n# a note\n%%chat\n你好",
-    ],
-)
-def test_however_it_is_written(run, llm, fake, cell):
+GREETS = [
+    "# my note\n%%chat\n你好",
+    "#| echo: false\n#| label: fig\n\n%%chat\n你好",
+    "\n\n# a\n\n  # b\n%%chat\n你好\n",
+    "%%chat\u3000\n你好",
+    "%%chat\t\n你好",
+    "%%chat \t \n你好",
+    "%%chat\r\n你好\r\n",
+    "\ufeff%%chat\n你好",
+    "%%chat 你好",
+    "%%chat\u3000你好",
+    "%%chat\t你好\n",
+    "%chat\u3000你好",
+    "%chat\t你好",
+    "%chat \u3000 你好",
+    "x = %chat\u3000你好",
+    "%time %chat\u3000你好",
+    "%%time\n%%chat\n你好",
+    "%%time\n# a note\n%%chat\n你好",
+]
+SAYS = {
+    "%%chat\r\none\r\n\r\ntwo\r\n": "one\n\ntwo",
+    "%%chat\n\n    def f():\n\n        return 1\n\n": "    def f():\n\n        return 1",
+    "%%chat --greedy Translate this:  \n# a title\n  text": "Translate this:\n# a title\n  text",
+    **{f"%%chat\n{text}": text for text in ("—— 他说", "– he said", "—dash", "- item")},
+}
+
+
+@pytest.mark.parametrize("cell, text", [*((cell, "你好") for cell in GREETS), *SAYS.items()])
+def test_however_it_is_written(run, llm, fake, cell, text):
     run(cell)
-    assert fake.asked[-1][0] == [{"role": "user", "content": "你好"}]
-
-
-def test_lines_end_as_everywhere(run, llm, fake):
-    run("%%chat\r\none\r\n\r\ntwo\r\n")
-    assert fake.asked[-1][0][-1]["content"] == "one\n\ntwo"
-
-
-def test_text_on_the_magics_line_comes_first(run, llm, fake):
-    run("%%chat --greedy Translate this:  \n# a title\n  text")
-    assert fake.asked[-1][0][-1]["content"] == "Translate this:\n# a title\n  text"
+    assert fake.asked[-1][0] == [{"role": "user", "content": text}]
 
 
 @pytest.mark.parametrize(
@@ -157,29 +153,6 @@ def test_on_a_questions_own_line(run, llm, fake):
         assert fake.asked[-1][0][0]["content"] == line.split("--system ")[1].split(" --")[0].split(" who")[0].strip('"')
     for line in ("%chat --system You are a pirate. Hello", "%%chat --system brief What is this?\n"):
         run.fails(line, "--system of several words goes into quotes")
-
-
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ('--system "You are', ['the quote " after --system is not closed']),
-        ("--system “You are", ["the quote “ after --system is not closed by ”"]),
-        ("--system 'what", ["the quote ' after --system is not closed"]),
-        ('-m "my model', ['the quote " after -m is not closed']),
-        ("—greedy", ["—greedy begins with a long dash; the option is --greedy"]),
-        ("–m fake", ["the option is -m"]),
-        ("－－seed 3", ["the option is --seed"]),
-    ],
-)
-def test_slips_of_the_pen(run, llm, fake, line, words):
-    run.fails(f"%%chat {line}\nhi", *words)
-    assert fake.asked == []
-
-
-@pytest.mark.parametrize("text", ["—— 他说", "– he said", "—dash", "- item"])
-def test_a_dash_of_the_text_is_text(run, llm, fake, text):
-    run(f"%%chat\n{text}")
-    assert fake.asked[-1][0][-1]["content"] == text
 
 
 # Variables

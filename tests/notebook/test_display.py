@@ -7,6 +7,7 @@ import pytest
 from IPython.core.displaypub import CapturingDisplayPublisher
 
 from chatmagic import ChatLLM
+from chatmagic.conversation.pieces import AllThought, Thought
 from chatmagic.notebook.display import harmless_markdown, render_markdown
 from fake_model import FakeModel
 
@@ -162,6 +163,39 @@ def test_it_is_sent_once_where_nobody_watches(run, llm, published, quiet):
     run.ip.kernel._allow_stdin = quiet != "executed"
     run(f"%%chat --format markdown {quiet.replace('executed', '')}\nhi")
     assert [set(each["data"]) for each in published] == [{"text/html", "text/markdown", "text/plain"}]
+
+
+def page(published):
+    """What stands in the outputs of the page in the end, from above, each as its kinds of data."""
+    outputs = {}
+    for number, each in enumerate(published):
+        outputs[(each["transient"] or {}).get("display_id", number)] = each["data"]
+    return list(outputs.values())
+
+
+@pytest.mark.parametrize("way", ["", "--no-stream", "executed", "stopped"])
+@pytest.mark.parametrize(
+    "thought", [[Thought("Hm, "), Thought("<b>.")], ["Hm, ", "<b>.", AllThought()]], ids=["told", "known by its end"]
+)
+def test_a_thought_stands_folded_above_its_reply(run, llm, fake, published, monkeypatch, way, thought):
+    """However long it took, and whether or not its first words were shown as the reply's."""
+    monkeypatch.setattr("chatmagic.notebook.display.PAUSE", 0)
+    run.ip.kernel._allow_stdin = way != "executed"
+
+    def stream(messages, stats, **options):
+        yield from [*thought, "**y", "es**"]
+        if way == "stopped":
+            raise KeyboardInterrupt
+
+    fake.stream = stream
+    run.ip.run_cell(f"%%chat --format markdown {way if way.startswith('--') else ''}\nhi")
+    folded, said = page(published)
+    assert folded["text/html"].startswith("<details><summary>thought, 8 characters")
+    assert "Hm, &lt;b&gt;." in folded["text/html"]
+    assert said["text/plain"] == "**yes**" and ("text/html" in said) == (way != "stopped")
+    assert (published[0]["data"].keys() == {"text/plain"}) == (
+        way in ("", "stopped") and AllThought in map(type, thought)
+    )
 
 
 def test_a_long_reply_is_not_sent_again_and_again(run, published):

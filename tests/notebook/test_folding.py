@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from chatmagic.conversation.pieces import Thought
+from chatmagic.conversation.printing import Printer
 from chatmagic.notebook import folding
 
 
@@ -28,7 +29,7 @@ def in_kernel(monkeypatch, watched):
 
 
 def say(*pieces):
-    with folding.Folding() as printer:
+    with folding.Folding(Printer()) as printer:
         for piece in pieces:
             printer(piece)
 
@@ -55,7 +56,7 @@ def test_a_person_sees_a_thought_grow(monkeypatch, shown, capsys):
 def test_a_thought_that_is_all_and_one_that_was_stopped(monkeypatch, shown, capsys):
     in_kernel(monkeypatch, watched=False)
     say(Thought("Hm"))
-    with pytest.raises(KeyboardInterrupt), folding.Folding() as printer:
+    with pytest.raises(KeyboardInterrupt), folding.Folding(Printer()) as printer:
         printer(Thought("Well"))
         raise KeyboardInterrupt
     assert [data["text/plain"] for data in shown] == ["> Hm", "> Well"] and capsys.readouterr().out == ""

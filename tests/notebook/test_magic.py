@@ -73,11 +73,6 @@ def test_text_is_text_as_it_stands(run, llm, fake, text):
         assert fake.asked[-1][0][-1]["content"] == text
 
 
-def test_indentation_and_inner_blank_lines_stay(run, llm, fake):
-    run("%%chat\n\n    def f():\n\n        return 1\n\n")
-    assert fake.asked[-1][0][-1]["content"] == "    def f():\n\n        return 1"
-
-
 def test_options_reach_the_model(run, llm, fake):
     run("%%chat --temperature 0.5 --top-p=0.9 --max-new-tokens 20 --seed 7 --system 'be \"brief\"'\nhi")
     messages, options = fake.asked[-1]
@@ -305,6 +300,13 @@ def test_history_refuses(run, llm, tmp_path, monkeypatch, line, words):
         ("%%chat --temperature -1\nhi", ["temperature must be a number, 0 (greedy) or more, not -1.0"]),
         ("%%chat -o 2x\nhi", ["-o takes the name of a variable", "'2x'"]),
         ("%%chat -o class\nhi", ["-o takes the name of a variable", "'class'"]),
+        ('%%chat --system "You are\nhi', ['the quote " after --system is not closed']),
+        ("%%chat --system “You are\nhi", ["the quote “ after --system is not closed by ”"]),
+        ("%%chat --system 'what\nhi", ["the quote ' after --system is not closed"]),
+        ('%%chat -m "my model\nhi', ['the quote " after -m is not closed']),
+        ("%%chat —greedy\nhi", ["—greedy begins with a long dash; the option is --greedy"]),
+        ("%%chat –m fake\nhi", ["the option is -m"]),
+        ("%%chat －－seed 3\nhi", ["the option is --seed"]),
         ("%%chat", ["nothing to send"]),
         ("%%chat\n", ["nothing to send"]),
         ("%%chat --greedy\n \n\n", ["nothing to send"]),
