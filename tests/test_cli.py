@@ -189,6 +189,7 @@ def test_the_tutorial_says_where_to_run_it(run):
     assert status == 1 and "Run this from the repository's folder" in said
 
 
+@pytest.mark.slow
 def test_the_tutorial_in_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     """The notebooks come with the package; what the reader has changed of them stays, and no notebook is run twice."""
     monkeypatch.setattr(cli, "_print_replies", lambda: print("TABLE"))

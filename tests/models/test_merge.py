@@ -408,6 +408,7 @@ def test_a_cut_base_is_told_in_words(tmp_path, base, adapter, size):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.slow
 def test_the_second_of_two_merges_is_told(tmp_path, base, adapter, monkeypatch):
     """While the first is at work, and without spoiling it."""
     real, told = merge.write_shard, []

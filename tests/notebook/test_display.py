@@ -198,6 +198,7 @@ def test_a_thought_stands_folded_above_its_reply(run, llm, fake, published, monk
     )
 
 
+@pytest.mark.slow
 def test_a_long_reply_is_not_sent_again_and_again(run, published):
     model = FakeModel()
     model.reply = lambda turn, question: "x" * 100_000

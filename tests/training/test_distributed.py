@@ -23,6 +23,7 @@ from chatmagic.training import StepRunner, keras
 from chatmagic.training.adalora import rank_table
 from tiny_runs import Replayed, adalora, fit, loader, processes, uneven_rows
 
+pytestmark = pytest.mark.slow  # each starts two processes that import torch
 COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
 
 

@@ -20,6 +20,7 @@ from chatmagic.models.parts import trainable
 from chatmagic.training import KerasModel, StepRunner, adalora_config
 from chatmagic.training.keras import TrainingInterrupted
 from chatmagic.training.states import load_adapter, newest_state
+from quick import first
 from tiny_runs import Drawn, adalora, fit, loader, lora, processes, rows, runner_that, tiny_llama
 
 LOSSES = ["train_loss", "train_penalty", "val_loss", "val_penalty", "lr", "grad_norm", "rank_budget"]
@@ -73,7 +74,7 @@ def run_until_killed(path, batch, save_every):
     run(path, runner=runner_that_in_a_step(kill, batch), save_every=save_every)
 
 
-@pytest.mark.parametrize("batch, save_every, saved", [(2, None, 0), (37, 3, 18), (37, 1, 18), (70, None, 32)])
+@pytest.mark.parametrize("batch, save_every, saved", first(1, [(37, 3, 18), (2, None, 0), (37, 1, 18), (70, None, 32)]))
 def test_a_killed_run_goes_on(tmp_path, unbroken, batch, save_every, saved):
     (process,) = processes(run_until_killed, (tmp_path, batch, save_every))
     process.join(120)
@@ -92,16 +93,19 @@ def run_until_killed_before(path, call, number):
 
 @pytest.mark.parametrize(
     "call, number, left",
-    [
-        ("os.fsync", 10, [".last-000003.*.part", "last-000000"]),  # in the middle of a state
-        ("shutil.rmtree", 1, [".last-000000.*.part", "last-000003"]),  # the older state is still there
-        ("os.unlink", 2, [".last-000000.*.part", "last-000003"]),  # half of it is
-        (
-            "os.replace",
-            77,
-            [".adapter_config.json.*.part", "adapter_model.safetensors", "last-000030"],
-        ),  # half of a better adapter
-    ],
+    first(
+        1,
+        [
+            ("os.fsync", 10, [".last-000003.*.part", "last-000000"]),  # in the middle of a state
+            ("shutil.rmtree", 1, [".last-000000.*.part", "last-000003"]),  # the older state is still there
+            ("os.unlink", 2, [".last-000000.*.part", "last-000003"]),  # half of it is
+            (
+                "os.replace",
+                77,
+                [".adapter_config.json.*.part", "adapter_model.safetensors", "last-000030"],
+            ),  # half of a better adapter
+        ],
+    ),
 )
 def test_a_run_killed_while_it_writes_goes_on(tmp_path, unbroken, call, number, left):
     (process,) = processes(run_until_killed_before, (tmp_path, call, number))
@@ -171,7 +175,7 @@ def test_a_new_run_replaces_the_states_of_the_old(tmp_path):
     assert [folder.name for folder in tmp_path.glob("last-*")] == ["last-000003"]
 
 
-@pytest.mark.parametrize("batch", [5, 37, 70])
+@pytest.mark.parametrize("batch", first(1, [37, 5, 70]))
 @pytest.mark.parametrize("answer", ["resume", "anew", "anew with an optimizer made again", "unwatched"])
 def test_the_cell_of_fit_run_again_after_stop_asks(tmp_path, unbroken, monkeypatch, batch, answer):
     """With the model, the optimizer and the scheduler as the first call left them; either way leads to the same end."""
@@ -337,7 +341,7 @@ def taken_up_by_load_ckpt(path, base):
 
 
 @pytest.mark.parametrize("take_up", [taken_up_by_peft, taken_up_by_load_ckpt])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", first(1, [torch.bfloat16, torch.float32]))
 def test_a_trained_adapter_is_taken_up_again(tmp_path, take_up, dtype):
     """With its ranks, which stay, on more data and by a schedule of its own, however it came; and once more."""
     first = adalora(base=tiny_llama().to(dtype))

@@ -69,6 +69,7 @@ def test_a_batch_without_its_padding_is_the_same_step():
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch(tmp_path):
     """Every label token of the global batch weighs the same, however the batch is cut."""
     whole = fit(adalora(), tmp_path, epochs=20, train=loader(uneven_rows(8), batch_size=4))
