@@ -55,6 +55,7 @@ def lab(tmp_path_factory, small):
         "ServerApp.root_dir": folder,
         "ServerApp.port": port,
         "IdentityProvider.token": "",
+        "LabApp.expose_app_in_browser": True,
     }
     command = [
         sys.executable,
@@ -68,6 +69,7 @@ def lab(tmp_path_factory, small):
         "PYTHONPATH": os.pathsep.join([str(TESTS / "helpers"), str(TESTS.parent)]),
         "JUPYTER_CONFIG_DIR": str(settings),
         "IPYTHONDIR": str(settings / "ipython"),
+        "CHATMAGIC_COURSE": str(settings / "course"),
         "PYTHONWARNINGS": "ignore",  # tqdm asks for ipywidgets
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
@@ -199,10 +201,104 @@ def test_a_reply_cannot_run_script_in_the_page(page):
     assert page.page.evaluate("window.hit") is None and not [url for url in asked if "evil.png" in url]
 
 
+def fake(page, name, reply):
+    """A model of that name that says what the Python expression `reply` comes to."""
+    page.type(
+        "from fake_model import FakeModel\n"
+        f"{name} = ChatLLM(FakeModel(), name={name!r}, max_new_tokens=10**6)\n"
+        f"{name}.model.reply = lambda turn, question: {reply}"
+    )
+    page.finish()
+
+
+def test_quick_pieces_arrive_whole(page):
+    """Above 1,000 messages a second a Jupyter server drops what comes."""
+    fake(page, "quick", "''.join(f'{n:7}' for n in range(100_000 // 7)) + ' end'")
+    page.type("%%chat -m quick\nhi")
+    text = page.finish(120)
+    assert text.split() == [*map(str, range(100_000 // 7)), "end"]
+
+
+FORMULAS = r"""Inline $x_1 * y_1 * z_1$ and \(a_1 \{b\}\), **bold**, $5 or $6, `$HOME`:
+
+$$
+\begin{aligned}
+a &= b_1 + c_1 \\
+  &= d < e \\
+- f &= g
+\end{aligned}
+$$
+
+* \[ \frac{p}{q} \]
+
+| a | b |
+|---|---|
+| $|x|$ | 2 |
+"""
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_formulas_are_set_in_both_themes(page, theme):
+    fake(page, "maths", repr(FORMULAS))
+    page.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
+    page.type(
+        "print('before')\nget_ipython().run_cell_magic('chat', '-m maths --format markdown', 'hi')\nprint('after')"
+    )
+    text = page.finish()
+    assert "before" in text and "after" in text and "$5 or $6" in text and "$HOME" in text
+    output = page.last.locator(".jp-RenderedHTMLCommon")
+    output.locator("mjx-container").nth(4).wait_for(timeout=20_000)
+    assert output.locator("mjx-container").count() == 5 and output.locator("mjx-merror, [data-mjx-error]").count() == 0
+    assert output.locator("mjx-mtr").count() == 3  # the aligned rows
+    assert output.locator("em").count() == 0 and output.locator("strong").inner_text() == "bold"
+    colours = "e => getComputedStyle(e).color.match(/\\d+/g).slice(0, 3).map(Number)"
+    wait(lambda: page.page.evaluate("document.body.dataset.jpThemeLight") == str("Light" in theme).lower(), 20)
+    ink = sum(output.locator("mjx-container").first.evaluate(colours))
+    assert ink < 300 if "Light" in theme else ink > 450
+    if path := os.environ.get("CHATMAGIC_SCREENSHOT"):
+        output.scroll_into_view_if_needed()
+        page.page.screenshot(path=f"{path}-{theme.split()[1]}.png")
+    page.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", "JupyterLab Light")
+
+
+def test_cells_as_people_write_them(page):
+    fake(page, "echo", "question")
+    page.type("# a note\n#| echo: false\n%%chat -m echo\nhello")
+    assert page.finish().strip() == "hello"
+    page.type("%chat -m echo 你是谁?")
+    assert "你是谁?" in page.finish()
+    page.type("%%chat -m echo --code\n```python\nx = 41 + 1\n```")
+    page.finish()
+    page.page.get_by_text("x = 41 + 1", exact=True).last.wait_for(timeout=10_000)
+    cells = [each.strip() for each in page.page.locator(".jp-CodeCell .cm-content").all_inner_texts()]
+    assert cells.count("x = 41 + 1") == 1
+
+
 def test_tab_completes_options(page):
     page.cells.last.locator(".cm-content").click()
+    page.page.keyboard.press("Control+a")
     page.page.keyboard.insert_text("%%chat --te")
     page.page.keyboard.press("Tab")
     page.page.locator(".jp-Completer-item", has_text="--temperature").wait_for(timeout=10_000)
     page.page.keyboard.press("Enter")
     assert page.cells.last.locator(".cm-content").inner_text() == "%%chat --temperature"
+    page.page.keyboard.press("Control+a")
+    page.page.keyboard.press("Delete")  # the next test types here
+
+
+def test_a_restarted_kernel_offers_the_conversation(page):
+    fake(page, "talk", "question")
+    page.type("%%chat -m talk\nremember me")
+    page.finish()
+    page.page.evaluate(
+        "fetch('/api/kernels/' + jupyterapp.serviceManager.sessions.running().next().value.kernel.id + '/restart', "
+        "{method: 'POST', headers: {'X-XSRFToken': document.cookie.match(/_xsrf=([^;]+)/)?.[1] ?? ''}})"
+    )
+    page.page.get_by_text("| Idle").wait_for(timeout=60_000)
+    page.type(
+        "from chatmagic import ChatLLM\nfrom fake_model import FakeModel\ntalk = ChatLLM(FakeModel(), name='talk')"
+    )
+    offer = "[talk: 1 rounds from before are kept; %chat_history load brings them back]"
+    wait(lambda: offer in page.output, 30, lambda: page.output)  # it comes once the cell has its number
+    page.type("%chat_history load")
+    assert "remember me" in page.finish()
