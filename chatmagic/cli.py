@@ -1,4 +1,4 @@
-"""`chatmagic doctor | models | download | tutorial | train | evaluate | merge`: the course without a browser."""
+"""The `chatmagic` command: the course without a browser, and what comes after it."""
 
 import argparse
 import json
@@ -7,7 +7,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -263,6 +264,51 @@ def merge(args: argparse.Namespace) -> None:
     print(merge_adapter(args.base, args.adapter, args.output, args.any_base, args.onto))
 
 
+def serve(args: argparse.Namespace) -> None:
+    """Answer at an address until Ctrl-C, with what `served` finds."""
+    from .conversation.llm import ChatLLM
+
+    with extra("serve"):
+        from .serving.app import serve as answer
+    folders = served(args)
+
+    def llms() -> Iterator[ChatLLM]:
+        from .models.load import load_trained
+
+        for name, folder in folders.items():
+            print(f"loading {name} from {short(folder)}", flush=True)
+            yield ChatLLM(*load_trained(folder, args.quantize), name=name, max_new_tokens=args.max_new_tokens)
+
+    answer(llms(), args.host, args.port, os.environ.get("CHATMAGIC_KEY"))
+
+
+def served(args: argparse.Namespace) -> dict[str, Path]:
+    """Name -> folder of each model that the arguments choose. Raises ChatmagicError where two have one name."""
+    folders = {folder.resolve().name: folder for folder in args.folders}
+    if len(folders) < len(args.folders):
+        raise ChatmagicError(
+            f"Askers could not tell them apart: two of these folders have one name, {', '.join(folders)}."
+        )
+    if not folders or args.before:
+        course = resume(*["model"] * args.before)
+        folders = ({course.profile.name: course.model} if args.before else {}) | (
+            folders or {course.newest.name: course.newest}
+        )
+    return folders
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of what comes with an extra. Raises ChatmagicError, with what to type, for one that fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ChatmagicError(f"{error}. Type: pip install 'chatmagic[{name}]'") from None
+
+
+SERVE = """an OpenAI-compatible address, http://127.0.0.1:8484/v1: one question is answered at a time, those beyond 32
+in line are told to come back (429, Retry-After), and an asker who leaves stops the reply; who asks from another machine
+must send the key that the environment variable CHATMAGIC_KEY holds here"""
 TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.cli train, over several
 nodes with CHATMAGIC_HOME and CHATMAGIC_COURSE on a disk that they share"""
 EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
@@ -330,6 +376,27 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--any-base", action="store_true", help="also where the adapter was trained on another model")
     added.add_argument(
         "--onto", choices=("trained", "original"), default="trained", help="which weights of a base trained in NF4"
+    )
+    serving = command("serve", serve, SERVE)
+    serving.add_argument(
+        "folders",
+        type=Path,
+        nargs="*",
+        metavar="DIR",
+        help="of a model or an adapter; default: what the course made last",
+    )
+    serving.add_argument("--before", action="store_true", help="also the course's base, by its own name, to compare")
+    serving.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for others too; default: %(default)s, this machine alone"
+    )
+    serving.add_argument("--port", type=int, default=8484, help="default: %(default)s")
+    serving.add_argument("--quantize", choices=("nf4", "int8"), help="default: as the folder is, or as it was trained")
+    serving.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        metavar="TOKENS",
+        help="of a reply, where the asker says nothing; default: %(default)s",
     )
     return top
 

@@ -35,16 +35,20 @@ def imported_distributions() -> dict[str, set[str]]:
     return found
 
 
+# Who imports what an extra brings.
+READS = {"data": {"rows.py"}, "serve": {"app.py", "protocol.py"}}
+
+
 def test_every_import_is_declared_and_every_declaration_is_imported():
-    """rows.py reads tables with what the extra for data declares. Triton comes with torch where that has CUDA, and not
-    elsewhere: decode.py asks for kernels.py and does without. ipykernel is what runs notebooks, and not imported."""
+    """Triton comes with torch where that has CUDA, and not elsewhere: decode.py asks for kernels.py and does without.
+    ipykernel is what runs notebooks, and not imported."""
     declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
-    data = {distribution(requirement) for requirement in EXTRAS["data"]}
+    extras = {distribution(each): files for extra, files in READS.items() for each in EXTRAS[extra]}
     imported = imported_distributions()
-    assert {name: files for name, files in imported.items() if name not in declared | data} == {
+    assert {name: files for name, files in imported.items() if name not in declared | extras.keys()} == {
         "triton": {"kernels.py"}
     }
-    assert {name: files for name, files in imported.items() if name in data} == {name: {"rows.py"} for name in data}
+    assert {name for name, files in extras.items() if not imported.get(name, set()) or imported[name] - files} == set()
     assert declared - imported.keys() == {"ipykernel"}
     assert {"torch", "ipython", "markdown-it-py"} <= imported.keys()
 

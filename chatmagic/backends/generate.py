@@ -19,7 +19,7 @@ from ..accel.attention import without_cudnn_attention
 from ..accel.decode import NOT_ON_A_GPU, GraphedForward, NoGraph, can_be_cut, capture, cut
 from ..conversation.llm import ContextOverflow
 from ..conversation.messages import merge_system
-from ..conversation.pieces import Parting
+from ..conversation.pieces import Parting, Thought
 from ..conversation.reply import Stats
 from ..errors import ChatmagicError, let_go
 from ..models.load import context_limit
@@ -117,18 +117,20 @@ class LocalModel:
         seed: int | None = None,
         thinking: bool | None = None,
         thinking_budget: int | None = None,
+        stop: Sequence[str] = (),
         **options: Any,
     ) -> Generator[str, None, None]:
         """The reply, a piece of text for every token ("" while a character, a stop string or the mark of a thought is
         incomplete); a thought is apart.
 
         `options` are `greedy=True` or OPTIONS; the rest is as the model's own `generation_config` has it. After
-        `thinking_budget` tokens of thought the model is made to speak. Fills `stats` as it goes. A thread waits for
-        another that asks the same model. Raises ContextOverflow if the messages do not fit the context, ChatmagicError
-        if an option is unknown, or memory runs out (the kept keys and values are then freed).
+        `thinking_budget` tokens of thought the model is made to speak; words, not a thought, end before the first of
+        `stop`. Fills `stats` as it goes. A thread waits for another that asks the same model. Raises ContextOverflow if
+        the messages do not fit the context, ChatmagicError if an option is unknown, or memory runs out (the kept keys
+        and values are then freed).
         """
         with self._busy:
-            yield from self._reply(messages, stats, max_new_tokens, seed, thinking, thinking_budget, **options)
+            yield from self._reply(messages, stats, max_new_tokens, seed, thinking, thinking_budget, stop, **options)
 
     def _reply(
         self,
@@ -138,6 +140,7 @@ class LocalModel:
         seed: int | None,
         thinking: bool | None,
         thinking_budget: int | None,
+        stop: Sequence[str],
         **options: Any,
     ) -> Generator[str, None, None]:
         ids = self._counted_ids(messages, thinking)
@@ -154,6 +157,7 @@ class LocalModel:
         thinking = vars(self.tokenizer).get("chat_thinking") if thinking is None else thinking
         parting = self.template.parting(thinking)
         text = TextStream(self.tokenizer, self.template.stop_strings, parting.marks if parting else ())
+        words = StopStrings(stop)
         processors = LogitsProcessorList()
         if thinking_budget is not None:
             processors.append(self._budget(thinking_budget, parting))
@@ -165,17 +169,17 @@ class LocalModel:
                 if token in stop_ids:
                     stats.stop_reason = "stop"
                     break
-                if parting is None:
-                    yield text.push(token)
-                else:
-                    yield from parting.push(text.push(token)) or [""]
-                    if parting.thinking:
-                        stats.tokens_thought = stats.tokens_out
-                if text.stopped or stats.tokens_out == room:
-                    stats.stop_reason = "stop" if text.stopped else "length"
+                pieces = [text.push(token)] if parting is None else parting.push(text.push(token)) or [""]
+                yield from map(words.push, pieces)
+                if parting and parting.thinking:
+                    stats.tokens_thought = stats.tokens_out
+                stopped = text.stop.found or words.found
+                if stopped or stats.tokens_out == room:
+                    stats.stop_reason = "stop" if stopped else "length"
                     break
             rest = text.flush()
-            yield from [rest] if parting is None else parting.push(rest) + parting.flush()
+            yield from map(words.push, [rest] if parting is None else parting.push(rest) + parting.flush())
+            yield words.flush()
         except torch.OutOfMemoryError as error:
             let_go(error)  # of what the forward had made
             self._free()
@@ -360,13 +364,11 @@ class TextStream:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], marks: Collection[str] = ()
     ) -> None:
-        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.tokenizer, self.stop = tokenizer, StopStrings(stop_strings)
         special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.skipped = {id for text, id in special.items() if not any(text in mark for mark in marks)}
         self.shown: list[int] = []  # the tokens of the last piece
         self.pending: list[int] = []  # tokens after those, up to the end of a character
-        self.held = ""  # text that may be the beginning of a stop string
-        self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that a token adds; "" while a character or a stop string is incomplete."""
@@ -375,30 +377,41 @@ class TextStream:
         if after == before or after.endswith("\ufffd"):
             return ""
         self.shown, self.pending = self.pending, []
-        return self._until_stop(after[len(before) :])
+        return self.stop.push(after[len(before) :])
 
     def flush(self) -> str:
         """What is left at the end: half a character as U+FFFD, text that was no stop string after all."""
         rest = self._decode(self.shown + self.pending)[len(self._decode(self.shown)) :]
         self.pending = []
-        text = self._until_stop(rest) + self.held
-        self.held = ""
-        return text
+        return self.stop.push(rest) + self.stop.flush()
 
     def _decode(self, ids: list[int]) -> str:
         ids = [token for token in ids if token not in self.skipped]
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _until_stop(self, text: str) -> str:
-        text, self.held = self.held + text, ""
-        ends = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
-        if ends:
-            self.stopped = True
+
+class StopStrings:
+    """Lets a text through that comes in pieces, up to the first of `strings`; a thought is no part of it."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings, self._held, self.found = strings, "", False  # held: what may be the beginning of one
+
+    def push(self, piece: str) -> str:
+        """What of it, and of what was held, is let through; "" once one was found."""
+        if self.found or isinstance(piece, Thought):
+            return "" if self.found else piece
+        text, self._held = self._held + piece, ""
+        if ends := [at for stop in self._strings if (at := text.find(stop)) >= 0]:
+            self.found = True
             return text[: min(ends)]
         longest = max(
-            (n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            (n for stop in self._strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,
         )
         if longest:
-            text, self.held = text[:-longest], text[-longest:]
+            text, self._held = text[:-longest], text[-longest:]
         return text
+
+    def flush(self) -> str:
+        """What was held and is none after all."""
+        return self._held

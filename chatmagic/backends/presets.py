@@ -42,6 +42,7 @@ class Server:
 
 
 SERVERS = {
+    "chatmagic": Server("http://localhost:8484/v1", "CHATMAGIC_KEY", budgets=("thinking_budget",)),
     "vllm": Server("http://localhost:8000/v1", "VLLM_API_KEY", budgets=("thinking_token_budget",)),
     "ollama": Server("http://localhost:11434/v1", told=_by_effort),
     "llama.cpp": Server("http://localhost:8080/v1", "LLAMA_API_KEY", budgets=("thinking_budget_tokens",)),

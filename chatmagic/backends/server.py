@@ -19,7 +19,7 @@ from .wire import DONE, BrokenEvent, NoReply, error_in, read_events, thought_and
 if TYPE_CHECKING:
     import httpx2
 
-FIELDS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
+FIELDS = {"max_new_tokens": "max_tokens"} | {name: name for name in ("temperature", "top_p", "seed", "stop")}
 BROKE_OFF = "broke off in the middle of a reply; ask again"
 PATIENCE = 120
 """Seconds that a server which says it is busy is waited for, all in all."""
@@ -60,8 +60,8 @@ def connect(
 ) -> ChatLLM:
     """A ChatLLM over `model` at `url`; `settings` are ChatLLM's own.
 
-    url         such as "http://localhost:8000/v1", or a name: vllm, ollama, llama.cpp, lmstudio, deepseek, dashscope,
-                siliconflow, openai (see `presets.SERVERS`)
+    url         such as "http://localhost:8000/v1", or a name: chatmagic (`chatmagic serve`), vllm, ollama, llama.cpp,
+                lmstudio, deepseek, dashscope, siliconflow, openai (see `presets.SERVERS`)
     key         by default what the environment has for that host: CHATMAGIC_KEY_ and the host's name (as in
                 CHATMAGIC_KEY_LOCALHOST), the variable that is the custom of such a server, OPENAI_API_KEY for OpenAI
     timeout     seconds until the first, and between two pieces of a reply

@@ -44,6 +44,10 @@ def _number(value: Any, whole: bool = False) -> bool:
     return isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and isfinite(value)
 
 
+def _texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) and text for text in value)
+
+
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (lambda value: _number(value, whole=True) and value >= 1, "a whole number, 1 or more"),
     "temperature": (lambda value: _number(value) and value >= 0, "a number, 0 (greedy) or more"),
@@ -52,6 +56,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "greedy": (lambda value: isinstance(value, bool), "True or False"),
     "thinking": (lambda value: isinstance(value, bool), "True or False"),
     "thinking_budget": (lambda value: _number(value, whole=True) and value >= 0, "a whole number, 0 or more"),
+    "stop": (_texts, "a list of texts, none of them empty"),
 }
 """What the options that all models have may be, and how an error says so."""
 
@@ -217,8 +222,9 @@ class ChatLLM:
         `stream=True` prints it as it comes; a function is called with every piece of text instead: with words, and
         with the `Thought` and `Notice` of `pieces.py`, which are strings too.
         `generation`: `max_new_tokens`, `temperature`, `top_p`, `seed`, `greedy`, `thinking`, `thinking_budget` (in
-        tokens), for a local model also the fields of transformers' `GenerationConfig` that say how a token is chosen;
-        what is not given, or None, is as the model's own has it.
+        tokens), `stop` (texts before the first of which the words end), for a local model also the fields of
+        transformers' `GenerationConfig` that say how a token is chosen; what is not given, or None, is as the model's
+        own has it.
         Raises MessagesError for messages that are none, ChatmagicError for an option that is out of its range,
         ContextOverflow for messages that are too long, and Interrupted, which has the part there is, in the place of a
         KeyboardInterrupt.

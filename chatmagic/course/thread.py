@@ -81,6 +81,14 @@ class Course:
         who = asdict(self.persona) | ({"own": asdict(self.own)} if self.own else {})
         return courses() / f"{self.profile.name}-{hashlib.sha256(json.dumps(who).encode()).hexdigest()[:6]}"
 
+    @property
+    def newest(self) -> Path:
+        """The folder of what was made last, the merged model or the adapter. Raises CourseError where nothing is."""
+        made = self.merged / "config.json", self.adapter / "adapter_config.json"
+        if not any(file.is_file() for file in made):
+            raise CourseError(f"No adapter is in {self.adapter}. Make one: chatmagic train {self.profile.name}")
+        return max(filter(Path.is_file, made), key=lambda file: file.stat().st_mtime).parent
+
     def __getattr__(self, name: str) -> Path:
         """`before`, `train`, `val`, `adapter`, `merged`: the file or folder of that name."""
         if name not in LEFT:

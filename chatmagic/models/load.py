@@ -12,6 +12,7 @@ from .quantize import mend_adalora_over_int8, mend_bitsandbytes, quantization_co
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -60,6 +61,26 @@ def load_model(
     if tokenizer is not None:
         name_family(tokenizer, folder.resolve())
     return model, tokenizer
+
+
+def load_trained(
+    folder: str | Path, quantize: str | None = None
+) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
+    """Load what training left: a model's folder as `load_model` does, or an adapter's, over the base that it names and
+    quantised as it was trained unless `quantize` says otherwise; thinking as trained. Raises as `load_model` does."""
+    folder = Path(folder).expanduser()
+    adapter = read_json(folder / "adapter_config.json")
+    if not adapter:
+        return load_model(folder, quantize)
+    from ..prompts.labels import note_thinking
+    from .provenance import trained_in_nf4, trained_thinking
+
+    base = adapter["base_model_name_or_path"]
+    model, tokenizer = load_model(base, quantize or ("nf4" if trained_in_nf4(folder) else None))
+    from peft import PeftModel  # after load_model, which spares us what bitsandbytes says on import
+
+    note_thinking(model, tokenizer, trained_thinking(folder))
+    return PeftModel.from_pretrained(model, folder), tokenizer
 
 
 def check_config(folder: Path, name: str) -> None:

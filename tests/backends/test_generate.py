@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages, encode_prompt, load_model
-from chatmagic.backends.generate import TextStream
+from chatmagic.backends.generate import StopStrings, TextStream
 from chatmagic.backends.weights import WHOLE
 from chatmagic.conversation.llm import Interrupted
+from chatmagic.conversation.pieces import Thought
 from generation import (
     adapter,
     column_written_through_data,
@@ -228,9 +229,9 @@ def test_characters_and_stop_strings_arrive_whole(tokenizer):
     pieces = []
     for token in ids:
         pieces.append(stream.push(token))
-        if stream.stopped:
+        if stream.stop.found:
             break
-    assert stream.flush() == "" and stream.stopped
+    assert stream.flush() == "" and stream.stop.found
     assert [piece for piece in pieces if piece] == [*"你好🙂", " ", "a", "#b", " ", "##c", "\n"]
 
 
@@ -239,6 +240,28 @@ def test_an_unfinished_character_or_stop_string_is_shown_in_the_end(tokenizer):
     ids = tokenizer.encode("a##E你", add_special_tokens=False)
     pieces = [stream.push(token) for token in ids[:-1]]
     assert "".join(pieces) == "a" and stream.flush() == "##E\ufffd"
+
+
+def test_a_reply_ends_before_a_stop_string_of_the_askers(model, tokenizer):
+    llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=30)
+    whole = llm("hi", greedy=True, remember=False)
+    assert len(whole) > 16
+    for end in (whole[9:12], whole[9]):
+        reply = llm("hi", greedy=True, remember=False, stop=["never said", end])
+        assert reply == whole[: whole.index(end)] and reply.stats.stop_reason == "stop"
+        assert llm.history == []
+    missed = llm("hi", greedy=True, remember=False, stop=[whole[-1] + "x"])  # its beginning is held, and said at last
+    assert missed == whole and missed.stats.stop_reason == "length"
+    for wrong in ("x", [""], [], [3]):
+        with pytest.raises(ChatmagicError, match="stop must be"):
+            llm("hi", stop=wrong)
+
+
+def test_a_stop_string_ends_words_and_no_thought():
+    stop = StopStrings(["\n\n"])
+    pieces = [Thought("let me\n\n"), Thought("see"), "a", "\n", "b\n", "\nc", "d"]
+    assert [stop.push(piece) for piece in pieces] == [Thought("let me\n\n"), Thought("see"), "a", "", "\nb", "", ""]
+    assert stop.found and stop.flush() == ""
 
 
 def test_messages_beyond_the_context(model, tokenizer):
