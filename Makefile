@@ -2,6 +2,7 @@
 # make test       the same environment, and every test, the notebooks among them
 # make quick      the same environment, and the tests that need no network, browser or GPU, in three minutes
 # make lab        JupyterLab on the notebooks
+# make docs       the book: pages, executed notebooks and API as a site in work/book, with no network
 #
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu  takes torch from PyTorch's own CPU index.
 # PYTHON=python3.12  is the Python that the environment is made of.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: tutorial test quick lab kernel notebooks clean
+.PHONY: tutorial test quick lab kernel notebooks docs clean
 
 tutorial: kernel
 	$(BIN)/python -m chatmagic.cli tutorial
@@ -33,6 +34,10 @@ kernel: $(READY)
 notebooks: $(READY)
 	$(BIN)/python -m chatmagic.cli tutorial --in-place
 
+docs: $(READY)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -c docs/book . work/book
+	@echo "The book is work/book/index.html"
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c "$(FITS)" 2>/dev/null || { \
 	echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1); chatmagic runs on Python 3.11, 3.12 and 3.13."; \
@@ -43,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 	set -e; if $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; \
 	then $(PYTHON) -m venv --clear --system-site-packages $(VENV); grep -v "^torch==" constraints.txt > $(VENV)/constraints.txt; \
 	else $(PYTHON) -m venv --clear $(VENV); cp constraints.txt $(VENV); fi
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c $(VENV)/constraints.txt -e ".[lab,test]"
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c $(VENV)/constraints.txt -e ".[lab,docs,test]"
 	touch $@
 
 clean:

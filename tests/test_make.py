@@ -120,12 +120,14 @@ def test_no_python_at_all(tmp_path, folder):
     assert done.returncode and "None of them is here." in done.stdout
 
 
-@pytest.mark.parametrize("goal", ["test", "quick", "lab", "notebooks"])
+@pytest.mark.parametrize("goal", ["test", "quick", "lab", "docs", "notebooks"])
 def test_the_other_commands_run_in_the_environment(tmp_path, folder, goal):
     python(tmp_path)
     done = make(tmp_path, folder, goal)
     assert done.returncode == 0, done.stderr
-    last = {"test": "pytest", "quick": "pytest", "lab": "jupyterlab", "notebooks": "chatmagic.cli"}[goal]
+    last = {"test": "pytest", "quick": "pytest", "lab": "jupyterlab", "docs": "sphinx", "notebooks": "chatmagic.cli"}[
+        goal
+    ]
     assert asked(tmp_path)[-1] == last
 
 

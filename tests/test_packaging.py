@@ -56,7 +56,7 @@ def test_every_import_is_declared_and_every_declaration_is_imported():
 def test_environment_yml_says_what_pyproject_says():
     *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert conda == [f"python{PROJECT['requires-python']}", "pip"]
-    assert pip == {"pip": [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["test"], "-e ."]}
+    assert pip == {"pip": [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["docs"], *EXTRAS["test"], "-e ."]}
 
 
 @pytest.mark.parametrize("module", ["chatmagic", "chatmagic.notebook.magic", "chatmagic.course"])
