@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from ..errors import ChatmagicError
 from ..files import new_folder, write
 from .checkpoint import first_not_finite, open_file, open_weights, read_json, weight_files
+from .portable import make_portable
 from .provenance import BASE, PROVENANCE, base_fingerprint, trained_in_nf4, trained_thinking
 from .quantize import as_in_nf4
 from .shard import Part, write_shard
@@ -114,6 +115,7 @@ def merge_adapter(
             _check_base(base, adapter)
         family = find_family(config, base)
         shards = _open_family(family, base, config, staging) if family else _open_native(base, staging)
+        make_portable(staging)
         in_nf4 = trained_in_nf4(adapter)
         renamed = _renamed_in(base, updates.keys() | in_nf4)
         updates = {renamed.get(name, name): update for name, update in updates.items()}
@@ -340,12 +342,15 @@ def _open_rows(file: Path, name: str) -> Any:
 def _open_family(family: ModuleType, base: Path, config: dict, output: Path) -> dict[str, dict[str, Part]]:
     """As _open_native, for a checkpoint in its publisher's layout, which becomes native on the way."""
     from .families.native import native_names, read_native
+    from .families.sentencepiece import add_file
 
     stored = open_weights(base)
     native = read_native(family, base, config, stored)
     weights = native.weights
     for part in (native.config, native.generation_config, native.tokenizer):
         part.save_pretrained(output)
+    if (base / "tokenizer.model").is_file():
+        add_file(base / "tokenizer.model", output, native.tokenizer)
     by_file = {}
     for published, (_, file) in stored.items():
         names = native_names(published, family.TENSORS)

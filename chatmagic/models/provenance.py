@@ -39,6 +39,8 @@ def _fingerprint(folder: Path, files: tuple) -> str:
     """Of the folder while its files are these: a run asks at each state that it saves."""
     left_out, config = NOT_OF_THE_MODEL.split(), read_json(folder / "config.json")
     config = {name: value for name, value in config.items() if name not in left_out and value is not None}
+    if config.get("rope_theta") == config.get("rope_parameters", {}).get("rope_theta"):  # told twice: `make_portable`
+        config.pop("rope_theta", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     stored = {name: tensor for name, (tensor, _) in sorted(open_weights(folder).items())}
     step = sum(tensor.numel() for tensor in stored.values()) // 1000 + 1

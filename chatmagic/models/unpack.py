@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+from .portable import make_portable
 from .shard import Part, write_shard
 
 # gguf (0.19) slices a numpy.memmap some two million times to read a vocabulary, each slice of which costs five of an
@@ -62,6 +63,7 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     for saved in (config, model.generation_config, tokenizer):
         saved.save_pretrained(folder)
+    make_portable(folder)
 
 
 def same(embedding: ReaderTensor, head: ReaderTensor | None) -> bool:

@@ -1,5 +1,6 @@
 """A SentencePiece BPE file, `tokenizer.model`, as a fast `tokenizers.Tokenizer` with the same ids."""
 
+import json
 import struct
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
-from ..checkpoint import CheckpointError
+from ...files import write
+from ..checkpoint import CheckpointError, read_json
 
 
 class Kind(IntEnum):
@@ -86,6 +89,22 @@ def read_pieces(file: Path) -> tuple[list[Piece], bool]:
         elif number == 3:
             dummy_prefix = bool(dict(_fields(value)).get(3, True))
     return pieces, dummy_prefix
+
+
+def add_file(file: Path, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put the `tokenizer.model` beside the saved tokenizer that was built of it: llama.cpp's converter
+    (conversion/base.py, `_create_vocab_sentencepiece`) reads that and no tokenizer.json. What it does not ask of it,
+    which pieces are found in any text and whether a text begins with a space, goes into tokenizer_config.json."""
+    said = {
+        "add_prefix_space": read_pieces(file)[1],
+        "add_bos_token": tokenizer.add_bos_token,
+        "added_tokens_decoder": {
+            index: token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()
+        },
+    }
+    write(folder / "tokenizer.model", file.read_bytes())
+    settings = folder / "tokenizer_config.json"
+    write(settings, json.dumps(read_json(settings) | said, ensure_ascii=False, indent=2))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
