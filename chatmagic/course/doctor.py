@@ -21,7 +21,7 @@ from ..files import nearest_existing
 from ..machine import AUTODL, PACKAGES, courses, gpu_memory, home, report, shipped, short
 from ..models.checkpoint import CheckpointError, check_whole
 from .hubs import HUBS, without_password
-from .profile import Profile, get_profile, lacking
+from .profile import Profile, get_profile, unfit
 from .wanted import find, local
 
 PYTHONS = ((3, 11), (3, 13))  # the first and the last that the course was tried on
@@ -217,11 +217,7 @@ def _model(profile: Profile) -> Finding:
 
 def _fit(profile: Profile) -> Finding:
     """Whether every step of the course, merging included, fits this machine with the profile."""
-    needed = max(profile.memory, profile.memory_merged)
-    problems = lacking(profile, find(profile.name).folder, needed)
-    if profile.quantize != "no" and not gpu_memory():
-        problems.append(f"a GPU: on a CPU, {profile.quantize.upper()} unpacks every weight at every step")
-    if problems:
+    if problems := unfit(profile):
         said = f"{profile.name} needs {'; it needs '.join(problems)}"
         return Finding("profile", said, BAD, "" if profile == get_profile() else "chatmagic doctor --profile auto")
     return Finding("profile", f"{profile.name}: fits this machine")

@@ -106,7 +106,7 @@ def choose_profile() -> tuple[Profile, str]:
     reasons = ""
     for name in (AUTO if gpu_memory() else AUTO[1:])[:-1]:
         profile = profiles()[name]
-        problems = lacking(profile, home() / name, max(profile.memory, profile.memory_merged))
+        problems = unfit(profile)
         if not problems:
             break
         reasons += f"{name} needs {'; it needs '.join(problems)}. "
@@ -132,16 +132,16 @@ def overview() -> list[str]:
         return fit(name, 31) + "".join(fit(cell, 9) for cell in cells[:-1]) + cells[-1]
 
     head = line("profile", "16 bit", "train", "merged", "card", "thinks", "licence")
-    fits = {name: not lacking(p, home() / name, max(p.memory, p.memory_merged)) for name, p in profiles().items()}
-    here, others = ([row(profiles()[name]) for name, does in fits.items() if does is want] for want in (True, False))
-    return [head, "", *here, *(["", "too large for this machine:", ""] if others else []), *others]
+    fits = {profile: not unfit(profile) for profile in profiles().values()}
+    here, others = ([row(profile) for profile, does in fits.items() if does is want] for want in (True, False))
+    return [head, "", *here, *(["", "more than this machine has:", ""] if others else []), *others]
 
 
 def all_of(profile: Profile) -> list[tuple[str, str]]:
     """(what, said) rows of one profile."""
     how = {"nf4": "NF4", "int8": "int8", "no": "16 bit"}[profile.quantize]
     size = f"{profile.bytes / GB:.1f} GB in 16 bit" + (", by its published shape" if profile.architecture else "")
-    problems = lacking(profile, home() / profile.name, max(profile.memory, profile.memory_merged))
+    problems = unfit(profile)
     return [
         ("ModelScope", profile.id if profile.source == "modelscope" else "-"),
         ("Hugging Face", profile.huggingface or "-"),
@@ -168,11 +168,19 @@ def check_machine(profile: Profile, folder: Path) -> None:
     """Raise ProfileError, before a byte is downloaded, if this machine has not the disk for a course with this profile,
     or the memory that training takes."""
     if problems := lacking(profile, folder, profile.memory):
-        memory, free = gpu_memory() or ram(), shutil.disk_usage(nearest_existing(folder)).free
-        fits = [p.name for p in profiles().values() if p.memory <= memory and p.disk <= free]
+        fits = [name for name, other in profiles().items() if not unfit(other, folder.with_name(name))]
         advice = f"Fits here: {', '.join(fits)}." if fits else "Free some disk, and run this again."
         other = f"To have it all the same, for another machine: chatmagic download {profile.name} --any-machine"
         raise ProfileError(f"{profile.name} needs {'; it needs '.join(problems)}. {advice} {other}")
+
+
+def unfit(profile: Profile, folder: Path | None = None) -> list[str]:
+    """What this machine lacks for every step of the course with the profile, merging included; [] where it fits.
+    `folder`: where its model is or will be, if not with the others."""
+    problems = lacking(profile, folder or home() / profile.name, max(profile.memory, profile.memory_merged))
+    if profile.quantize != "no" and not gpu_memory():
+        problems.append(f"a GPU: on a CPU, {profile.quantize.upper()} unpacks every weight at every step")
+    return problems
 
 
 def lacking(profile: Profile, folder: Path, needed: int) -> list[str]:

@@ -91,6 +91,22 @@ def test_a_model_for_gpus_does_not_fit_a_cpu(monkeypatch):
     assert (found("profile", "auto").state, found("profile", "auto").mend) == (BAD, ""), "there is no smaller one"
 
 
+@pytest.mark.parametrize("gpu", [0, 8 * 10**9])
+def test_it_says_what_chatmagic_models_says(monkeypatch, capsys, gpu):
+    """Of every profile: in the list, in the rows of one, and here."""
+    monkeypatch.setattr(profiles, "gpu_memory", lambda: gpu)
+    monkeypatch.setattr(profiles, "ram", lambda: 24 * 10**9)
+    monkeypatch.setattr(profiles.shutil, "disk_usage", lambda _: machine.shutil._ntuple_diskusage(10**12, 0, 10**12))
+    known = [*profiles.profiles().values()]
+    fits = [profile.name for profile in known if doctor._fit(profile).state == OK]
+    assert main(["models"]) == 0
+    listed, _, others = capsys.readouterr().out.partition("more than this machine has:")
+    assert [line.split()[0] for line in listed.splitlines()[2:] if line] == fits and fits
+    assert {line.split()[0] for line in others.splitlines() if line} == {each.name for each in known} - set(fits)
+    assert [each.name for each in known if ("this machine", "fits") in profiles.all_of(each)] == fits
+    assert ("qwen3-1.7b" in fits) is bool(gpu), "NF4 wants a GPU"
+
+
 @pytest.mark.parametrize(
     "installed, state, mend",
     [

@@ -66,7 +66,7 @@ def test_models_lists_those_that_fit_first(small_gpu, capsys):
     assert cli.main(["models"]) == 0
     head, blank, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[0] == "profile" and not blank
-    between = lines.index("too large for this machine:")
+    between = lines.index("more than this machine has:")
     here, others = ([line.split()[0] for line in some] for some in (lines[: between - 1], lines[between + 2 :]))
     assert sorted([*here, *others]) == sorted(profiles())
     assert "qwen3-1.7b" in here and "qwen2.5-7b-instruct" in others
