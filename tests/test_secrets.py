@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from chatmagic import adalora_to_lora, merge_adapter
 from hub import HUGGINGFACE, MODELSCOPE, Hubs, Repository, proxied
 from tiny_hub import ID, download, model
+from tiny_runs import adalora, fit, tiny_llama
 from writers import WRITERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +62,7 @@ def test_results(path):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_the_package_writes(name, tmp_path, monkeypatch):
-    """Each writer's files, with keys in the environment. Of a path only where PEFT notes the base of an adapter, and
-    where a course notes which file of the reader's it was made of."""
+    """Each writer's files, with keys in the environment."""
     for variable, key in KEYS.items():
         monkeypatch.setenv(variable, key)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -72,7 +73,23 @@ def test_what_the_package_writes(name, tmp_path, monkeypatch):
     assert files
     for path, content in files.items():
         assert KEYS["HF_TOKEN"].encode() not in content, path
-        assert path.name in ("adapter_config.json", "own.json") or str(tmp_path).encode() not in content, path
+        assert str(tmp_path).encode() not in content, path
+
+
+def test_a_run_and_what_is_made_of_it(tmp_path, monkeypatch):
+    """From a model in the folder of models, whose place there is all that is noted of it."""
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "models"))
+    base, made = tmp_path / "models" / "tiny", tmp_path / "made"
+    tiny_llama().save_pretrained(base)
+    fit(adalora(12, base=type(tiny_llama()).from_pretrained(base)), made / "adapter", epochs=3)
+    merge_adapter(base, made / "adapter", made / "merged")
+    adalora_to_lora(made / "adapter", made / "lora")
+    files = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    assert {"state.pt", "run.json", "history.csv", "chatmagic.json", "config.json"} <= {path.name for path in files}
+    assert [path for path, content in files.items() if str(tmp_path).encode() in content] == []
+    assert json.loads((made / "adapter" / "run.json").read_text())["model"]["name"] == "tiny"
+    for folder in (made / "adapter", made / "lora", next(made.glob("adapter/last-*"))):
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
 
 
 @pytest.mark.parametrize("source", ["modelscope", "huggingface"])

@@ -13,6 +13,7 @@ from ..data.readers import read_conversations
 from ..data.rows import DataError
 from ..files import make_folder, remove, write
 from ..machine import home
+from ..models.checkpoint import sha256
 from ..prompts.labels import IGNORE
 from .download import first_answer
 from .hubs import HUBS, answers
@@ -91,17 +92,18 @@ def _drawn(conversations: ConversationFile, indices: list[int], added: list[list
     yield from added
 
 
-def source(path: Path) -> list[str | int]:
-    """What tells that a file is the one that was read."""
-    found = path.stat()
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
+def source(path: Path) -> list[str]:
+    """What tells that a file is the one that was read, wherever it lies now."""
+    return [path.name, sha256(path)]
 
 
 def is_made(course: Course, path: Path) -> bool:
-    """Whether train.jsonl and val.jsonl were made of the file as it is now."""
-    if not all(each.is_file() for each in (path, course.folder / "own.json", course.train, course.val)):
+    """Whether train.jsonl and val.jsonl were made of the file as it is now; what was made of one that is here no more
+    stays."""
+    if not all(each.is_file() for each in (course.folder / "own.json", course.train, course.val)):
         return False
-    return bool(json.loads((course.folder / "own.json").read_text(encoding="utf-8"))["source"] == source(path))
+    made = json.loads((course.folder / "own.json").read_text(encoding="utf-8"))
+    return not path.exists() or bool(made["source"] == source(path))
 
 
 def used(course: Course, drawn: int) -> str:

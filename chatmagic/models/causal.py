@@ -4,11 +4,12 @@ Composite checkpoints, which also see or hear, are read as their language model 
 which transformers reads so by itself. No tower is loaded then that text never reaches, and none gets an adapter.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +19,8 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from .checkpoint import CheckpointError, read_json
+from .checkpoint import CheckpointError, open_weights, read_json
+from .families import find_family
 
 # How a language model's tensors are called as a part of another model, and by themselves.
 LANGUAGE_MODEL = {r"^model\.language_model\.": "model.", r"^language_model\.(model|lm_head)\.": r"\1."}
@@ -57,3 +59,15 @@ def names_on_disk(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, st
         if converted is None and name in ours:
             names[name] = published
     return names
+
+
+def names_in_checkpoint(base: Path, names: Set[str]) -> dict[str, str]:
+    """What those of a model's weights are called in its checkpoint that have another name there: above all in composite
+    ones, of which the language model is a part. vLLM calls them so, too; of an adapter under other names it loads
+    nothing, and says nothing (vllm-project/vllm#48019)."""
+    stored, config = open_weights(base), read_json(base / "config.json")
+    known = config.get("model_type") in CONFIG_MAPPING and not find_family(config, base)
+    if not known or stored.keys() >= names:
+        return {}
+    on_disk = names_on_disk(without_weights(causal_config(base)), stored)
+    return {name: on_disk[name] for name in names & on_disk.keys() if on_disk[name] != name}

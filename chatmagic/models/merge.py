@@ -10,7 +10,6 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Set
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..errors import ChatmagicError
 from ..files import new_folder, write
 from .checkpoint import first_not_finite, open_file, open_weights, read_json, weight_files
 from .portable import make_portable
-from .provenance import BASE, PROVENANCE, base_fingerprint, trained_in_nf4, trained_thinking
+from .provenance import BASE, PROVENANCE, base_fingerprint, base_folder, trained_in_nf4, trained_thinking
 from .quantize import as_in_nf4
 from .shard import Part, write_shard
 
@@ -98,6 +97,7 @@ def merge_adapter(
     Raises MergeError if the adapter was trained on another base or is more than LoRA, or if the base is quantised;
     WriteError if `output` exists or its disk is too full.
     """
+    from .causal import names_in_checkpoint
     from .families import find_family
 
     if onto not in ("trained", "original"):
@@ -117,7 +117,7 @@ def merge_adapter(
         shards = _open_family(family, base, config, staging) if family else _open_native(base, staging)
         make_portable(staging)
         in_nf4 = trained_in_nf4(adapter)
-        renamed = _renamed_in(base, updates.keys() | in_nf4)
+        renamed = names_in_checkpoint(base, updates.keys() | in_nf4)
         updates = {renamed.get(name, name): update for name, update in updates.items()}
         if HEAD in updates:
             _untie_head(shards, config, staging)
@@ -145,15 +145,16 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
 
     Its one rank is the largest that AdaLoRA kept, with zeros where a layer kept less; the singular values are
     folded into A and the scale into B, so `lora_alpha` equals `r`; layers that kept no rank are left out. Layers are
-    named as in the base's checkpoint, if it is still where it was: of one that also sees, a LoRA adapter is renamed so.
+    named as in the base's checkpoint, which `fit` noted beside the adapter (of another's adapter: if the base is where
+    it says): of one that also sees, a LoRA adapter is renamed so.
     Raises MergeError if there is nothing to fold or to rename, or no rank was kept, WriteError if `output` exists.
     """
     from peft import LoraConfig
 
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
     config, updates = _read_config(adapter), _read_updates(adapter)
-    base = Path(config.get("base_model_name_or_path") or "")
-    renamed = _renamed_in(base, updates.keys()) if (base / "config.json").is_file() else {}
+    on_disk = _on_disk(adapter, config, updates)
+    renamed = {name: on_disk[name] for name in updates.keys() & on_disk.keys()}
     if config["peft_type"] != "ADALORA" and not renamed:
         raise MergeError(f"{adapter} is {config['peft_type']}, not ADALORA: there is nothing to fold. Use it as it is.")
     kept = {renamed.get(name, name).removesuffix(".weight"): u for name, u in updates.items() if len(u.A)}
@@ -181,6 +182,17 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
         if (adapter / PROVENANCE).is_file():
             shutil.copyfile(adapter / PROVENANCE, staging / PROVENANCE)
     return output
+
+
+def _on_disk(adapter: Path, config: dict, updates: dict[str, Update]) -> dict[str, str]:
+    """What the base's checkpoint calls those of its weights that have another name there."""
+    from .causal import names_in_checkpoint
+
+    noted = read_json(adapter / PROVENANCE)
+    if "on_disk" in noted:
+        return noted["on_disk"]
+    base = base_folder(config.get("base_model_name_or_path") or "")
+    return names_in_checkpoint(base, updates.keys()) if base else {}
 
 
 def _read_base_config(folder: Path) -> dict:
@@ -276,11 +288,12 @@ def _note_thinking(file: Path, thinking: bool | None) -> None:
 def _check_base(base: Path, adapter: Path) -> None:
     trained_on = read_json(adapter / PROVENANCE).get(BASE)
     if trained_on and trained_on != base_fingerprint(base):
-        name = _read_config(adapter).get("base_model_name_or_path")
+        name = _read_config(adapter).get("base_model_name_or_path") or ""
+        found = base_folder(name)
+        there = f": merge_adapter(base={str(found)!r}, ...)" if found else ", which is not here"
         raise MergeError(
-            f"{adapter} was trained on another model than {base}: config or weights differ. It names {name!r}: "
-            f"merge_adapter(base={name!r}, ...). If you know that it is for this one: any_base=True, or "
-            "chatmagic merge --any-base."
+            f"{adapter} was trained on another model than {base}: config or weights differ. It names {name!r}{there}. "
+            "If you know that it is for this one: any_base=True, or chatmagic merge --any-base."
         )
 
 
@@ -309,24 +322,6 @@ def _open_native(base: Path, output: Path) -> dict[str, dict[str, Part]]:
     if not list(output.glob("*.safetensors.index.json")):  # the base's, where it has one of the same files
         _write_index(shards, output)
     return shards
-
-
-def _renamed_in(base: Path, names: Set[str]) -> dict[str, str]:
-    """What those of a model's weights are called in its checkpoint that have another name there: above all in composite
-    ones, of which the language model is a part. vLLM calls them so, too; of an adapter under other names it loads
-    nothing, and says nothing (vllm-project/vllm#48019)."""
-    from transformers import CONFIG_MAPPING
-
-    from .families import find_family
-
-    stored, config = open_weights(base), read_json(base / "config.json")
-    known = config.get("model_type") in CONFIG_MAPPING and not find_family(config, base)
-    if not known or stored.keys() >= names:
-        return {}
-    from .causal import causal_config, names_on_disk, without_weights
-
-    on_disk = names_on_disk(without_weights(causal_config(base)), stored)
-    return {name: on_disk[name] for name in names & on_disk.keys() if on_disk[name] != name}
 
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:

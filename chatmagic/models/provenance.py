@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import os
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from ..machine import home
 from .checkpoint import open_weights, read_json, weight_files
 
 # Beside an adapter: {BASE: base_fingerprint(of what it is for), "thinking": how it was trained, see `note_thinking`,
-# "nf4": names of the weights that were in NF4 while it was trained}.
+# "nf4": names of the weights that were in NF4 while it was trained,
+# "on_disk": names_in_checkpoint(the weights that it changes)}.
 PROVENANCE, BASE = "chatmagic.json", "base_tensors"
 # Settings of a base that say how it is run or who wrote it, not what it computes.
 NOT_OF_THE_MODEL = """
@@ -49,6 +52,23 @@ def _fingerprint(folder: Path, files: tuple) -> str:
         some = tensor.reshape(-1)[::step].clone(memory_format=torch.contiguous_format)
         digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def base_name(path: str | Path) -> str:
+    """How files call a base, so that it is found on another machine too and nobody's home is named: the folder's place
+    among the models, which is what `chatmagic download` takes; that of one elsewhere is its own name, and in a hub's
+    cache the hub's. What is no folder, as a hub's id, stays as it is."""
+    folder = Path(os.path.abspath(Path(path).expanduser()))
+    if not folder.is_dir():
+        return str(path)
+    if folder.parent.name == "snapshots":  # of a hub's client
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return folder.relative_to(home()).as_posix() if home() in folder.parents else folder.name
+
+
+def base_folder(name: str) -> Path | None:
+    """The folder that `base_name` named so, or that PEFT did, which writes a path; None where there is no model."""
+    return next((place for place in (home() / name, Path(name)) if name and (place / "config.json").is_file()), None)
 
 
 def trained_thinking(adapter: Path) -> bool | None:

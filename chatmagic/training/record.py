@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 
 from ..files import write
 from ..machine import package_version
+from ..models.checkpoint import read_manifest
+from ..models.provenance import base_name
 
 if TYPE_CHECKING:
     from .keras import KerasModel
@@ -25,11 +27,13 @@ def write_run(run: "KerasModel", about: dict) -> None:
     """Write run.json to the run's ckpt_path. about: what the caller knows of it besides, plain values."""
     config, net = run.net.config, run.net.get_base_model()
     quantised = getattr(config, "quantization_config", None)
+    name = getattr(config, "name_or_path", None) or ""
+    noted = read_manifest(Path(name))
     record = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "model": {
-            "name": getattr(config, "name_or_path", None) or None,
-            "revision": getattr(config, "_commit_hash", None),
+            "name": base_name(name) if name else None,
+            "revision": noted.get("commit") or noted.get("revision") or getattr(config, "_commit_hash", None),
             "class": type(net).__name__,
             "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
             "quantization": quantised.to_dict() if hasattr(quantised, "to_dict") else quantised,

@@ -7,6 +7,7 @@ All of it by `chatmagic.files`, so that what was there before stays whole, whate
 """
 
 import copy
+import functools
 import io
 import json
 import re
@@ -23,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 from ..accel.allocator import rank_allocator
 from ..errors import ChatmagicError
 from ..files import new_folder, remove, write, write_together
+from ..models.causal import names_in_checkpoint
 from ..models.checkpoint import first_not_finite
 from ..models.parts import trainable
-from ..models.provenance import BASE, PROVENANCE, base_fingerprint
+from ..models.provenance import BASE, PROVENANCE, base_fingerprint, base_name
 from ..models.quantize import names_in_nf4
 
 ADAPTER, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
@@ -184,15 +186,22 @@ def adapter_files(model: PeftModel) -> dict[str, bytes]:
     check_finite(tensors, "in the adapter")
     base = Path(config.base_model_name_or_path or "")
     provenance = {
-        BASE: base_fingerprint(base) if (base / "config.json").is_file() else None,
         "thinking": getattr(model, "chat_thinking", None),
         "nf4": names_in_nf4(model.get_base_model()),
     }
+    if (base / "config.json").is_file():
+        layers = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in tensors}
+        changed = frozenset(f"{layer}.weight" for layer in layers)
+        provenance |= {BASE: base_fingerprint(base), "on_disk": _names_in_checkpoint(base, changed)}
+        fields["base_model_name_or_path"] = base_name(base)
     return {
         ADAPTER: save(tensors, metadata={"format": "pt"}),
         PROVENANCE: json.dumps(provenance).encode(),
         CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
     }
+
+
+_names_in_checkpoint = functools.cache(names_in_checkpoint)  # a run asks at each state that it saves
 
 
 def check_finite(tensors: dict[str, torch.Tensor], where: str | Path) -> None:

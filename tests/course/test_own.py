@@ -94,6 +94,27 @@ def test_it_is_read_again_only_when_the_file_changed(tmp_path, capsys):
     assert "60 rows" in capsys.readouterr().out and len(lines(run.val)) == 6
 
 
+def test_what_was_made_goes_on_where_it_was_copied_to(tmp_path, monkeypatch, capsys):
+    """With the file copied too, or without it."""
+    path = mine(tmp_path)
+    run = made(path)
+    assert str(tmp_path) not in (run.folder / "own.json").read_text()
+    before = run.train.read_bytes()
+    shutil.copytree(run.folder.parent, tmp_path / "elsewhere")
+    shutil.rmtree(run.folder.parent)
+    monkeypatch.setenv("CHATMAGIC_COURSE", str(tmp_path / "elsewhere"))
+    os.utime(path, (1, 1))
+    capsys.readouterr()
+    for _ in range(2):
+        again = made(path)
+        assert (
+            capsys.readouterr().out == "" and again.train.read_bytes() == before and "40 of 40" in own.used(again, 45)
+        )
+        path.unlink(missing_ok=True)
+    with pytest.raises(DataError):
+        made(tmp_path / "other.json")
+
+
 def test_a_file_of_the_readers_is_never_written_over(tmp_path):
     path = mine(tmp_path)
     run = made(path)

@@ -16,12 +16,13 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from architectures import write
 from chatmagic import ChatmagicError, adalora_to_lora, load_model, merge_adapter
 from chatmagic.files import WriteError
 from chatmagic.models import merge
 from chatmagic.models.checkpoint import CheckpointError
 from chatmagic.models.merge import MergeError
-from chatmagic.models.provenance import BASE, PROVENANCE, base_fingerprint
+from chatmagic.models.provenance import BASE, PROVENANCE, base_fingerprint, base_folder, base_name
 from over_nf4 import trained_over_nf4
 from published import MODELS
 
@@ -252,6 +253,47 @@ def test_a_base_other_than_the_one_trained_on_is_refused(tmp_path, base, adapter
         merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
     assert merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice", any_base=True) == tmp_path / "twice"
+
+
+@pytest.mark.parametrize(
+    "place, name",
+    [
+        ("models/qwen3.5-2b", "qwen3.5-2b"),
+        ("models/Qwen/Qwen3-0.6B@main", "Qwen/Qwen3-0.6B@main"),
+        ("hub/models--Qwen--Qwen3-0.6B/snapshots/0123abc", "Qwen/Qwen3-0.6B"),
+        ("elsewhere/mine", "mine"),
+        ("models", "models"),
+    ],
+)
+def test_what_files_call_a_base(tmp_path, monkeypatch, place, name):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "models"))
+    assert base_name(tmp_path / place) == str(tmp_path / place), "no folder yet"
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "config.json").write_text("{}")
+    assert base_folder(name) == (tmp_path / place if place == f"models/{name}" else None)
+    assert base_folder(str(tmp_path / place)) == tmp_path / place and base_folder("") is None
+    monkeypatch.chdir(tmp_path)
+    assert base_name(tmp_path / place) == base_name(place) == name
+
+
+def test_an_adapter_that_was_moved_to_another_machine_serves_there(tmp_path, monkeypatch, tokenizer):
+    """Where its base lies elsewhere, or, for what needs no weight of it, not at all."""
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "here"))
+    write("qwen3_5", tmp_path / "here" / "qwen3.5-2b", tokenizer)
+    expected = trained_over_nf4(tmp_path / "here" / "qwen3.5-2b", tmp_path / "adapter")
+    names = load_file(adalora_to_lora(tmp_path / "adapter", tmp_path / "lora") / "adapter_model.safetensors").keys()
+    assert names != load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = (tmp_path / "adapter").rename(tmp_path / "from a friend")
+    assert load_file(adalora_to_lora(moved, tmp_path / "again") / "adapter_model.safetensors").keys() == names
+    merged = load_model(merge_adapter(tmp_path / "there" / "qwen3.5-2b", moved, tmp_path / "merged"))[0].state_dict()
+    assert [name for name in expected if not torch.equal(merged[name], expected[name])] == []
+    write("qwen3", tmp_path / "other", tokenizer)
+    with pytest.raises(MergeError, match="names 'qwen3.5-2b', which is not here. If you know"):
+        merge_adapter(tmp_path / "other", moved, tmp_path / "wrong")
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "there"))
+    with pytest.raises(MergeError, match=rf"merge_adapter\(base='{tmp_path}/there/qwen3.5-2b', ...\). If you know"):
+        merge_adapter(tmp_path / "other", moved, tmp_path / "wrong")
 
 
 def laid_out_otherwise(base: Path, other: Path) -> Path:
