@@ -103,8 +103,11 @@ def short(path: Path | str) -> str:
     """The path as a notebook shows it: from the working folder or the home folder where it lies below one."""
     path = Path(path)
     near = os.path.relpath(path)
-    if not near.startswith(os.path.join("..", "..")):
-        return near
+    return from_home(path) if near.startswith(os.path.join("..", "..")) else near
+
+
+def from_home(path: Path) -> str:
+    """The path, from `~` where it lies below the home folder."""
     return str(Path("~", path.relative_to(Path.home()))) if path.is_relative_to(Path.home()) else str(path)
 
 

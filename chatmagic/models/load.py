@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ChatmagicError
+from ..machine import home
 from ..prompts.templates import name_family
 from .checkpoint import CheckpointError, Stored, open_weights, read_json
 from .quantize import mend_adalora_over_int8, mend_bitsandbytes, quantization_config
@@ -67,15 +68,22 @@ def load_trained(
     folder: str | Path, quantize: str | None = None
 ) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
     """Load what training left: a model's folder as `load_model` does, or an adapter's, over the base that it names and
-    quantised as it was trained unless `quantize` says otherwise; thinking as trained. Raises as `load_model` does."""
+    quantised as it was trained unless `quantize` says otherwise; thinking as trained. Raises as `load_model` does, and
+    CheckpointError where that base is not here."""
     folder = Path(folder).expanduser()
     adapter = read_json(folder / "adapter_config.json")
     if not adapter:
         return load_model(folder, quantize)
     from ..prompts.labels import note_thinking
-    from .provenance import trained_in_nf4, trained_thinking
+    from .provenance import base_folder, trained_in_nf4, trained_thinking
 
-    base = adapter["base_model_name_or_path"]
+    named = adapter.get("base_model_name_or_path") or ""
+    base = base_folder(named)
+    if base is None:
+        raise CheckpointError(
+            f"{folder} is an adapter for {named or 'a model that it does not name'}, which is not here. `chatmagic "
+            f"download` brings a model with a name; any other is looked for at {home() / Path(named).name}."
+        )
     model, tokenizer = load_model(base, quantize or ("nf4" if trained_in_nf4(folder) else None))
     from peft import PeftModel  # after load_model, which spares us what bitsandbytes says on import
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..machine import home
+from ..machine import from_home, home
 from .checkpoint import open_weights, read_json, weight_files
 
 # Beside an adapter: {BASE: base_fingerprint(of what it is for), "thinking": how it was trained, see `note_thinking`,
@@ -56,19 +56,19 @@ def _fingerprint(folder: Path, files: tuple) -> str:
 
 def base_name(path: str | Path) -> str:
     """How files call a base, so that it is found on another machine too and nobody's home is named: the folder's place
-    among the models, which is what `chatmagic download` takes; that of one elsewhere is its own name, and in a hub's
-    cache the hub's. What is no folder, as a hub's id, stays as it is."""
+    among the models, which is what `chatmagic download` takes; of one elsewhere the path, from `~` in the home folder.
+    What is no folder, as a hub's id, stays as it is."""
     folder = Path(os.path.abspath(Path(path).expanduser()))
     if not folder.is_dir():
         return str(path)
-    if folder.parent.name == "snapshots":  # of a hub's client
-        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
-    return folder.relative_to(home()).as_posix() if home() in folder.parents else folder.name
+    return folder.relative_to(home()).as_posix() if home() in folder.parents else from_home(folder)
 
 
 def base_folder(name: str) -> Path | None:
-    """The folder that `base_name` named so, or that PEFT did, which writes a path; None where there is no model."""
-    return next((place for place in (home() / name, Path(name)) if name and (place / "config.json").is_file()), None)
+    """The folder that `base_name` named so, or that PEFT did, which writes a path; if there is no model in it, one of
+    the same name among the models; None where there is none either."""
+    places = home() / name, Path(name).expanduser(), home() / Path(name).name
+    return next((place for place in places if name and (place / "config.json").is_file()), None)
 
 
 def trained_thinking(adapter: Path) -> bool | None:

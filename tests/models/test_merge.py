@@ -21,6 +21,7 @@ from chatmagic import ChatmagicError, adalora_to_lora, load_model, merge_adapter
 from chatmagic.files import WriteError
 from chatmagic.models import merge
 from chatmagic.models.checkpoint import CheckpointError
+from chatmagic.models.load import load_trained
 from chatmagic.models.merge import MergeError
 from chatmagic.models.provenance import BASE, PROVENANCE, base_fingerprint, base_folder, base_name
 from over_nf4 import trained_over_nf4
@@ -260,20 +261,30 @@ def test_a_base_other_than_the_one_trained_on_is_refused(tmp_path, base, adapter
     [
         ("models/qwen3.5-2b", "qwen3.5-2b"),
         ("models/Qwen/Qwen3-0.6B@main", "Qwen/Qwen3-0.6B@main"),
-        ("hub/models--Qwen--Qwen3-0.6B/snapshots/0123abc", "Qwen/Qwen3-0.6B"),
-        ("elsewhere/mine", "mine"),
-        ("models", "models"),
+        (
+            "me/.cache/hub/models--Qwen--Qwen3-0.6B/snapshots/0123abc",
+            "~/.cache/hub/models--Qwen--Qwen3-0.6B/snapshots/0123abc",
+        ),
+        ("disk/mine", None),
+        ("models", None),
     ],
 )
 def test_what_files_call_a_base(tmp_path, monkeypatch, place, name):
     monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "models"))
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    name = name or str(tmp_path / place)
     assert base_name(tmp_path / place) == str(tmp_path / place), "no folder yet"
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / "config.json").write_text("{}")
-    assert base_folder(name) == (tmp_path / place if place == f"models/{name}" else None)
-    assert base_folder(str(tmp_path / place)) == tmp_path / place and base_folder("") is None
+    assert base_folder(name) == base_folder(str(tmp_path / place)) == tmp_path / place and base_folder("") is None
     monkeypatch.chdir(tmp_path)
     assert base_name(tmp_path / place) == base_name(place) == name
+    (tmp_path / place).rename(tmp_path / "moved")
+    assert base_folder(name) is None
+    if place != "models":
+        (tmp_path / "models").mkdir(exist_ok=True)
+        (tmp_path / "moved").rename(there := tmp_path / "models" / (tmp_path / place).name)
+        assert base_folder(name) == there, "a friend has put it with his own"
 
 
 def test_an_adapter_that_was_moved_to_another_machine_serves_there(tmp_path, monkeypatch, tokenizer):
@@ -291,7 +302,10 @@ def test_an_adapter_that_was_moved_to_another_machine_serves_there(tmp_path, mon
     write("qwen3", tmp_path / "other", tokenizer)
     with pytest.raises(MergeError, match="names 'qwen3.5-2b', which is not here. If you know"):
         merge_adapter(tmp_path / "other", moved, tmp_path / "wrong")
+    with pytest.raises(CheckpointError, match=f"an adapter for qwen3.5-2b, which is not here.*{tmp_path}/here/qwen3.5"):
+        load_trained(moved)
     monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "there"))
+    assert load_trained(moved)[0].peft_config["default"].r == 4
     with pytest.raises(MergeError, match=rf"merge_adapter\(base='{tmp_path}/there/qwen3.5-2b', ...\). If you know"):
         merge_adapter(tmp_path / "other", moved, tmp_path / "wrong")
 
