@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from golden import KINDS, SHARED
+from golden import FAMILIES, PUBLISHED, SHARED
+from quick import first
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = ["baichuan2-13b-chat", "chatglm2-6b", "internlm-chat-7b", "qwen-7b-chat"]
 
 
 def pytest_configure():
@@ -176,7 +176,7 @@ def loaded(request):
     return load
 
 
-@pytest.fixture(scope="module", params=[f"{kind} {name}" for kind in KINDS for name in FAMILIES])
+@pytest.fixture(scope="module", params=first(len(FAMILIES), PUBLISHED))
 def family(request, loaded):
     """A family's model, its tokenizer, and cases: messages, their ids and 24 greedy tokens, as `golden.json` has them
     from the publisher's code; of our own, as transformers' generate says."""

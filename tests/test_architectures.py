@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from architectures import ARCHITECTURES, is_composite, published, write
+from architectures import ARCHITECTURES, is_composite, kind, published, write
 from chatmagic import (
     ChatLLM,
     ChatmagicError,
@@ -41,6 +41,7 @@ from chatmagic.training.keras import TrainingInterrupted
 from chatmagic.training.states import ADAPTER
 from generation import new_ids, plain
 from over_nf4 import trained_over_nf4
+from quick import first
 from tiny_runs import fit, runner_that
 
 IDS = torch.arange(3, 43)[None]
@@ -169,6 +170,7 @@ METHODS = {
 }
 
 
+@pytest.mark.parametrize("architecture", first(1, ARCHITECTURES, of=kind), indirect=True)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, method, tmp_path, capsys):
     name, folder, model = architecture

@@ -25,7 +25,7 @@ def openmp_says(code: str, **environment) -> str:
     [
         "from chatmagic.machine import share_cores; share_cores(); import torch",
         pytest.param("import chatmagic.training", marks=pytest.mark.slow),
-        "from chatmagic.cli import main; main(['merge', 'no', 'such', 'folder'])",
+        pytest.param("from chatmagic.cli import main; main(['merge', 'no', 'such', 'folder'])", marks=pytest.mark.slow),
     ],
 )
 def test_the_policy_that_openmp_reads(tmp_path, code):

@@ -14,6 +14,8 @@ import fake_cuda
 from chatmagic import ChatLLM, build_messages, encode_prompt
 from chatmagic.conversation.llm import Interrupted
 from generation import adapter, new_ids, plain, trained, twelve_turns
+from golden import PUBLISHED
+from quick import first
 
 
 @pytest.fixture
@@ -65,6 +67,7 @@ def test_kernels_are_used_where_they_compute_the_same(cuda, model, tokenizer, ke
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("family", first(1, PUBLISHED, of=lambda each: "baichuan2-13b" in each), indirect=True)
 def test_the_published_greedy_tokens(cuda, family):
     model, tokenizer, cases = family
     llm = ChatLLM(model, tokenizer, max_new_tokens=24)

@@ -138,6 +138,12 @@ def is_composite(name: str) -> bool:
     return "text_config" in ARCHITECTURES[name]
 
 
+def kind(name: str) -> tuple[bool, ...]:
+    """What sets it apart: whether it has towers beside its language model, experts, windows."""
+    row = ARCHITECTURES[name]
+    return is_composite(name), "num_experts_per_tok" in row, "sliding_window" in row
+
+
 def published(name: str, vocabulary: int, **changes: Any) -> PreTrainedModel:
     """The model that a publisher would save, in evaluation mode: float32, of random weights that bfloat16 can hold."""
     config = config_of(name, vocabulary, **changes)

@@ -8,6 +8,8 @@ from pathlib import Path
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 # Checkpoints that are ours from top to bottom; where the golden data lie, also with the publishers' tokenizers.
 KINDS = ["tiny", "golden"] if SHARED.is_dir() or os.environ.get("CHATMAGIC_REQUIRE_SHARED") else ["tiny"]
+FAMILIES = ["baichuan2-13b-chat", "chatglm2-6b", "internlm-chat-7b", "qwen-7b-chat"]
+PUBLISHED = [f"{kind} {name}" for kind in KINDS for name in FAMILIES]  # what the fixture `family` is of
 
 
 @cache

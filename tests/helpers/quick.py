@@ -1,12 +1,17 @@
 """Cases of which the quick suite takes the first few: together they would take it too long."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import pytest
 
 
-def first(few: int, cases: Iterable) -> list:
-    """The cases for `parametrize`, all but the first `few` marked slow."""
-    cases = list(cases)
-    slow = [pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.slow) for each in cases]
-    return [*cases[:few], *slow[few:]]
+def first(few: int, cases: Iterable, of: Callable[[Any], Hashable] = lambda case: None) -> list:
+    """The cases for `parametrize`, all but the first `few` of each kind, which `of` tells, marked slow."""
+    marked, seen = [], Counter()
+    for each in cases:
+        seen[kind := of(each)] += 1
+        slow = pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.slow)
+        marked.append(each if seen[kind] <= few else slow)
+    return marked

@@ -22,13 +22,14 @@ from chatmagic.prompts.labels import LabelsError
 from chatmagic.prompts.templates import TemplateError
 from golden import KINDS, golden
 from published import MODELS
+from quick import first
 from talk import CONVERSATIONS, QUICKLY, check
 
 FAMILIES = {MODELS[name].template: name for name in reversed(MODELS)}  # to the smallest model of each
 TALK = build_messages("Where are you from?", [("你是谁呀？", "我叫梦中情炉。")])
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=first(1, KINDS))
 def tokenizers(request, loaded):
     """template name -> tokenizer; all ours, or all the publishers'"""
     return {name: loaded(folder, request.param)[1] for name, folder in FAMILIES.items()}

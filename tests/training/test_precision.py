@@ -54,7 +54,9 @@ def test_an_overflow_in_fp16_allocates_nothing():
     assert all(torch.equal(param, other) for (_, param), (_, other) in zip(trainable(model), trainable(adalora())))
 
 
-@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+@pytest.mark.parametrize(
+    "bits", first(1, [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+)
 def test_quantised_bases_train_on_the_cpu(tmp_path, bits):
     """As their dequantised weights do, across validations, before which bitsandbytes would repack 4-bit weights."""
     tiny_llama(size=64).save_pretrained(tmp_path / "base")  # NF4 wants blocks of 64
@@ -70,7 +72,7 @@ def test_quantised_bases_train_on_the_cpu(tmp_path, bits):
     assert len([module for module in base.modules() if type(module).__name__.startswith("Linear")]) == LAYERS + 1
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", first(1, ["int8", "nf4"]))
 @pytest.mark.parametrize("precision", first(1, ["bf16", "no"]))
 def test_a_quantised_base_trains_and_answers_in_bf16(tmp_path, quantize, precision):
     tiny_llama(size=64).to(torch.bfloat16).save_pretrained(tmp_path / "base")

@@ -133,7 +133,7 @@ def test_workers_draw_the_same_samples_and_go_on(tmp_path):
     assert_goes_on_as(unbroken, tmp_path, 2)
 
 
-@pytest.mark.parametrize("batch, step", [(37, 19), (48, 24)])
+@pytest.mark.parametrize("batch, step", first(1, [(37, 19), (48, 24)]))
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, unbroken, batch, step):
     before = signal.getsignal(signal.SIGINT)  # ignored, where a job in the background runs the tests
     with pytest.raises(TrainingInterrupted, match=rf"step {step} of 40.*resume=True") as error:
@@ -176,7 +176,7 @@ def test_a_new_run_replaces_the_states_of_the_old(tmp_path):
 
 
 @pytest.mark.parametrize("batch", first(1, [37, 5, 70]))
-@pytest.mark.parametrize("answer", ["resume", "anew", "anew with an optimizer made again", "unwatched"])
+@pytest.mark.parametrize("answer", first(2, ["resume", "anew", "anew with an optimizer made again", "unwatched"]))
 def test_the_cell_of_fit_run_again_after_stop_asks(tmp_path, unbroken, monkeypatch, batch, answer):
     """With the model, the optimizer and the scheduler as the first call left them; either way leads to the same end."""
     torch.manual_seed(1)
@@ -340,7 +340,7 @@ def taken_up_by_load_ckpt(path, base):
     return model
 
 
-@pytest.mark.parametrize("take_up", [taken_up_by_peft, taken_up_by_load_ckpt])
+@pytest.mark.parametrize("take_up", first(1, [taken_up_by_peft, taken_up_by_load_ckpt]))
 @pytest.mark.parametrize("dtype", first(1, [torch.bfloat16, torch.float32]))
 def test_a_trained_adapter_is_taken_up_again(tmp_path, take_up, dtype):
     """With its ranks, which stay, on more data and by a schedule of its own, however it came; and once more."""
@@ -361,7 +361,7 @@ def test_a_trained_adapter_is_taken_up_again(tmp_path, take_up, dtype):
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-6 if dtype is torch.float32 else 0.05)
 
 
-@pytest.mark.parametrize("take_up", [taken_up_by_peft, taken_up_by_load_ckpt])
+@pytest.mark.parametrize("take_up", first(1, [taken_up_by_load_ckpt, taken_up_by_peft]))
 def test_a_run_with_an_adapter_taken_up_goes_on(tmp_path, take_up):
     fit(adalora(), tmp_path / "first")
     whole = fit(take_up(tmp_path / "first", tiny_llama()), tmp_path / "whole", epochs=4)
@@ -372,7 +372,7 @@ def test_a_run_with_an_adapter_taken_up_goes_on(tmp_path, take_up):
     assert fit(model, tmp_path / "broken", epochs=4, resume=True)[LOSSES].equals(whole[LOSSES])
 
 
-@pytest.mark.parametrize("make", [adalora, lora])
+@pytest.mark.parametrize("make", first(1, [lora, adalora]))
 def test_a_trained_model_with_a_new_optimizer_is_asked_for(tmp_path, make):
     """Not only the optimizer knows that a model was trained: anew is from its beginning, with LoRA as well."""
     model = make()
