@@ -87,14 +87,15 @@ def download(
         return here
     wanted = find(model, cache_dir, revision)
     folder = wanted.folder
+    staging = folder.with_name(f".{folder.name}.download")
     if found := local(wanted, caches=cache_dir is None):
         _check_origin(wanted, found, source)
+        _clear(staging)
         return found
     if source == "local":
         raise DownloadError(f"{wanted.name} is not at {folder}, nor whole in a hub's cache. {_carry(wanted)}")
     if wanted.profile and not any_machine:
         check_machine(wanted.profile, folder)
-    staging = folder.with_name(f".{folder.name}.download")
     with in_words(folder, MAKE_ROOM), _in_turn(staging, wanted.name):
         if not is_whole(folder):
             _check_ours(wanted)
@@ -146,6 +147,13 @@ def _in_turn(staging: Path, name: str) -> Iterator[None]:
             if staging.is_dir() and not any(staging.iterdir()):
                 with suppress(WriteError):
                     remove(staging)
+
+
+def _clear(staging: Path) -> None:
+    """Remove what a download that was killed at its very end has left of a model that is whole."""
+    if staging.is_dir():
+        with suppress(BusyError, WriteError), alone_in(staging, patience=0):
+            remove(staging)
 
 
 def _tell(line: str) -> None:

@@ -22,7 +22,7 @@ from chatmagic.course import download, hubs
 from chatmagic.course.download import DownloadError
 from chatmagic.course.hubs import HuggingFace, ModelScope, answers
 from chatmagic.course.profile import profiles
-from chatmagic.files import WriteError
+from chatmagic.files import WriteError, alone_in, remove
 from chatmagic.models import shard
 from chatmagic.models.checkpoint import CheckpointError, verify
 from disk import small_disk
@@ -130,6 +130,24 @@ def test_a_model_that_lost_a_file_is_made_whole_and_nothing_else_of_it_touched(t
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=rf"{weights} has the checksum .* was downloaded"):
         verify(folder)
+
+
+def test_what_a_kill_at_the_very_end_left_goes(tiny, home, offline, monkeypatch):
+    """The model has taken its place, and the file that it was unpacked from is still there; of a download that goes on,
+    for whatever reason, nothing is taken."""
+    pip_that_gives(monkeypatch, tiny[1].read_bytes())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(download, "remove", lambda path: interrupt() if path.name.endswith(".download") else remove(path))
+        snapshot_download(NAME)
+    left = home / f".{NAME}.download"
+    assert (left / "model.gguf").is_file() and verify(home / NAME)
+    with alone_in(left):
+        assert snapshot_download(NAME) == home / NAME and (left / "model.gguf").is_file()
+    assert snapshot_download(NAME) == home / NAME and not left.exists()
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("tied", [True, False])
