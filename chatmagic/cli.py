@@ -289,12 +289,11 @@ def served(args: argparse.Namespace) -> dict[str, Path]:
         raise ChatmagicError(
             f"Askers could not tell them apart: two of these folders have one name, {', '.join(folders)}."
         )
-    if not folders or args.before:
-        course = resume(*["model"] * args.before)
-        folders = ({course.profile.name: course.model} if args.before else {}) | (
-            folders or {course.newest.name: course.newest}
-        )
-    return folders
+    if folders and not args.before:
+        return folders
+    course = resume(*["model"] * args.before)
+    made = folders or {course.newest.name: course.newest}
+    return {course.profile.name: course.model} | made if args.before else made
 
 
 @contextmanager
