@@ -36,18 +36,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def speed(llm, served, repeats):
-    """Pairs of tokens a second, from question to the end of the reply: of `llm()`, and served."""
-    pairs = []
+def speed(llm, served, server, repeats):
+    """Pairs, of `llm()` and served: tokens a second from question to the end of the reply, and the CPU seconds that it
+    took, of the server too, which do not depend on what else this machine has to do."""
+    rates, costs, here = [], [], psutil.Process()
     for number in range(-1, repeats):
-        pair = []
+        rate, cost = [], []
         for asked in (llm, served):
-            asked.reset()
-            reply = asked(QUESTION.format(number), greedy=True, max_new_tokens=TOKENS)
-            pair.append(reply.stats.tokens_out / reply.stats.seconds)
+            before = sum(sum(each.cpu_times()[:2]) for each in (here, server))
+            reply = asked(QUESTION.format(number), remember=False, greedy=True, max_new_tokens=TOKENS)
+            cost.append(sum(sum(each.cpu_times()[:2]) for each in (here, server)) - before)
+            rate.append(reply.stats.tokens_out / reply.stats.seconds)
         if number >= 0:  # the first warms both up
-            pairs.append(pair)
-    return pairs
+            rates.append(rate)
+            costs.append(cost)
+    return rates, costs
+
+
+def between(pairs):
+    """The medians of both, and that of their ratios."""
+    return *map(statistics.median, zip(*pairs)), statistics.median(theirs / ours for ours, theirs in pairs)
 
 
 def stay(url, name, messages, stream):
@@ -114,23 +122,22 @@ def main() -> None:
                 if not line:
                     sys.exit("the server ended")
             url = f"http://127.0.0.1:{port}/v1"
-            pairs = speed(llm, connect(url, llm.name, stream=False), args.repeats)
-            fared, memory = crowd(url, llm, psutil.Process(process.pid), args.askers)
+            server = psutil.Process(process.pid)
+            rates, costs = speed(llm, connect(url, llm.name, stream=False), server, args.repeats)
+            fared, memory = crowd(url, llm, server, args.askers)
             waiting = httpx2.get(f"http://127.0.0.1:{port}/health").json()["waiting"]
         finally:
             process.terminate()
-    own, served = (statistics.median(each) for each in zip(*pairs))
-    ratio = statistics.median(theirs / ours for ours, theirs in pairs)
-    print(f"{llm.name}, {TOKENS} tokens, median of {len(pairs)}: llm() {own:.1f} tokens/s, ", end="")
-    print(f"served {served:.1f}, {ratio:.3f} of it")
-    print(
-        f"{args.askers} askers: " + ", ".join(f"{count} {how}" for how, count in fared.items()) + f"; {waiting} in line"
-    )
+    print(f"{llm.name}, {TOKENS} tokens, median of {len(rates)}, llm() and served:")
+    print("  tokens/s    {:.1f}, {:.1f}; {:.3f}".format(*between(rates)))
+    print("  CPU seconds {:.2f}, {:.2f}; {:.3f}".format(*between(costs)))
+    told = ", ".join(f"{count} {how}" for how, count in fared.items())
+    print(f"{args.askers} askers: {told}; {waiting} in line")
     print("the server's memory after every hundred, MiB: " + ", ".join(f"{each:.0f}" for each in memory))
     if args.json:
         result = {
-            "tokens_per_second": pairs,
-            "ratio": ratio,
+            "tokens_per_second": rates,
+            "cpu_seconds": costs,
             "askers": fared,
             "memory_mib": memory,
             "machine": platform.machine(),

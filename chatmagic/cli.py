@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -282,6 +283,38 @@ def serve(args: argparse.Namespace) -> None:
     answer(llms(), args.host, args.port, os.environ.get("CHATMAGIC_KEY"))
 
 
+def web(args: argparse.Namespace) -> int:
+    """Run the page until Ctrl-C; returns Streamlit's exit status. Raises ChatmagicError for an address that is none,
+    and as `check_reach` does."""
+    from .backends.presets import find_server
+    from .serving.reach import check_reach
+
+    with extra("web"):
+        import streamlit  # noqa: F401
+    key = os.environ.get("CHATMAGIC_KEY")
+    check_reach(args.host, key)
+    options = {
+        "server.address": args.host,
+        "server.port": args.port,
+        "server.headless": True,
+        "server.fileWatcherType": "none",
+        "server.enableCORS": not key,  # a forwarded port has another name; then the key is what keeps others out
+        "server.enableXsrfProtection": not key,
+        "browser.gatherUsageStats": False,
+        "client.toolbarMode": "minimal",
+    }
+    page = Path(__file__).with_name("serving") / "web.py"
+    command = [
+        sys.executable,
+        "-m",
+        "streamlit",
+        "run",
+        str(page),
+        *(f"--{name}={each}" for name, each in options.items()),
+    ]
+    return subprocess.call([*command, "--", find_server(args.address)[0]])
+
+
 def served(args: argparse.Namespace) -> dict[str, Path]:
     """Name -> folder of each model that the arguments choose. Raises ChatmagicError where two have one name."""
     folders = {folder.resolve().name: folder for folder in args.folders}
@@ -308,6 +341,9 @@ def extra(name: str) -> Iterator[None]:
 SERVE = """an OpenAI-compatible address, http://127.0.0.1:8484/v1: one question is answered at a time, those beyond 32
 in line are told to come back (429, Retry-After), and an asker who leaves stops the reply; who asks from another machine
 must send the key that the environment variable CHATMAGIC_KEY holds here"""
+WEB = """a page in a browser, http://127.0.0.1:8501, over the address of chatmagic serve or another: one model, or two
+side by side (chatmagic serve --before); where the environment variable CHATMAGIC_KEY is set here, visitors type it, and
+without it none from another machine is let in"""
 TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.cli train, over several
 nodes with CHATMAGIC_HOME and CHATMAGIC_COURSE on a disk that they share"""
 EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
@@ -397,6 +433,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="of a reply, where the asker says nothing; default: %(default)s",
     )
+    added = command("web", web, WEB)
+    added.add_argument(
+        "address",
+        nargs="?",
+        default="chatmagic",
+        help="such as http://HOST:PORT/v1; default: that of chatmagic serve here",
+    )
+    added.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for others too; default: %(default)s, this machine alone"
+    )
+    added.add_argument("--port", type=int, default=8501, help="default: %(default)s")
     return top
 
 

@@ -30,13 +30,13 @@ def imported_distributions() -> dict[str, set[str]]:
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules = [node.module]
-            for name in {module.split(".")[0] for module in modules} - sys.stdlib_module_names:
+            for name in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"chatmagic"}:
                 found.setdefault(distribution(homes.get(name, [name])[0]), set()).add(file.name)
     return found
 
 
 # Who imports what an extra brings.
-READS = {"data": {"rows.py"}, "serve": {"app.py", "protocol.py"}}
+READS = {"data": {"rows.py"}, "serve": {"app.py", "protocol.py"}, "web": {"cli.py", "web.py"}}
 
 
 def test_every_import_is_declared_and_every_declaration_is_imported():

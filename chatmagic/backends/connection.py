@@ -90,6 +90,19 @@ class Connection:
         except httpx2.HTTPError as error:
             raise self.failure(self._lost(error)) from None
 
+    def models(self) -> list[str]:
+        """The names of the models there. Raises ChatmagicError where there is no list, or nothing on it."""
+        import httpx2
+
+        if names := self._models(self.url):
+            return names
+        try:
+            response = self._client.get(f"{self.url}/models", timeout=10)
+        except httpx2.HTTPError as error:
+            raise self.failure(self._lost(error)) from None
+        status = 404 if response.is_success else response.status_code
+        raise self.refusal(status, self.words(body_of(response)), "a model")
+
     def failure(self, reason: str, kind: type[ChatmagicError] = ChatmagicError) -> ChatmagicError:
         """The error that says so of this server."""
         return kind(f"the server at {self.url} {reason}")

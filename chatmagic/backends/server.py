@@ -78,6 +78,11 @@ def connect(
     return ChatLLM(ServerModel(connection, model, extra_body, context), **settings)
 
 
+def models_at(url: str, key: str | None = None) -> list[str]:
+    """The names of the models at an address; both are as for `connect`. Raises ChatmagicError where none can be had."""
+    return Connection(url, key, 60, None, True, None).models()
+
+
 class ServerModel:
     """The chat model protocol of `llm.py` over HTTP; what it takes beside the connection is as for `connect`."""
 

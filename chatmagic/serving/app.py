@@ -5,7 +5,6 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import aclosing
-from ipaddress import ip_address
 from typing import Any, TypeVar
 
 import uvicorn
@@ -22,6 +21,7 @@ from ..errors import ChatmagicError
 from ..text import did_you_mean
 from .line import Full, Line
 from .protocol import NEUTRAL, Question, Written, error, event, thought
+from .reach import check_reach, is_here
 
 T = TypeVar("T")
 LEFT = Response(status_code=499)
@@ -30,13 +30,8 @@ LEFT = Response(status_code=499)
 
 def serve(llms: Iterable[ChatLLM], host: str = "127.0.0.1", port: int = 8484, key: str | None = None) -> None:
     """Answer at that address, port 0 being any that is free, until Ctrl-C. `llms` are made, if a generator makes them,
-    once the address is held. Raises ChatmagicError for an address that is not to be had, or that is heard beyond this
-    machine where there is no key."""
-    if not key and not is_here(host):
-        raise ChatmagicError(
-            f"{host} is heard beyond this machine, and anybody could ask: set a key, which askers are to send.\n"
-            "  export CHATMAGIC_KEY=$(python -c 'import secrets; print(secrets.token_hex(16))')"
-        )
+    once the address is held. Raises ChatmagicError for an address that is not to be had, and as `check_reach` does."""
+    check_reach(host, key)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as problem:
@@ -107,14 +102,6 @@ def make_app(llms: Iterable[ChatLLM], key: str | None = None, longest: int = 32)
     }.items():
         app.add_exception_handler(kind, answer)
     return app
-
-
-def is_here(host: str) -> bool:
-    """Whether a host is this machine and no other can reach it."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _described(llm: ChatLLM) -> dict[str, Any]:
