@@ -6,7 +6,7 @@ import numpy as np
 SIZES = {"embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "context_length": 128}
 
 
-def tiny_gguf(path, tied: bool) -> dict[str, np.ndarray]:
+def tiny_gguf(path, tied: bool, chat_template: str = "{{ messages }}") -> dict[str, np.ndarray]:
     """A Qwen2 of one layer, as llama.cpp writes it, and its tensors before they were quantised."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "qwen2")
@@ -24,7 +24,7 @@ def tiny_gguf(path, tied: bool) -> dict[str, np.ndarray]:
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(len(tokens) - 1)
     writer.add_pad_token_id(len(tokens) - 1)
-    writer.add_chat_template("{{ messages }}")
+    writer.add_chat_template(chat_template)
     block = "blk.0."
     shapes = {"token_embd.weight": (len(tokens), 64), "output_norm.weight": (64,)}
     shapes |= {f"{block}{name}.weight": shape for name, shape in {
