@@ -1,7 +1,7 @@
 # make tutorial   the whole course, from a bare Python 3.11+
 # make test       the same environment, and every test, the notebooks among them
 # make quick      the same environment, and the tests that need no network, browser or GPU, in three minutes
-# make lab        JupyterLab on the notebooks
+# make lab        JupyterLab on the repository, at the first notebook
 # make docs       the book: pages, executed notebooks and API as a site in work/book, with no network
 #
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu  takes torch from PyTorch's own CPU index.
@@ -26,7 +26,7 @@ quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not browser and not gpu" tests
 
 lab: kernel
-	$(BIN)/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+	$(BIN)/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00-setup.ipynb
 
 kernel: $(READY)
 	$(BIN)/python -m ipykernel install --user --name chatmagic --display-name chatmagic --env OMP_WAIT_POLICY PASSIVE

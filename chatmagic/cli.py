@@ -5,23 +5,25 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
+from .course.comparison import before_after
 from .course.persona import Persona
 from .course.profile import get_profile
 from .course.thread import MIXES, Course, CourseError, OwnData, resume
 from .errors import ChatmagicError
 from .files import make_folder, remove, write
 from .machine import share_cores, shipped, short
-from .text import fit
+from .text import fit, width
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -75,9 +77,9 @@ def tutorial(args: argparse.Namespace) -> None:
     """Execute the notebooks in order, each in a fresh kernel, from the first that failed or was changed; when
     none is left, all of them again. Raises ChatmagicError where there are none, and for a cell that fails."""
     import nbformat
-    from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
-    from traitlets.config import Config
+
+    from .course.running import execute
 
     if args.folder:
         args.notebooks = place_notebooks(args.folder)
@@ -106,18 +108,7 @@ def tutorial(args: argparse.Namespace) -> None:
         notebook = nbformat.read(path, as_version=4)
         notebook.metadata.pop("chatmagic", None)  # the seal, where an executed copy was put back as the notebook
         try:
-            with tempfile.TemporaryDirectory() as sockets:  # over TCP anybody on a shared machine reaches the kernel
-                config = Config(AsyncKernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-                where = {"metadata": {"path": str(path.parent)}}
-                client = NotebookClient(
-                    notebook,
-                    kernel_name="python3",
-                    resources=where,
-                    config=config,
-                    coalesce_streams=True,
-                    record_timing=False,
-                )
-                client.execute(env=environment)
+            execute(notebook, path.parent, environment, partial(_say, label) if sys.stdout.isatty() else None)
         except CellExecutionError as error:
             write(failed, nbformat.writes(_sealed(notebook)) + "\n")
             raise ChatmagicError(
@@ -132,9 +123,17 @@ def tutorial(args: argparse.Namespace) -> None:
         if args.in_place:
             write(path, nbformat.writes(notebook) + "\n")
         write(copy, nbformat.writes(_sealed(notebook)) + "\n")  # last: it says that the notebook is done
+        if sys.stdout.isatty():
+            _say(label, "")
+            print(f"\r{label}", end=" ")
         print(f"{time.monotonic() - start:6.0f} s", flush=True)
     print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {executed}\n")
     _print_replies()
+
+
+def _say(label: str, text: str) -> None:
+    """Write how far a notebook is over the terminal's line."""
+    print(f"\r{label} {fit(text, max(0, get_terminal_size().columns - width(label) - 2))}", end="", flush=True)
 
 
 def place_notebooks(folder: Path) -> Path:
@@ -208,9 +207,7 @@ def _print_replies() -> None:
     before, after = (
         json.loads((course.folder / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json")
     )
-    rows = [("question", "before", "after"), *((question, before[question], after[question]) for question in before)]
-    for row in rows:
-        print(" | ".join(fit(text, columns) for text, columns in zip(row, (40, 48, 60))).rstrip())
+    print(before_after(before, after))
 
 
 def chosen(args: argparse.Namespace) -> Course:

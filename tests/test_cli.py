@@ -24,6 +24,18 @@ def notebook(code):
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
 
 
+def test_whoever_waits_hears_which_cell_runs_and_how_far_its_bar_is(tmp_path):
+    from chatmagic.course.running import execute
+
+    code = "from chatmagic import progress\nprogress.DELAY = 0\nlist(progress.Bar(range(3), desc='work'))"
+    two = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1"), nbformat.v4.new_code_cell(code)])
+    heard = []
+    execute(two, tmp_path, dict(os.environ), heard.append)
+    assert heard[0].strip() == "cell 1 of 2" and any("cell 2 of 2  work: 3/3" in each for each in heard)
+    shown, _ = two.cells[1].outputs
+    assert shown.data["text/plain"].startswith("work: 3/3"), "the last picture of the bar, and nothing on stderr"
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

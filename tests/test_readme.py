@@ -105,18 +105,20 @@ def test_make_lab(clone, tmp_path):
         "JUPYTER_DATA_DIR": str(tmp_path),
         "BROWSER": "true",
     }
-    with (tmp_path / "log").open("w+") as log:
+    with (tmp_path / "log").open("w+") as file:
         lab = subprocess.Popen(
-            ["make", "lab"], cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True
+            ["make", "lab"], cwd=clone, env=environment, stdout=file, stderr=file, start_new_session=True
         )
         try:
             deadline = time.monotonic() + 60
-            while "/lab?token=" not in (tmp_path / "log").read_text():
+            while "/lab/tree/notebooks/00-setup.ipynb?token=" not in (tmp_path / "log").read_text():
                 assert lab.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.5)
+            log = (tmp_path / "log").read_text()
         finally:
             os.killpg(lab.pid, signal.SIGTERM)
             lab.wait()
+    assert f"Serving notebooks from local directory: {clone}\n" in log, "links of notebooks to ../docs open"
     spec = json.loads((tmp_path / "kernels" / "chatmagic" / "kernel.json").read_text())
     assert spec["env"] == {"OMP_WAIT_POLICY": "PASSIVE"}, "as chatmagic.machine.share_cores sets it"
 

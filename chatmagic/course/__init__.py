@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..machine import GB, home, report, share_cores, short
+    from .comparison import before_after
     from .evaluate import ask
     from .own import held_out_loss, known, make_own_data, role_play, used
     from .persona import Persona, make_conversations
     from .profile import get_profile, profiles
     from .replies import own_replies
-    from .thread import Course, before_after, fetch, resume, start
+    from .thread import Course, fetch, resume, start
 
 _HOME = {
     "GB": "machine",
@@ -26,7 +27,7 @@ _HOME = {
     "Persona": "course.persona",
     "make_conversations": "course.persona",
     "Course": "course.thread",
-    "before_after": "course.thread",
+    "before_after": "course.comparison",
     "fetch": "course.thread",
     "resume": "course.thread",
     "start": "course.thread",

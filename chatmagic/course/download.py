@@ -36,6 +36,7 @@ from ..files import (
 from ..machine import GB, room, short
 from ..models.checkpoint import MANIFEST, CheckpointError, check_whole, is_whole, read_manifest, write_manifest
 from ..models.load import RemoteCodeError, check_config
+from ..progress import Bar
 from .hubs import HUBS, Hub, Listing, Remote, answers, persist, route, without_password
 from .profile import Profile, check_machine, profiles
 from .wanted import DownloadError, Wanted, find, local
@@ -370,7 +371,6 @@ def _pip_download(wheel: str, digest: str, staging: Path) -> None:
 @contextmanager
 def growing(folder: Path, total: int, name: str) -> Iterator[None]:
     """A bar, with rate and time left, of the bytes that come to lie below `folder` while the block runs."""
-    from tqdm.auto import tqdm
 
     def watch() -> None:
         while not done.wait(0.2):
@@ -378,7 +378,7 @@ def growing(folder: Path, total: int, name: str) -> Iterator[None]:
                 bar.update(min(total, _below(folder)) - bar.n)
 
     done = threading.Event()
-    with tqdm(total=total, initial=min(total, _below(folder)), unit="B", unit_scale=True, desc=name) as bar:
+    with Bar(total=total, initial=min(total, _below(folder)), unit="B", unit_scale=True, desc=name) as bar:
         watching = threading.Thread(target=watch, daemon=True)
         watching.start()
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..conversation.messages import Message
 from ..data.dataset import as_line
@@ -19,9 +19,6 @@ from .download import snapshot_download
 from .persona import Persona, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
 from .wanted import find, local
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # What a notebook may need of earlier ones: name -> (file or folder, the notebook that leaves it there)
 LEFT = {
@@ -191,11 +188,3 @@ def resume(*needs: str) -> Course:
             except CheckpointError as error:
                 raise CourseError(f"{error} Or run {notebook}.ipynb, which brings what is missing.") from None
     return course
-
-
-def before_after(before: dict[str, str], after: dict[str, str]) -> "pd.DataFrame":
-    """A pandas DataFrame of the replies: question, before, after."""
-    import pandas as pd
-
-    rows = [(question, before[question], after[question]) for question in before]
-    return pd.DataFrame(rows, columns=["question", "before", "after"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
 from ..files import writing
+from ..progress import Bar
 from ..prompts.labels import IGNORE, encode_rows
 from .rows import DataError, existing
 
@@ -26,10 +27,8 @@ def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[st
     `progress`, a bar shows the bytes read. Raises DataError with the number of the line that is no valid
     conversation.
     """
-    from tqdm.auto import tqdm
-
     path = existing(path)
-    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar:
+    with Bar(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar:
         for size, messages in _read_lines(path):
             bar.update(size)
             if messages is not None:

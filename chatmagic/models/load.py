@@ -1,12 +1,17 @@
 """A checkpoint folder, as its publisher ships it, as a model and a tokenizer of transformers' own classes."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from ..errors import ChatmagicError
 from ..machine import home
+from ..progress import Bar
 from ..prompts.templates import name_family
 from .checkpoint import CheckpointError, Stored, open_weights, read_json
 from .quantize import mend_adalora_over_int8, mend_bitsandbytes, quantization_config
@@ -55,10 +60,11 @@ def load_model(
         _check_quantised(folder, config["quantization_config"], quantize)
     elif quantize:
         options["quantization_config"] = quantization_config(quantize, dtype)
-    if family is None:
-        model, tokenizer = _load_native(folder, config, stored, options)
-    else:
-        model, tokenizer = _load_family(family, folder, config, stored, options)
+    with _own_bars():
+        if family is None:
+            model, tokenizer = _load_native(folder, config, stored, options)
+        else:
+            model, tokenizer = _load_family(family, folder, config, stored, options)
     if tokenizer is not None:
         name_family(tokenizer, folder.resolve())
     return model, tokenizer
@@ -89,6 +95,18 @@ def load_trained(
 
     note_thinking(model, tokenizer, trained_thinking(folder))
     return PeftModel.from_pretrained(model, folder), tokenizer
+
+
+@contextmanager
+def _own_bars() -> Iterator[None]:
+    """transformers' bars as `progress.Bar` shows them, where it shows any."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    previous = set_tqdm_hook(lambda factory, args, options: (Bar if factory is tqdm else factory)(*args, **options))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
 
 
 def check_config(folder: Path, name: str) -> None:

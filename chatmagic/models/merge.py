@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from ..errors import ChatmagicError
 from ..files import new_folder, write
+from ..progress import Bar
 from .checkpoint import first_not_finite, open_file, open_weights, read_json, weight_files
 from .portable import make_portable
 from .provenance import BASE, PROVENANCE, base_fingerprint, base_folder, trained_in_nf4, trained_thinking
@@ -125,13 +126,15 @@ def merge_adapter(
         changed = {name for name, update in updates.items() if len(update.A)}  # AdaLoRA empties some
         rounded = {renamed.get(name, name) for name in in_nf4} if onto == "trained" else set()
         multiplying = Lock()
-        for file, parts in shards.items():
-            for name in parts.keys() & rounded:
-                parts[name] = parts[name]._replace(rows=partial(_as_trained, parts[name], multiplying))
-            for name in parts.keys() & changed:
-                rows = partial(_Changed, name, parts[name], updates[name], multiplying)
-                parts[name] = parts[name]._replace(rows=rows)
-            write_shard(staging / file, parts)
+        size = sum(math.prod(part.shape) * part.dtype.itemsize for parts in shards.values() for part in parts.values())
+        with Bar(total=size, unit="B", unit_scale=True, desc="merging") as bar:
+            for file, parts in shards.items():
+                for name in parts.keys() & rounded:
+                    parts[name] = parts[name]._replace(rows=partial(_as_trained, parts[name], multiplying))
+                for name in parts.keys() & changed:
+                    rows = partial(_Changed, name, parts[name], updates[name], multiplying)
+                    parts[name] = parts[name]._replace(rows=rows)
+                write_shard(staging / file, parts, bar.update)
         _note_thinking(staging / "tokenizer_config.json", trained_thinking(adapter))
     if in_nf4:
         what = {"trained": "as NF4 leaves them, as in training", "original": "as they are published"}[onto]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
 from tokenizers import normalizers
-from tqdm.auto import tqdm
 from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+from ..progress import Bar
 from .portable import make_portable
 from .shard import Part, write_shard
 
@@ -56,7 +56,7 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
         layer, _, kind = name.rpartition(".")
         tensor = stored[f"{table.get_name(layer)}.{kind}"]
         parts[name] = Part(torch.bfloat16, tuple(meta.shape), partial(Rows, tensor, processor))
-    with tqdm(
+    with Bar(
         total=sum(2 * prod(part.shape) for part in parts.values()), unit="B", unit_scale=True, desc="unpacking"
     ) as bar:
         write_shard(folder / "model.safetensors", parts, bar.update)

@@ -23,7 +23,6 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from torchkeras import kerasmodel
-from torchkeras.kerascallbacks import VisProgress
 
 from ..accel.allocator import rank_allocator
 from ..accel.attention import without_cudnn_attention
@@ -34,7 +33,7 @@ from ..files import alone_in
 from ..models.parts import experts, trainable
 from . import functional
 from .checks import OF_THE_MODEL, OF_THE_RUN, flat, refuse, refuse_another_run, run_settings
-from .plots import EpochLines, pictures
+from .plots import EpochLines, StepBar, pictures
 from .record import write_history, write_run
 from .runtime import Batches, best_precision, get_rng, lost_peer, noted_interrupt, seeded, set_rng
 from .states import STATE, RunState, load_adapter, newest_state, save_adapter, save_state, state_folder
@@ -157,7 +156,7 @@ class KerasModel(kerasmodel.KerasModel):
         rng = gather_object([get_rng(self.samplers)])
         self.state = RunState(of=self.steps, settings=self.settings, epoch_rng=rng, rng=rng)
         self.trackers = []
-        self.callbacks = [*([*pictures(), VisProgress()] if plot else [EpochLines()]), *(callbacks or [])]
+        self.callbacks = [*(pictures() if plot else [EpochLines()]), StepBar(), *(callbacks or [])]
         with alone_in(self.ckpt_path) if self.accelerator.is_main_process else nullcontext():
             return self._train(resume, about or {})
 
@@ -282,7 +281,8 @@ class KerasModel(kerasmodel.KerasModel):
         optimizer, ours = self.optimizer.optimizer, issubclass(self.StepRunner, StepRunner)
         reason = why_not(self.net, optimizer, self.accelerator) if ours else "StepRunner is not chatmagic's"
         if reason:
-            self.accelerator.print(f"The training step is not captured as a CUDA graph: {reason}.")
+            if self.accelerator.device.type == "cuda":  # where there is none, nobody waits for that
+                self.accelerator.print(f"The training step is not captured as a CUDA graph: {reason}.")
             return None
         return CapturedStep(functional, self.net, optimizer, self.accelerator, self.StepRunner.max_grad_norm)
 
@@ -343,6 +343,7 @@ class KerasModel(kerasmodel.KerasModel):
     def _after_step(self, batch: int) -> None:
         self.state.batch, self.state.sums = batch, getattr(self.runner, "sums", None)
         self.state.skipped = getattr(self.runner, "skipped", 0)
+        self._call_back("on_train_step_end")
         if self.accelerator.sync_gradients:
             self._between_steps(save_due=bool(self.save_every) and self.step % self.save_every == 0)
 

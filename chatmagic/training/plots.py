@@ -4,6 +4,7 @@ Labels are Chinese and English at once. The Chinese ones are drawn with the few 
 (https://github.com/notofonts/noto-cjk, SIL Open Font License) in labels.otf, since few machines have such a font.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from peft import PeftModel
 from torchkeras.kerascallbacks import VisMetric
 
 from ..files import writing
+from ..progress import Bar
 from .adalora import importance_table, rank_table
 
 if TYPE_CHECKING:
@@ -35,19 +37,38 @@ class EpochLines:
     def on_validation_epoch_end(self, model: "KerasModel") -> None:
         """Print the epoch's line."""
         log = {name: values[-1] for name, values in model.history.items()}
-        print(f"epoch {log.pop('epoch')}/{model.epochs}", *(f"{k} {v:.4g}" for k, v in log.items()), flush=True)
+        line = [f"epoch {log.pop('epoch')}/{model.epochs}", *(f"{k} {v:.4g}" for k, v in log.items())]
+        Bar.write(" ".join(line))  # above a bar that is being drawn
+
+
+class StepBar:
+    """A bar of the optimizer steps, with the time that is left."""
+
+    def on_fit_start(self, model: "KerasModel") -> None:
+        """Begin where the run does."""
+        self.bar = Bar(desc="training", total=model.steps, initial=model.step, unit="step")
+
+    def on_train_step_end(self, model: "KerasModel") -> None:
+        """Move it on by what was made since."""
+        self.bar.total = model.steps
+        self.bar.set_postfix_str(f"epoch {model.state.epoch} of {model.epochs}", refresh=False)
+        self.bar.update(model.step - self.bar.n)
+
+    def on_fit_end(self, model: "KerasModel") -> None:
+        """Leave it as it ended."""
+        self.on_train_step_end(model)
+        self.bar.close()
 
 
 class LiveCurve(VisMetric):
     """torchkeras' curve, saved as history.png beside the adapter, with its star on the epoch that was kept.
 
-    The library's own star may stand on an epoch whose ranks were not final.
+    The library begins with an empty picture, and its star may stand on an epoch whose ranks were not final.
     """
 
     def on_fit_start(self, model: "KerasModel") -> None:
-        """Begin an empty curve."""
-        self.save_path = model.ckpt_path / "history.png"
-        super().on_fit_start(model)
+        """Nothing is drawn before there is something to see."""
+        self.metric = model.monitor.replace("val_", "")
 
     def update_graph(self, model: "KerasModel", *args: Any, **kwargs: Any) -> None:
         """Draw the curve anew, and save it."""
@@ -55,10 +76,12 @@ class LiveCurve(VisMetric):
             super().update_graph(model, *args, **kwargs)
 
     def get_best_score(self, model: "KerasModel") -> tuple[int, float]:
-        """The epoch and score that were kept; before there are any, torchkeras' own."""
-        if model.best:
-            return model.best["epoch"], model.best["score"]
-        return super().get_best_score(model)
+        """The epoch and score that were kept; before there are any, what draws no star."""
+        return (model.best["epoch"], model.best["score"]) if model.best else (math.nan, math.nan)
+
+    def get_title(self, model: "KerasModel") -> str:
+        """What is said above the curve."""
+        return super().get_title(model) if model.best else "no epoch counts before the ranks are final"
 
 
 class RankPictures:

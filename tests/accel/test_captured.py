@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from chatmagic.accel.captured import CapturedStep, why_not
 from chatmagic.accel.layers import fast_layers
 from chatmagic.models.parts import trainable
-from chatmagic.training import StepRunner, functional
+from chatmagic.training import KerasModel, StepRunner, functional
 from tiny_runs import Replayed, adalora, fit, loader, lora, rows, tiny_llama, uneven_rows
 
 
@@ -122,6 +122,12 @@ def test_why_a_step_is_not_captured(model, settings, optimizer, reason):
     assert found is reason is None or reason in found
 
 
-def test_fit_says_why_not(tmp_path, capsys):
+def test_fit_says_why_not_where_there_is_a_gpu(tmp_path, capsys):
+    """Who trains on the CPU has not waited for a CUDA graph."""
     fit(adalora(), tmp_path)
-    assert "not captured as a CUDA graph: there is no CUDA device." in capsys.readouterr().out
+    assert "CUDA" not in capsys.readouterr().out
+    of_one = SimpleNamespace(device=torch.device("cuda"), gradient_accumulation_steps=2, scaler=None, print=print)
+    optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
+    run = SimpleNamespace(fast=True, net=adalora(), optimizer=optimizer, accelerator=of_one, StepRunner=StepRunner)
+    assert KerasModel._capture(run) is None
+    assert "not captured as a CUDA graph: " in capsys.readouterr().out

@@ -13,7 +13,7 @@ from chatmagic.course import doctor, download
 from chatmagic.course import profile as profiles
 from chatmagic.course.download import DownloadError, snapshot_download
 from chatmagic.course.profile import ProfileError, check_machine, get_profile
-from chatmagic.course.thread import CourseError, before_after, fetch, resume, start
+from chatmagic.course.thread import CourseError, fetch, resume, start
 
 
 @pytest.fixture(autouse=True)
@@ -250,11 +250,6 @@ def test_data_that_the_reader_changed_is_not_made_again(changed):
     assert before == (course.train.read_bytes(), course.val.read_bytes())
     path.rename(path.with_name("mine.jsonl"))
     course.save_data(**made)
-
-
-def test_the_table_keeps_the_questions_order():
-    table = before_after({"b": "1", "a": "2"}, {"a": "4", "b": "3"})
-    assert table.to_numpy().tolist() == [["b", "1", "3"], ["a", "2", "4"]]
 
 
 def test_the_table_shows_the_nine_trained_and_six_general_questions():

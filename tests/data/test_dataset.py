@@ -124,7 +124,8 @@ def test_a_file_is_read_as_it_is_consumed(tmp_path):
     assert [next(rows) for _ in range(3)] == [TALK] * 3  # the broken line has not been looked at
 
 
-def test_the_bar_counts_bytes(tmp_path, capsys):
+def test_the_bar_counts_bytes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("chatmagic.progress.DELAY", 0)
     path = write(tmp_path / "talk.jsonl", {"messages": TALK})
     assert list(read_jsonl(path)) == [TALK]
     assert "talk.jsonl: 100%" in capsys.readouterr().err
