@@ -16,7 +16,8 @@ import nbformat
 import pytest
 import torch
 
-from chatmagic import ChatLLM, adalora_to_lora, build_messages, merge_adapter, write_jsonl
+import published
+from chatmagic import ChatLLM, adalora_to_lora, build_messages, load_model, merge_adapter, write_jsonl
 from chatmagic.course import Persona, download, evaluate, hubs, own, replies, thread
 from chatmagic.course.profile import get_profile
 from chatmagic.files import write
@@ -161,10 +162,12 @@ def hub_model(source, monkeypatch):
     return act
 
 
-@writer("models/merge.py", "models/shard.py", new=True)
+@writer(
+    "models/merge.py", "models/shard.py", "models/portable.py", "models/families/sentencepiece.py", new=True
+)  # fmt: skip
 def merged(source, monkeypatch):
-    tiny_llama().save_pretrained(source / "base")
-    states.save_adapter(adalora(base=tiny_llama()), source / "adapter")
+    model, _ = load_model(published.write("llama-2-13b-chat", source / "base"))
+    states.save_adapter(adalora(base=model), source / "adapter")
     return lambda where, version: merge_adapter(source / "base", source / "adapter", where / "merged")
 
 
