@@ -15,6 +15,7 @@ from chatmagic import cli
 from chatmagic.course.persona import Persona
 from chatmagic.course.profile import get_profile
 from chatmagic.course.thread import Course, start
+from disk import contents
 from quick import first
 
 NOTE = "open('ran', 'a').write('{}')"
@@ -34,10 +35,6 @@ def test_whoever_waits_hears_which_cell_runs_and_how_far_its_bar_is(tmp_path):
     assert heard[0].strip() == "cell 1 of 2" and any("cell 2 of 2  work: 3/3" in each for each in heard)
     shown, _ = two.cells[1].outputs
     assert shown.data["text/plain"].startswith("work: 3/3"), "the last picture of the bar, and nothing on stderr"
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 
 from chatmagic.errors import ChatmagicError
 from chatmagic.files import BusyError, WriteError, alone_in, new_folder, remove, settle, write, write_together, writing
-from disk import small_disk
+from disk import contents, small_disk
 from writers import COVERED, NEW, WRITERS
 
 ROOT = os.geteuid() == 0
@@ -50,9 +50,9 @@ def act(request, tmp_path, monkeypatch):
     return made
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not RESUMED.search(name)}
+def left_in(folder: Path) -> dict[str, bytes]:
+    """What is in a folder but for what the next call goes on with."""
+    return {name: content for name, content in contents(folder).items() if not RESUMED.search(name)}
 
 
 def before_and_after(act, where: Path, tmp_path: Path) -> tuple[dict, dict]:
@@ -62,9 +62,9 @@ def before_and_after(act, where: Path, tmp_path: Path) -> tuple[dict, dict]:
     if not act.new:
         act(where, 1)
         act(tmp_path / "after", 1)
-    before = contents(where)
+    before = left_in(where)
     act(tmp_path / "after", 2)
-    return before, contents(tmp_path / "after")
+    return before, left_in(tmp_path / "after")
 
 
 def assert_whole(found: dict, before: dict, after: dict, new: bool) -> None:
@@ -105,11 +105,11 @@ def test_a_full_disk(act, disk, tmp_path, size):
             assert re.search(rf"{disk}.* (is full: \d+ MB are free, and|needs \S+ GB).* [Mm]ake room", str(error))
         else:
             assert size, "nothing fits on a disk without a byte"
-    found = contents(disk)
+    found = left_in(disk)
     assert not [name for name in found if PART.search(name)]
     assert_whole(found, before, after, act.new)
     act(disk, 2)
-    assert_same(contents(disk), after)
+    assert_same(left_in(disk), after)
 
 
 def assert_same(found: dict, after: dict) -> None:
@@ -127,7 +127,7 @@ def test_a_folder_that_is_closed(act, disk, tmp_path):
             Path(folder).chmod(0o555)
     with pytest.raises(WriteError, match=rf"{disk}.* cannot be written: {disk}.* is closed to you, or read-only"):
         act(disk, 2)
-    assert contents(disk) == before
+    assert left_in(disk) == before
 
 
 def events(where: Path, fatal: int) -> list[str]:
@@ -176,13 +176,13 @@ def test_a_kill(act, tmp_path):
             act(where, 2)
 
         assert in_a_child(killed) == -signal.SIGKILL
-        found = {name: content for name, content in contents(copy).items() if not PART.search(name)}
+        found = {name: content for name, content in left_in(copy).items() if not PART.search(name)}
         assert_whole(found, before, after, act.new)
         for part in copy.rglob(".*.part"):
             os.utime(part, (time.time() - 60,) * 2)
         if not (act.new and found):
             act(copy, 2)
-            assert_same(contents(copy), after)
+            assert_same(left_in(copy), after)
 
 
 # --- the helper itself
@@ -203,7 +203,7 @@ def test_what_stands_in_the_way(tmp_path):
         pass
     with pytest.raises(WriteError, match="exists, and nothing is written over it"), new_folder(tmp_path / "folder"):
         pass
-    assert contents(tmp_path) == {"file": b"mine", "folder/mine": b""}
+    assert left_in(tmp_path) == {"file": b"mine", "folder/mine": b""}
 
 
 @pytest.mark.skipif(not ROOT, reason="becoming somebody else wants root")
@@ -218,7 +218,7 @@ def test_a_folder_of_somebody_else(disk):
             pass
     finally:
         os.seteuid(0)
-    assert contents(disk) == {"file": b"mine"}
+    assert left_in(disk) == {"file": b"mine"}
 
 
 def test_a_link_stays_one_and_permissions_stay(tmp_path):
@@ -240,7 +240,7 @@ def test_an_error_of_the_writers_own_goes_through(tmp_path):
         open(tmp_path / "other")
     with pytest.raises(ChatmagicError, match="another"), new_folder(tmp_path / "folder"):
         raise ChatmagicError("another")
-    assert contents(tmp_path) == {"file": b"before"} and [*tmp_path.iterdir()] == [tmp_path / "file"]
+    assert left_in(tmp_path) == {"file": b"before"} and [*tmp_path.iterdir()] == [tmp_path / "file"]
 
 
 def test_a_folder_in_the_place_of_another(tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_folder_in_the_place_of_another(tmp_path, monkeypatch):
         for content in ("old", "new"):
             with new_folder(tmp_path / "folder", over=True) as part:
                 write(part / content, content)
-        assert contents(tmp_path) == {"folder/new": b"new"}
+        assert left_in(tmp_path) == {"folder/new": b"new"}
         monkeypatch.setattr("ctypes.CDLL", lambda name: None)  # a system that cannot
 
 
@@ -267,7 +267,7 @@ def test_who_waits_for_a_folder_gets_the_one_that_has_its_name_by_then(tmp_path)
         time.sleep(0.5)
         (tmp_path / "folder").rename(tmp_path / "elsewhere")
     waiting.join()
-    assert contents(tmp_path) == {"folder/mine": b""}
+    assert left_in(tmp_path) == {"folder/mine": b""}
 
 
 def test_what_settles_is_safe_on_the_disk(tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_what_settles_is_safe_on_the_disk(tmp_path, monkeypatch):
         path.write_text(path.name)
     settle(tmp_path / "part", tmp_path / "folder")
     settle(tmp_path / "alone", tmp_path / "folder" / "other")
-    assert contents(tmp_path) == {"folder/file": b"file", "folder/other": b"alone"}
+    assert left_in(tmp_path) == {"folder/file": b"file", "folder/other": b"alone"}
     assert synced == [(tmp_path / "folder" / name).stat().st_ino for name in ("file", "other")]
 
 
@@ -293,7 +293,7 @@ def test_a_part_that_is_being_written_is_not_cleared(tmp_path):
     os.utime(tmp_path / ".first.0123abcd.part", (0, 0))
     (tmp_path / ".mine.part").write_text("no part of ours")
     write(tmp_path / "fourth", "4")
-    assert contents(tmp_path) == {
+    assert left_in(tmp_path) == {
         "first": b"1", "second": b"2", "third": b"3", "fourth": b"4", ".mine.part": b"no part of ours",
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from chatmagic import adalora_to_lora, merge_adapter
+from disk import contents
 from hub import HUGGINGFACE, MODELSCOPE, Hubs, Repository, proxied
 from quick import first
 from tiny_hub import ID, download, model
@@ -70,8 +71,7 @@ def test_what_the_package_writes(name, tmp_path, monkeypatch):
     for folder in ("source", "made"):
         (tmp_path / folder).mkdir()
     WRITERS[name](tmp_path / "source", monkeypatch)(tmp_path / "made", 1)
-    files = {path: path.read_bytes() for path in (tmp_path / "made").rglob("*") if path.is_file()}
-    assert files
+    assert (files := contents(tmp_path / "made"))
     for path, content in files.items():
         assert KEYS["HF_TOKEN"].encode() not in content, path
         assert str(tmp_path).encode() not in content, path
@@ -85,8 +85,9 @@ def test_a_run_and_what_is_made_of_it(tmp_path, monkeypatch):
     fit(adalora(12, base=type(tiny_llama()).from_pretrained(base)), made / "adapter", epochs=3)
     merge_adapter(base, made / "adapter", made / "merged")
     adalora_to_lora(made / "adapter", made / "lora")
-    files = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
-    assert {"state.pt", "run.json", "history.csv", "chatmagic.json", "config.json"} <= {path.name for path in files}
+    files = contents(made)
+    expected = {"state.pt", "run.json", "history.csv", "chatmagic.json", "config.json"}
+    assert expected <= {Path(path).name for path in files}
     assert [path for path, content in files.items() if str(tmp_path).encode() in content] == []
     assert json.loads((made / "adapter" / "run.json").read_text())["model"]["name"] == "tiny"
     for folder in (made / "adapter", made / "lora", next(made.glob("adapter/last-*"))):

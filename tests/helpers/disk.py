@@ -1,10 +1,15 @@
-"""A small disk, for the tests that fill one."""
+"""What lies in a folder, and a small disk, for the tests that fill one."""
 
 import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder and of those in it, by their paths there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from chatmagic import ChatmagicError, adalora_to_lora, merge_adapter
 from chatmagic.models.parts import trainable
 from chatmagic.training import keras
 from chatmagic.training.states import RunState, newest_state, save_adapter, save_state
+from disk import contents
 from quick import first
 from tiny_runs import Replayed, adalora, fit, loader, lora, rows, runner_that, tiny_llama
 
@@ -140,7 +141,7 @@ def test_fp16_that_finds_its_scale_goes_on(tmp_path, monkeypatch):
 def test_neither_adapter_nor_state_is_saved(tmp_path, bad):
     model = lora()
     fit(model, tmp_path, epochs=2)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = contents(tmp_path)
     next(param for _, param in trainable(model)).data[0, 0] = bad
     with pytest.raises(ChatmagicError, match="lora_A.*not finite any more, so it is not saved"):
         save_adapter(model, tmp_path)
@@ -149,7 +150,7 @@ def test_neither_adapter_nor_state_is_saved(tmp_path, bad):
     good = lora()
     with pytest.raises(ChatmagicError, match="of the state is not finite"):
         save_state(good, RunState(step=9, optimizer={"state": {0: {"exp_avg": torch.tensor([1.0, bad])}}}), tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert contents(tmp_path) == before
 
 
 @pytest.fixture(scope="module")

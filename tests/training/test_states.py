@@ -20,6 +20,7 @@ from chatmagic.models.parts import trainable
 from chatmagic.training import KerasModel, StepRunner, adalora_config
 from chatmagic.training.keras import TrainingInterrupted
 from chatmagic.training.states import load_adapter, newest_state
+from disk import contents
 from quick import first
 from tiny_runs import Drawn, adalora, fit, loader, lora, processes, rows, runner_that, tiny_llama
 
@@ -199,11 +200,11 @@ def test_the_cell_of_fit_run_again_after_stop_asks(tmp_path, unbroken, monkeypat
 
     with pytest.raises(TrainingInterrupted):
         cell(runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), batch))
-    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    left = contents(tmp_path)
     weights = [param.clone() for param in model.parameters()]
     with pytest.raises(ChatmagicError, match=rf"stopped after step {-(-batch // 2)} of 40.*resume=True.*resume=False"):
         cell()
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == left
+    assert contents(tmp_path) == left
     assert all(map(torch.equal, weights, model.parameters()))
     if answer.endswith("again"):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -314,10 +315,10 @@ def cosine(optimizer, steps=40):
 )
 def test_a_state_is_not_for_another_run(tmp_path, then, now, words):
     stopped(tmp_path, **then)
-    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    left = contents(tmp_path)
     with pytest.raises(ChatmagicError, match=f"of another run: .*{words}.*resume=False"):
         fit(lora(), tmp_path, **now, resume=True)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == left
+    assert contents(tmp_path) == left
 
 
 @pytest.mark.parametrize("now", [{"epochs": 12}, {"epochs": 8}, {"patience": 20}, {"mixed_precision": "bf16"}])
