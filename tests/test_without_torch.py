@@ -77,19 +77,38 @@ def test_both_readmes_have_the_line():
     )
 
 
+@pytest.mark.parametrize("readme", ["README.md", "README.en.md"])
+def test_the_readmes_cell_for_a_server(site, tmp_path, readme):
+    """As it stands there, but for the address and the name of a server of this machine."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text("utf-8"), re.DOTALL)
+    (cell,) = [block for block in blocks if "connect(" in block]
+    with running() as server:
+        cell = re.sub(r'connect\("[^"]+", "[^"]+"\)', f'connect("{server.url}", "parrot")', cell)
+        done = plainly(
+            site,
+            tmp_path,
+            f"""
+from IPython.core.interactiveshell import InteractiveShell
+
+shell = InteractiveShell.instance()
+shell.run_cell({cell!r}).raise_error()
+shell.run_cell_magic("chat", "", "hello")
+""",
+        )
+    assert done.returncode == 0 and "你好!" in done.stdout, done.stdout + done.stderr
+
+
+def plainly(site, folder, code, *arguments):
+    """Run by a Python that has the packages of the line and no others."""
+    command = [sys.executable, "-S", "-E", "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{code}", *arguments]
+    environment = {"HOME": str(folder), "IPYTHONDIR": str(folder), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
 def test_messages_prompts_magics_and_servers(site, tmp_path):
     assert not {"torch", "transformers", "numpy"} & {path.name for path in site.iterdir()}
     with running() as server:
-        command = [
-            sys.executable,
-            "-S",
-            "-E",
-            "-c",
-            f"import sys; sys.path.insert(0, {str(site)!r})\n{CODE}",
-            server.url,
-        ]
-        environment = {"HOME": str(tmp_path), "IPYTHONDIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        done = plainly(site, tmp_path, CODE, server.url)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("1\n1\n1\n") and "你好!" in done.stdout
     assert json.loads((tmp_path / "talk.jsonl").read_text().splitlines()[0])
