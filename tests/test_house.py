@@ -77,6 +77,13 @@ def test_the_picture_is_of_the_real_imports():
     assert drawn("-.->") == upward
 
 
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
+def test_who_lives_in_a_room_is_told(room):
+    (told,) = re.findall(rf"^\| `{room}` \|.*", DOC, re.MULTILINE)
+    lives = {path.name for path in (PACKAGE / room).glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.py)`", told)) == lives, "docs/architecture.md names each module of a room"
+
+
 def test_the_contracts_name_every_package_that_is_not_pythons_own():
     """Or one that is new could be imported where none may be."""
     found = {module.split(".")[0] for file in PACKAGE.rglob("*.py") for module in imports(file)}
