@@ -53,8 +53,8 @@ def sent(server, url=None, **settings):
         ("http://gpu/v1/models", "goes too far: .*Write http://gpu/v1$"),
         ("http://gpu/api/chat", "goes too far: .*Write http://gpu/api$"),
         ("olama", "no server is called 'olama'; did you mean 'ollama'"),
-        ("", "takes an address, or one of vllm, ollama"),
-        (None, "takes an address, or one of vllm, ollama"),
+        ("", "takes an address, or one of chatmagic, vllm, ollama"),
+        (None, "takes an address, or one of chatmagic, vllm, ollama"),
     ],
 )
 def test_an_address_that_is_none(url, words):
