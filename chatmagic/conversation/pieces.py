@@ -85,6 +85,13 @@ class Parting:
         """The texts that part."""
         return *self.openings, self.ending or self.closing
 
+    def part(self, text: str) -> tuple[str, str]:
+        """(thought, words) of a text that is whole, without the whitespace around them."""
+        heard = Heard(lambda piece: None)
+        for piece in [*self.push(text), *self.flush()]:
+            heard(piece)
+        return "".join(heard.thought).strip(), "".join(heard.said).strip()
+
     def apart(self) -> None:
         """Know that the thought comes by another way, and the text is words."""
         if self._read == self._beginning:

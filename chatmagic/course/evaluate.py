@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..accel.attention import without_cudnn_attention
+from ..backends.generate import TextStream
 from ..conversation.messages import build_messages
 from ..errors import ChatmagicError
 from ..machine import short
@@ -66,8 +67,10 @@ def ask(
         )
         for index, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist()):
             end = next((at for at, token in enumerate(ids) if token in stop), None)
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-            text = template.part_thought(text, thinking)[not thoughts]
+            parting = template.parting(thinking)
+            stream = TextStream(tokenizer, template.stop_strings, parting.marks if parting else ())
+            text = ("".join(map(stream.push, ids[:end])) + stream.flush()).strip()
+            text = (parting.part(text) if parting else ("", text))[not thoughts]
             replies[index] = text if end is not None else text.rstrip("\ufffd") + "…"
     model.train(was_training)
     return replies

@@ -8,9 +8,9 @@ import ctypes
 import re
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..conversation.messages import Message
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 PRIVATE = "[\U00100000-\U0010fffd]"
 _FIRST_STAND_IN, BEGIN, END, THOUGHT, THOUGHT_END = 0x100000, "\U0010fffc", "\U0010fffd", "\U0010fffa", "\U0010fffb"
-QUESTION = "\U0010fff9"
+QUESTION, CLOSING = "\U0010fff9", "\n</think>\n\n"
 ANSWER = re.compile(f"{BEGIN}([^{BEGIN}{END}]*){END}")
 # What opens and closes a thought is hidden in words even where the tokenizer has no token for it: templates cut there.
 TAG = re.compile(r"</?(?:\w+:)?think(?:ing)?(?::\w+)?>")
 MARKS = dict.fromkeys((BEGIN, END, THOUGHT, THOUGHT_END), "")
+_MARKS, _STAND_INS = re.compile(f"[{''.join(MARKS)}]"), re.compile(f"({PRIVATE})")
 SECONDS = 10.0
 """How long a template may take over one rendering; a template is somebody's program."""
 
@@ -56,7 +57,8 @@ class Renderer:
 
     def common(self, one: str, other: str) -> int:
         """How far two texts agree, in whole tokens and tags."""
-        end = len(commonprefix([one, other]))
+        ends = range(1, min(len(one), len(other)) + 1)
+        end = bisect_left(ends, True, key=lambda end: one[:end] != other[:end])
         for pattern in (self.control, TAG):
             for text in (one, other):
                 cut = next(
@@ -91,7 +93,7 @@ class Renderer:
                     if style == "key":
                         shown["reasoning_content"] = thought
                     elif style == "content":
-                        shown["content"] = f"<think>\n{thought}\n</think>\n\n{shown['content']}"
+                        shown["content"] = f"<think>\n{thought}{CLOSING}{shown['content']}"
             hidden.append(shown)
             thoughts.append(thought)
         return Hidden(hidden, thoughts, {char: text for text, char in stand_ins.items()} | MARKS)
@@ -116,8 +118,8 @@ def _stripped(text: str) -> tuple[str, str, str]:
 def split(text: str, shown: dict[str, str], *marks: bool) -> list[Span]:
     """Text that a template wrote, as spans with these `marks` (answer, trained, replayed); the private characters in
     it are someone's words."""
-    spans = [Span(shown.get(part, part), part not in shown, *marks) for part in re.split(f"({PRIVATE})", text)]
-    return [span for span in spans if span.text]
+    parts = _STAND_INS.split(_MARKS.sub("", text))
+    return [Span(shown.get(part, part), part not in shown, *marks) for part in parts if part]
 
 
 class _TooLong(BaseException):

@@ -4,7 +4,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,25 +32,19 @@ class Row:
     """What is trained on, three lists of the same length: token ids, labels (-100 where nothing is trained), and which
     labels are `replayed`, of an answer whose message says that it is the base model's own."""
 
-    input_ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    replayed: list[bool] = field(default_factory=list)
+    input_ids: list[int]
+    labels: list[int]
+    replayed: list[bool]
 
-    def add(self, ids: list[int], span: Span) -> None:
-        """Tokens of one span, trained if it is."""
-        self.input_ids += ids
-        self.labels += ids if span.trained else [IGNORE] * len(ids)
-        self.replayed += [span.trained and span.replayed] * len(ids)
-
-    def teach(self, position: int, token: int, span: Span) -> None:
-        """Train `token` as what follows the ids before `position`, whatever stands there; if nothing does, it will."""
-        if position == len(self.input_ids):
-            self.add([token], span)
-        self.labels[position], self.replayed[position] = token, span.replayed
+    def teach(self, start: int, ids: list[int], span: Span) -> None:
+        """Train `ids` from a position on, whatever stands there; if nothing does, they will."""
+        self.labels[start : start + len(ids)] = ids
+        self.replayed[start : start + len(ids)] = [span.replayed] * len(ids)
+        self.input_ids += ids[len(self.input_ids) - start :]
 
     def end(self) -> int:
         """The position behind the last that is trained."""
-        return max(index for index, label in enumerate(self.labels) if label != IGNORE) + 1
+        return next(index for index in range(len(self.labels), 0, -1) if self.labels[index - 1] != IGNORE)
 
     def begins(self, other: "Row") -> bool:
         """Whether all that this row trains is how the other begins."""
@@ -73,7 +67,7 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: "Template | OwnTemplate") -> None:
         self.template = template
-        self._control = template.control_tokens(tokenizer)
+        control = self._control = template.control_tokens(tokenizer)
         stops, end = template.stop_token_ids(tokenizer), template.end.strip()
         if not stops or end and end not in self._control and not any(stop in end for stop in template.stop_strings):
             raise TemplateError(
@@ -81,31 +75,42 @@ class Encoder:
                 "the model would never stop. Pass the model_type of its own family, or none to have it found."
             )
         self._ending = stops[0]
-        remember = lru_cache(maxsize=256)  # a template repeats itself; messages, which do not, must not pile up
-        self._parts = remember(re.compile(f"({control_pattern(tokenizer, self._control)})").split)
+        split = re.compile(f"({control_pattern(tokenizer, control)})").split
+        # Of `self` they know nothing: in a cycle a tokenizer would stay for long, and it is large.
+        self._parts = _remember(
+            lambda text: [control[part.strip()] if at % 2 else part for at, part in enumerate(split(text)) if part]
+        )
         self._fresh, self._joined, always = _text_backends(tokenizer, self._control)
-        self._literal = remember(lambda text, backend: backend.encode(text, add_special_tokens=False).ids)
+        self._ids = _remember(lambda text, backend: backend.encode(text, add_special_tokens=False).ids)
         if template.bos is None:
             with_bos, without = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
             self._bos = with_bos[: with_bos.index(without[0])]
         else:
-            self._bos = [self._control[token] for token in self._parts(template.bos) if token]
+            self._bos = [*self._parts(template.bos)]
         self._restart = set(self._control.values() if always else self._bos)
 
     def encode(self, spans: list[Span]) -> Row:
         """The row of a conversation that goes on after these spans."""
-        row, backend, endings = Row(), self._fresh, []
-        for run in self._runs(spans):
-            if isinstance(run, list):
-                count = self._add_text(row, run, backend)
-                endings += [(count, span) for span in run if span.trained and isinstance(span, EndOfTurn)]
+        ids: list[int] = []
+        taught, endings, backend = [], [], self._fresh
+        for run, token in self._runs(spans):
+            start, first = len(ids), run[0]
+            if token is None:
+                new, count = self._encode_text(run, backend)
+                ids += new
+                endings += [(start + count, span) for span in run if span.trained and isinstance(span, EndOfTurn)]
                 backend = self._joined
             else:
-                token = self._control[run.text.strip()]
-                row.add([token], run)
+                ids.append(token)
+                count = 1
                 backend = self._fresh if token in self._restart else self._joined
-        for position, span in endings:
-            row.teach(position, self._ending, span)
+            if first.trained:
+                taught.append((start, ids[start : start + count], first))
+        row = Row(ids, [IGNORE] * len(ids), [False] * len(ids))
+        for start, new, span in taught:
+            row.teach(start, new, span)
+        for start, span in endings:
+            row.teach(start, [self._ending], span)
         bos = self._bos
         if row.input_ids[: len(bos)] != bos:
             row = Row(bos + row.input_ids, [IGNORE] * len(bos) + row.labels, [False] * len(bos) + row.replayed)
@@ -122,46 +127,50 @@ class Encoder:
             row.cut()
         return row
 
-    def _runs(self, spans: list[Span]) -> Iterator[list[Span] | Span]:
-        """The spans in runs: lists of those that are encoded as one string, and each control token by itself."""
+    def _runs(self, spans: list[Span]) -> Iterator[tuple[list[Span], int | None]]:
+        """The spans in runs, each encoded as one string: (spans, None), or (the span it stands in, a control token)."""
         run: list[Span] = []
         in_answer = False
         for span in spans:
             starts = self.template.piecewise or span.answer and not in_answer
             in_answer = span.answer
             if starts and run:
-                yield run
+                yield run, None
                 run = []
             if not span.live or isinstance(span, EndOfTurn):
                 run.append(span)
                 continue
-            for index, part in enumerate(self._parts(span.text)):
-                if index % 2:
-                    if run:
-                        yield run
-                        run = []
-                    yield Span(part, *span[1:])
-                elif part:
+            for part in self._parts(span.text):
+                if isinstance(part, str):
                     run.append(Span(part, *span[1:]))
+                    continue
+                if run:
+                    yield run, None
+                    run = []
+                yield [span], part
         if run:
-            yield run
+            yield run, None
 
-    def _add_text(self, row: Row, run: list[Span], backend: "Tokenizer") -> int:
-        """Add a run, encoded as one string; the trained spans of a run come first. Returns where they end."""
-        text = "".join([span.text for span in run])
-        trained = sum([len(span.text) for span in run if span.trained])
-        if not trained and all(span.live for span in run):
-            new, count = self._literal(text, backend), 0
+    def _encode_text(self, run: list[Span], backend: "Tokenizer") -> tuple[list[int], int]:
+        """The ids of a run, encoded as one string, and how many of them are trained: its trained spans come first."""
+        if len(run) == 1:
+            text = run[0].text
+            trained = len(text) if run[0].trained else 0
         else:
-            encoding = backend.encode(text, add_special_tokens=False)
-            new = encoding.ids
-            if trained == len(text):
-                count = len(new)
-            else:  # offsets take time
-                count = bisect_left(encoding.offsets, trained, key=lambda offset: offset[0]) if trained else 0
-        row.add(new[:count], run[0])
-        row.add(new[count:], Span(""))
-        return len(row.input_ids) - len(new) + count
+            text = "".join([span.text for span in run])
+            trained = sum([len(span.text) for span in run if span.trained])
+        if trained in (0, len(text)):
+            ids = self._ids(text, backend)
+            return ids, len(ids) if trained else 0
+        encoding = backend.encode(text, add_special_tokens=False)  # offsets take time
+        return encoding.ids, bisect_left(encoding.offsets, trained, key=lambda offset: offset[0])
+
+
+def _remember(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """The function, which knows what it made of the last short texts: templates repeat themselves, and so do the rows
+    of one conversation. Long ones, which are messages, must not pile up."""
+    known = lru_cache(maxsize=256)(function)
+    return lambda text, *rest: (known if len(text) < 1000 else function)(text, *rest)
 
 
 def _text_backends(

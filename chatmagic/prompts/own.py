@@ -9,12 +9,12 @@ and of the conversation that ends with it.
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..conversation.messages import Message
 from ..conversation.pieces import Parting
 from .habits import KEY, Habits, learn_appending, learn_habits, split_thoughts
-from .jinja import ANSWER, BEGIN, MARKS, QUESTION, TAG, THOUGHT, Hidden, Renderer, split
+from .jinja import ANSWER, BEGIN, CLOSING, MARKS, PRIVATE, QUESTION, THOUGHT, THOUGHT_END, Hidden, Renderer, split
 from .templates import (
     EndOfTurn,
     NoSystemError,
@@ -31,6 +31,55 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+NO_THOUGHT = THOUGHT + THOUGHT_END
+_PRIVATE, _TELLS = re.compile(PRIVATE), re.compile(r"/(no_)?think\b")
+
+
+class Said(NamedTuple):
+    """One answer as a template writes it where it is the last, in hidden text: the prompt that asks for it, what the
+    model says before its words, the words, how they are ended (None: not at all), and what the template has then."""
+
+    prompt: str
+    lead: str
+    words: str
+    end: str | None
+    behind: str
+
+
+class Earlier(NamedTuple):
+    """What a template makes of answers that are not the last any more, each thought in it as NO_THOUGHT.
+
+    between  what stands between the prompt for an answer, as far as it is kept, and the words
+    instead  what that prompt ends with in its place
+    asks     what every prompt ends with, behind its question
+    lead, end, behind  as `Said` has them where the answer is the last
+    """
+
+    between: str
+    instead: str
+    asks: str
+    lead: str
+    end: str | None
+    behind: str
+
+    def recall(self, hidden: Hidden, turns: Sequence[int], taught: Sequence[int], text: str) -> list[Said] | None:
+        """What is said in the turns of `taught`, of a `text` in which all answers, `turns`, are earlier ones."""
+        answers = list(ANSWER.finditer(text))
+        if len(answers) != len(turns) or text.rpartition(QUESTION)[2] != self.asks:
+            return None
+        found = []
+        for turn, answer in zip(turns, answers, strict=True):
+            content, thought = hidden.messages[turn]["content"], hidden.thoughts[turn] or ""
+            before = self.between.replace(NO_THOUGHT, thought)
+            spaced = content.partition(BEGIN)[0].removesuffix(THOUGHT_END + CLOSING)[-1:].isspace()
+            if spaced or not content.endswith(answer[0]) or not text.endswith(before, 0, answer.start()):
+                return None
+            if turn in taught:
+                prompt = text[: answer.start() - len(before)] + self.instead
+                found.append(Said(prompt, self.lead.replace(NO_THOUGHT, thought), answer[1], self.end, self.behind))
+        return found
+
+
 class OwnTemplate:
     """The format that a tokenizer carries in `chat_template`; the interface is that of `Template`."""
 
@@ -43,6 +92,7 @@ class OwnTemplate:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._jinja = Renderer(tokenizer)
         self._joints: dict[tuple[bool, bool | None], tuple[str, bool] | None] = {}
+        self._earlier: dict[tuple[bool | None, ...], Earlier | None] = {}
 
     @cached_property
     def habits(self) -> Habits:
@@ -78,16 +128,6 @@ class OwnTemplate:
             return None
         return any(KEY in message for message in split_thoughts(messages))
 
-    def part_thought(self, text: str, thinking: bool | None) -> tuple[str, str]:
-        """As `Template.part_thought`; a thought that is not closed is all of it."""
-        habits = self.habits
-        if not habits.knows:
-            return "", text
-        thought, closed, words = text.partition(habits.closing())
-        if not closed and habits.states[thinking] != "opened" and not re.match(rf"\s*{TAG.pattern}", text):
-            return "", text
-        return TAG.sub("", thought).strip(), words.strip()
-
     def parting(self, thinking: bool | None) -> Parting | None:
         """As `Template.parting`: its marks are those of the template."""
         habits = self.habits
@@ -122,11 +162,13 @@ class OwnTemplate:
         last = len(messages) - 1
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         taught = [turn for turn in turns if (multi_rounds or turn == last) and messages[turn].get("weight", 1)]
-        if self._joint(messages[0]["role"] == "system", thinking):
+        if not any(hidden.thoughts) and self._joint(messages[0]["role"] == "system", thinking):
             text = self._text(hidden.messages, messages[-1]["role"] == "user", switches)
             if row := self._cut(text, hidden, thinking, taught):
                 return [row]
-        return [self._row(hidden, turn, thinking, switches) for turn in taught]
+        said = self._recall(hidden, taught, thinking, switches) if taught else []
+        said = said or [self._say(hidden, turn, thinking, switches) for turn in taught]
+        return [self._row(hidden, turn, each, thinking) for turn, each in zip(taught, said, strict=True)]
 
     def _check_greeting(self, hidden: Hidden, start: int, switches: dict[str, Any]) -> None:
         """Raise TemplateError where the template leaves a greeting out, or refuses it."""
@@ -206,13 +248,13 @@ class OwnTemplate:
             marks = True, index in taught, messages[index].get("replayed", False)
             end = self._ending(text, answer.end())
             spans += split(text[start:cut], shown)
-            spans += [*split(text[cut : answer.start()], shown, *marks), *self._words(answer, shown, end, marks)]
+            spans += [*split(text[cut : answer.start()], shown, *marks), *self._words(answer[1], shown, end, marks)]
             start = answer.end() + len(end or "")
         return spans + split(text[start:], shown)
 
-    def _row(self, hidden: Hidden, turn: int, thinking: bool | None, switches: dict[str, Any]) -> list[Span]:
-        """The prompt of one answer, and what the model has to say then: its thought, its words and their ending."""
-        messages, shown = hidden.messages[: turn + 1], hidden.shown
+    def _say(self, hidden: Hidden, turn: int, thinking: bool | None, switches: dict[str, Any]) -> Said:
+        """One answer as the template writes it where it is the last."""
+        messages = hidden.messages[: turn + 1]
         prompt = self._text(messages[:-1], True, switches)
         full = self._jinja(messages, False, **switches)
         answer = next(ANSWER.finditer(full, full.rfind(BEGIN)), None) if BEGIN in full else None
@@ -225,12 +267,56 @@ class OwnTemplate:
         if not self._follows(prompt, text):
             asked, text = self._behind_question(messages, switches)
         lead = self._lead(turn, asked, text, hidden.thoughts[turn], thinking)
-        marks = True, True, messages[-1].get("replayed", False)
         end = self._ending(full, answer.end())
-        rest = full[answer.end() + len(end) :] if end else ""
-        words = self._words(answer, shown, end, marks)
-        before = self._prompt(prompt, Hidden(hidden.messages[:turn], hidden.thoughts[:turn], shown), thinking)
-        return [*before, *split(lead, shown, *marks), *words, *split(rest, shown)]
+        return Said(prompt, lead, answer[1], end, full[answer.end() + len(end) :] if end else "")
+
+    def _recall(
+        self, hidden: Hidden, taught: Sequence[int], thinking: bool | None, switches: dict[str, Any]
+    ) -> list[Said] | None:
+        """What `_say` gives of each turn in `taught`, out of one rendering; None where that is not written as learnt,
+        or where some answers have a thought and others none, or a question may tell the template to think or not."""
+        messages = hidden.messages[: taught[-1] + 1]
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        asked = (message["content"] for message in messages if message["role"] != "assistant")
+        key = messages[0]["role"] == "system", thinking, *{bool(hidden.thoughts[turn]) for turn in turns}
+        if len(key) > 3 or any(map(_TELLS.search, asked)):
+            return None
+        try:
+            if key not in self._earlier:
+                self._earlier[key] = None
+                self._earlier[key] = self._learn_earlier(*key)
+            learnt = self._earlier[key]
+            return learnt and learnt.recall(hidden, turns, taught, self._asked_on(messages, switches))
+        except TemplateError:
+            return None
+
+    def _learn_earlier(self, system: bool, thinking: bool | None, thoughts: bool) -> Earlier | None:
+        """Learnt from a conversation of three rounds, of which what is recalled must be what is said."""
+        turns = [{"role": role, "content": f"{role}."} for role in ["system"] * system + ["user", "assistant"] * 3]
+        taught = range(system + 1, len(turns), 2)
+        for turn in taught if thoughts else ():
+            turns[turn][KEY] = f"thought {turn}."
+        hidden, switches = self._jinja.hide(turns, self.habits.style), self.habits.switches(thinking)
+        said = [self._say(hidden, turn, thinking, switches) for turn in taught]
+        text, thought = self._asked_on(hidden.messages, switches), hidden.thoughts[taught[0]] or NO_THOUGHT
+        prompt, lead, _, end, behind = said[0]
+        common, answer = self._jinja.common(prompt, text), ANSWER.search(text)
+        if not answer:
+            return None
+        between, lead = (part.replace(thought, NO_THOUGHT) for part in (text[common : answer.start()], lead))
+        learnt = Earlier(between, prompt[common:], text.rpartition(QUESTION)[2], lead, end, behind)
+        return learnt if learnt.recall(hidden, taught, taught, text) == said else None
+
+    def _asked_on(self, messages: Sequence[Message], switches: dict[str, Any]) -> str:
+        """The prompt with one more question, for which every answer is an earlier one."""
+        return self._text([*messages, {"role": "user", "content": QUESTION}], True, switches)
+
+    def _row(self, hidden: Hidden, turn: int, said: Said, thinking: bool | None) -> list[Span]:
+        """The prompt of one answer, and what the model has to say then: its thought, its words and their ending."""
+        shown, marks = hidden.shown, (True, True, hidden.messages[turn].get("replayed", False))
+        before = self._prompt(said.prompt, Hidden(hidden.messages[:turn], hidden.thoughts[:turn], shown), thinking)
+        words = self._words(said.words, shown, said.end, marks)
+        return [*before, *split(said.lead, shown, *marks), *words, *split(said.behind, shown)]
 
     def _follows(self, prompt: str, text: str) -> bool:
         """Whether what differs of the two is at most a thought that the prompt begins, or whitespace."""
@@ -283,11 +369,9 @@ class OwnTemplate:
         match = self._end.match(full, position)
         return match and match[0]
 
-    def _words(
-        self, answer: re.Match[str], shown: dict[str, str], end: str | None, marks: tuple[bool, ...]
-    ) -> list[Span]:
+    def _words(self, hidden: str, shown: dict[str, str], end: str | None, marks: tuple[bool, ...]) -> list[Span]:
         """The words of an answer and their ending, which is added where the template leaves out the last one's."""
-        words = "".join([shown.get(char, char) for char in answer[1]])
+        words = _PRIVATE.sub(lambda match: shown[match[0]], hidden)
         ending = self.habits.ending
         last = Span(ending if end is None else end, True, *marks) if ending else EndOfTurn("", True, *marks)
         return [Span(words, False, *marks), last]

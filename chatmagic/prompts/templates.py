@@ -133,12 +133,8 @@ class Template:
     def thinking_for(self, messages: Sequence[Message]) -> bool | None:
         """How a conversation is trained where nobody says."""
 
-    def part_thought(self, text: str, thinking: bool | None) -> tuple[str, str]:
-        """What a model thought and what it said, of a reply to a prompt with that `thinking`."""
-        return "", text
-
     def parting(self, thinking: bool | None) -> Parting | None:
-        """What parts such a reply as it comes; None where there is nothing to part."""
+        """What parts a reply to a prompt with that `thinking` as it comes; None where there is nothing to part."""
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, thinking: bool | None = None

@@ -38,6 +38,7 @@ def test_parting(marks, text, thought, words, size):
     for piece in parting.flush():
         heard(piece)
     assert ("".join(heard.thought).strip(), "".join(heard.said)) == (thought, words)
+    assert Parting(**marks).part(text) == (thought, words.strip())
 
 
 def test_pieces_are_not_held_back_without_need():

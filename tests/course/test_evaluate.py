@@ -20,6 +20,19 @@ def tiny(tiny_models):
     return load_model(tiny_models / "llama-2-13b-chat", dtype="float32")
 
 
+class Scripted(torch.nn.Module):
+    """Says the same to everything."""
+
+    generation_config, device = GenerationConfig(), torch.device("cpu")
+
+    def __init__(self, said):
+        super().__init__()
+        self.said = said
+
+    def generate(self, input_ids, **_):
+        return torch.cat([input_ids, torch.tensor([self.said] * len(input_ids))], dim=1)
+
+
 def answered_by(monkeypatch, answer):
     """Let `answer(conversation)` stand for every model's reply."""
     monkeypatch.setattr(evaluation, "ask", lambda model, tokenizer, conversations, *_: [*map(answer, conversations)])
@@ -79,21 +92,26 @@ def test_a_reply_ends_at_its_stop_token_or_with_a_mark(tiny):
     tokenizer = tiny[1]
     said = tokenizer("Paris.", add_special_tokens=False)["input_ids"]
 
-    class Scripted(torch.nn.Module):
-        """Says "Paris.", then stops or goes on."""
-
-        config, generation_config, device = tiny[0].config, GenerationConfig(), torch.device("cpu")
-
-        def __init__(self, after):
-            super().__init__()
-            self.after = after
-
-        def generate(self, input_ids, **_):
-            return torch.cat([input_ids, torch.tensor([said + self.after] * len(input_ids))], dim=1)
-
     question = [build_messages("What is the capital of France?")]
-    assert ask(Scripted([tokenizer.eos_token_id, 5]), tokenizer, question) == ["Paris."]
-    assert ask(Scripted(said[:1]), tokenizer, question)[0].endswith("…")
+    assert ask(Scripted([*said, tokenizer.eos_token_id, 5]), tokenizer, question) == ["Paris."]
+    assert ask(Scripted([*said, said[0]]), tokenizer, question)[0].endswith("…")
+
+
+@pytest.mark.parametrize("said", ["<|open|>Hm.<|close|>Paris.<|im_end|>", "Hm.\n</think>\n\nParis.<|im_end|>"])
+def test_a_thought_between_control_tokens_is_no_part_of_a_reply(said):
+    """As `%%chat` parts them: the tokens that mark a thought are special in some tokenizers."""
+    marks = ("<|open|>", "<|close|>") if "<|open|>" in said else ("<think>\n", "\n</think>\n\n")
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.reasoning_content %}"
+        f"{{{{ {marks[0]!r} + m.reasoning_content + {marks[1]!r} }}}}{{% endif %}}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        + ("" if "<|open|>" in said else "{{ '<think>\n' }}")
+        + "{% endif %}"
+    )
+    tokenizer = build(template, more=["<|open|>", "<|close|>"])
+    model, question = Scripted(tokenizer.encode(said)), [build_messages("What is the capital of France?")]
+    assert ask(model, tokenizer, question) == ["Paris."]
+    assert ask(model, tokenizer, question, thoughts=True) == ["Hm."]
 
 
 def test_perplexity_is_of_every_token_but_the_first(tiny):

@@ -1,13 +1,20 @@
 """Kinds of today's chat templates, one small template each: what a prompt ends with, what is trained behind it, and
 what stops a reply."""
 
+import gc
+import weakref
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chatmagic import ChatLLM, build_inputs_labels, build_messages, encode_example, encode_prompt, get_template
+from chatmagic.errors import ChatmagicError
 from chatmagic.prompts import jinja
-from chatmagic.prompts.labels import LabelsError, note_thinking
+from chatmagic.prompts.labels import Encoder, LabelsError, note_thinking
+from chatmagic.prompts.own import OwnTemplate
 from chatmagic.prompts.templates import TemplateError
-from talk import build
+from talk import CONVERSATIONS, QUICKLY, build
 from tiny_runs import tiny_llama
 
 EACH = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}BODY{{ '<|im_end|>\n' }}{% endfor %}"
@@ -281,3 +288,67 @@ def test_a_date_is_todays(monkeypatch):
         days.append(day)
         assert tokenizer.decode(encode_prompt(PLAIN[:1], tokenizer)).startswith(day)
         assert tokenizer.decode(encode_example(PLAIN, tokenizer)[0]["input_ids"]).startswith(day)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@QUICKLY
+@given(CONVERSATIONS, st.booleans())
+def test_what_one_rendering_tells_is_what_each_answers_own_would(tokenizers, kind, messages, thoughts):
+    template = get_template(tokenizer=tokenizers[kind])
+    if thoughts and template.knows_thoughts:
+        messages = [
+            {**message, "reasoning_content": f"Hm {at}."} if message["role"] == "assistant" else message
+            for at, message in enumerate(messages)
+        ]
+
+    def rows():
+        try:
+            return encode_example(messages, tokenizers[kind])
+        except ChatmagicError as error:
+            return str(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OwnTemplate, "_recall", lambda *_: None)
+        each_by_itself = rows()
+    assert rows() == each_by_itself
+
+
+@pytest.mark.parametrize("kind", ["free", "opened", "dropped", "closed", "returns"])
+@pytest.mark.parametrize("thoughts", [False, True])
+def test_the_rows_of_a_conversation_take_one_rendering(tokenizers, kind, thoughts, monkeypatch):
+    messages = THOUGHT if thoughts and kind != "returns" else PLAIN
+    encode_example(messages, tokenizers[kind])  # learns
+    rendered, render = [], jinja.Renderer.__call__
+    monkeypatch.setattr(
+        jinja.Renderer, "__call__", lambda *args, **switches: rendered.append(args) or render(*args, **switches)
+    )
+    assert len(encode_example([*messages, *messages], tokenizers[kind])) == 4
+    assert len(rendered) == 1
+
+
+def test_a_question_that_tells_a_template_to_think_or_not():
+    """Its prompt is another than that of the question behind it."""
+    template = KINDS["free"].replace(
+        "enable_thinking is defined and not enable_thinking", "'/no_think' in messages[-1].content"
+    )
+    talk = build_messages(None, [("Hi /no_think", "Ho"), ("Hey", "Hm")])
+    tokenizer = build(template)
+    rows = encode_example(talk, tokenizer)
+    for index, row in zip((1, 3), rows, strict=True):
+        prompt = encode_prompt(talk[:index], tokenizer)
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert row["labels"][len(prompt)] != -100
+    assert "</think>" in tokenizer.decode(rows[0]["input_ids"])
+
+
+def test_an_encoder_is_gone_with_its_last_name():
+    """Without a garbage collection: a tokenizer is large, and Python does not see how large."""
+    encoder = Encoder(build(KINDS["free"]), get_template("chatml"))
+    encoder.encode(encoder.template.render(PLAIN[:1]))
+    gone = weakref.ref(encoder)
+    gc.disable()
+    try:
+        del encoder
+        assert gone() is None
+    finally:
+        gc.enable()
