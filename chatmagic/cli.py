@@ -76,6 +76,12 @@ def download(args: argparse.Namespace) -> None:
 def tutorial(args: argparse.Namespace) -> None:
     """Execute the notebooks in order, each in a fresh kernel, from the first that failed or was changed; when
     none is left, all of them again. Raises ChatmagicError where there are none, and for a cell that fails."""
+    if args.workshop:
+        from .course.classroom import workshop
+
+        workshop(args.workshop)
+        print(f"The notebooks, without solutions and outputs, are in {short(args.workshop)}.")
+        return
     import nbformat
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
@@ -129,6 +135,13 @@ def tutorial(args: argparse.Namespace) -> None:
         print(f"{time.monotonic() - start:6.0f} s", flush=True)
     print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {executed}\n")
     _print_replies()
+
+
+def bundle(args: argparse.Namespace) -> None:
+    """Make a bundle: see `course.classroom.bundle`."""
+    from .course.classroom import bundle as fill
+
+    fill(args.folder, args.models or [get_profile().name], args.index)
 
 
 def _say(label: str, text: str) -> None:
@@ -371,8 +384,15 @@ def parser() -> argparse.ArgumentParser:
     which = added.add_mutually_exclusive_group()
     which.add_argument("folder", type=Path, nargs="?", help="put the notebooks there, if they are not, and run these")
     which.add_argument("--notebooks", type=Path, default=Path("notebooks"))
+    which.add_argument(
+        "--workshop", type=Path, metavar="DIR", help="execute nothing: copy them there for a class, without solutions"
+    )
     added.add_argument("--executed", type=Path, help="default: FOLDER/executed, or work/executed")
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
+    added = command("bundle", bundle, "fill a folder from which the course is installed where there is no network")
+    added.add_argument("folder", type=Path)
+    added.add_argument("models", nargs="*", metavar="MODEL", help="a profile's name; default: the embedded one")
+    added.add_argument("--index", metavar="URL", help="where pip looks besides: PyTorch's own, for its CPU wheels")
     training, evaluation = command("train", train, TRAIN), command("evaluate", evaluate, EVALUATE)
     training.add_argument("--method", default="adalora", choices=("adalora", "lora"), help="what the adapter is")
     training.add_argument(

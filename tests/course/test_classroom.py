@@ -1,0 +1,119 @@
+"""For a class: notebooks without their solutions, and a folder that the course is installed from without a network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from chatmagic import ChatmagicError, cli
+from chatmagic.course import classroom
+from chatmagic.course.classroom import YOURS, without_solutions
+from chatmagic.files import WriteError
+from chatmagic.machine import shipped
+
+SOLVED = {"tags": ["solution"]}
+
+
+def test_a_class_gets_questions_and_no_answers():
+    said = new_output("stream", text="42")
+    cells = [
+        new_markdown_cell("What is it?"),
+        new_code_cell("print(42)", metadata=SOLVED, outputs=[said], execution_count=3),
+        new_markdown_cell("Because.", metadata=SOLVED),
+        new_code_cell("1 + 1", outputs=[said], execution_count=4),
+    ]
+    given = json.loads(json.dumps(new_notebook(cells=cells)))
+    kept = without_solutions(given)["cells"]
+    assert [cell["source"] for cell in kept] == ["What is it?", YOURS, "1 + 1"]
+    assert "42" not in json.dumps(kept) and "solution" not in json.dumps(kept)
+    assert given["cells"][1]["source"] == "print(42)", "the notebook itself is as it was"
+
+
+def test_a_workshop_is_the_course_and_its_pages(tmp_path, capsys):
+    assert cli.main(["tutorial", "--workshop", str(tmp_path / "class")]) == 0
+    made = {path.relative_to(tmp_path / "class/notebooks") for path in (tmp_path / "class").rglob("*.ipynb")}
+    assert made == {path.relative_to(shipped("notebooks")) for path in shipped("notebooks").rglob("*.ipynb")}
+    assert (tmp_path / "class/docs/data.md").is_file()
+    cells = [cell for path in (tmp_path / "class").rglob("*.ipynb") for cell in json.loads(path.read_text())["cells"]]
+    assert not any(cell.get("outputs") or "solution" in cell["metadata"].get("tags", []) for cell in cells)
+    assert cli.main(["tutorial", "--workshop", str(tmp_path / "class")]) == 1, "nothing is written over"
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """What pip was asked, and what it says: nothing is fetched."""
+    asked = SimpleNamespace(commands=[], says="", fails=0)
+
+    def run(command, **options):
+        asked.commands.append(command)
+        return SimpleNamespace(returncode=asked.fails, stderr=asked.says)
+
+    monkeypatch.setattr(classroom, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
+    return asked
+
+
+@pytest.fixture
+def a_model(tmp_path, monkeypatch):
+    folder = tmp_path / "home" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(classroom, "download", lambda name: folder)
+    return folder
+
+
+def test_a_bundle_that_is_not_whole_is_none(tmp_path, pip, a_model):
+    pip.fails, pip.says = 1, "Looking\nERROR: No matching distribution found for torch==9\n"
+    with pytest.raises(ChatmagicError, match="No matching distribution found for torch==9"):
+        classroom.bundle(tmp_path / "made", ["tiny"])
+    assert not (tmp_path / "made").exists()
+    pip.fails = 0
+    classroom.bundle(tmp_path / "made", ["tiny"], "https://wheels.example/cpu")
+    assert (tmp_path / "made/models/tiny/config.json").read_text() == "{}"
+    assert pip.commands[1][pip.commands[1].index("--extra-index-url") + 1] == "https://wheels.example/cpu"
+    with pytest.raises(WriteError, match="exists"):
+        classroom.bundle(tmp_path / "made", ["tiny"])
+
+
+def test_a_seat_with_another_python_is_told_which(tmp_path, pip, a_model):
+    classroom.bundle(tmp_path / "made", ["tiny"])
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    command = ["sh", tmp_path / "made/install.sh", tmp_path / "seat"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": str(other)}, capture_output=True, text=True)
+    version = "{}.{}".format(*sys.version_info)
+    assert done.returncode == 1 and f"for Python {version}. Type: PYTHON=" in done.stdout
+    assert not (tmp_path / "seat").exists()
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_a_seat_without_network(tmp_path, small):
+    """In earnest: all wheels, installed in a network namespace, where then the model answers and notebooks run."""
+    alone = ["unshare", "--map-root-user", "--net"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no network namespace may be made here")
+    assert cli.main(["bundle", str(tmp_path / "made"), "smollm2-135m"]) == 0
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHON": os.path.realpath(sys.executable)}
+    seat = tmp_path / "seat"
+    command = [*alone, "sh", tmp_path / "made/install.sh", seat]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"sh {seat}/lab.sh" in done.stdout, done.stdout + done.stderr
+    for notebook in (seat / "notebooks").glob("0[2-9]*.ipynb"):
+        notebook.unlink()
+    talk = (
+        "from chatmagic import ChatLLM, load_model, snapshot_download\n"
+        'print(ChatLLM(*load_model(snapshot_download("smollm2-135m")))("What is the capital of France?"))'
+    )
+    (seat / "talk.py").write_text(talk)
+    environment |= {"CHATMAGIC_PROFILE": "smollm2-135m", "CHATMAGIC_HOME": str(tmp_path / "made/models")}
+    environment |= {"CHATMAGIC_COURSE": str(seat / "course"), "OMP_NUM_THREADS": "1"}
+    script = f"cd {seat} && .venv/bin/python talk.py && .venv/bin/chatmagic tutorial; ls work/executed"
+    done = subprocess.run([*alone, "sh", "-c", script], env=environment, capture_output=True, text=True)
+    assert "Paris" in done.stdout and "00-setup.ipynb" in done.stdout and "01-download.ipynb" in done.stdout, done
