@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -293,9 +292,9 @@ def serve(args: argparse.Namespace) -> None:
     answer(llms(), args.host, args.port, os.environ.get("CHATMAGIC_KEY"))
 
 
-def web(args: argparse.Namespace) -> int:
-    """Run the page until Ctrl-C; returns Streamlit's exit status. Raises ChatmagicError for an address that is none,
-    and as `check_reach` does."""
+def web(args: argparse.Namespace) -> None:
+    """Become Streamlit, which runs the page until it is ended. Raises ChatmagicError for an address that is none, and
+    as `check_reach` does."""
     from .backends.presets import find_server
     from .serving.reach import check_reach
 
@@ -322,7 +321,7 @@ def web(args: argparse.Namespace) -> int:
         str(page),
         *(f"--{name}={each}" for name, each in options.items()),
     ]
-    return subprocess.call([*command, "--", find_server(args.address)[0]])
+    os.execv(sys.executable, [*command, "--", find_server(args.address)[0]])
 
 
 def served(args: argparse.Namespace) -> dict[str, Path]:

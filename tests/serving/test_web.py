@@ -65,7 +65,8 @@ def web(address, **environment):
             until(lambda: answers(f"http://127.0.0.1:{port}/_stcore/health"), 120)
             yield port
         finally:
-            process.send_signal(2)
+            process.terminate()
+    assert not answers(f"http://127.0.0.1:{port}/_stcore/health")  # no process of its own is left
 
 
 def answers(url):
@@ -193,6 +194,6 @@ def test_others_need_the_key(browser, port, models):
 
 def test_it_listens_to_others_with_a_key_alone(capsys, monkeypatch):
     monkeypatch.delenv("CHATMAGIC_KEY", raising=False)
-    monkeypatch.setattr(subprocess, "call", lambda *_: pytest.fail("it runs"))
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("it runs"))
     assert cli.main(["web", "--host", "0.0.0.0"]) == 1
     assert "export CHATMAGIC_KEY" in capsys.readouterr().err
