@@ -65,6 +65,7 @@ docs/models
 docs/families
 docs/templates
 docs/autodl
+docs/class
 ```
 ```{toctree}
 :hidden:

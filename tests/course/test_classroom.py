@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from chatmagic.course.classroom import YOURS, without_solutions
 from chatmagic.files import WriteError
 from chatmagic.machine import shipped
 
+CLASS = shipped("docs") / "class.md"
 SOLVED = {"tags": ["solution"]}
 
 
@@ -90,6 +92,29 @@ def test_a_seat_with_another_python_is_told_which(tmp_path, pip, a_model):
     version = "{}.{}".format(*sys.version_info)
     assert done.returncode == 1 and f"for Python {version}. Type: PYTHON=" in done.stdout
     assert not (tmp_path / "seat").exists()
+
+
+FLAT = {"alone": [9, 9], "perplexity": 18.5}
+BY_LANGUAGE = {"zh": {"alone": [9, 9]}, "en": {"perplexity": 18.5}}
+
+
+@pytest.mark.parametrize("table", [FLAT, BY_LANGUAGE])
+def test_the_table_of_a_class(tmp_path, monkeypatch, table):
+    """The cell of docs/class.md, on what three have handed in."""
+    cells = re.findall(r"```python\n(.*?)```", CLASS.read_text("utf-8"), re.DOTALL)
+    (cell,) = [each for each in cells if "evaluation" in each]
+    assert len([line for line in cell.splitlines() if line]) <= 10
+    for name in ("甲", "乙", "丙"):
+        folder = tmp_path / "交上来的" / name
+        folder.mkdir(parents=True)
+        (folder / "evaluation.json").write_text(json.dumps({"table": {"before": table, "after": table}}))
+    monkeypatch.chdir(tmp_path)
+    lines = cell.strip().splitlines()
+    names = {}
+    exec("\n".join(lines[:-1]), names)
+    made = eval(lines[-1], names)
+    assert sorted(made.index) == ["丙", "乙", "甲"] and made.shape == (3, 2)
+    assert made.iloc[0].tolist() == [[9, 9], 18.5]
 
 
 @pytest.mark.network
