@@ -274,6 +274,22 @@ def merge(args: argparse.Namespace) -> None:
     print(merge_adapter(args.base, args.adapter, args.output, args.any_base, args.onto))
 
 
+def export(args: argparse.Namespace) -> None:
+    """Export a folder, by default what the course made, and print where it is, or its address on a hub. Raises
+    ChatmagicError for half of --push and --repo."""
+    if bool(args.push) != bool(args.repo):
+        raise ChatmagicError(
+            "--push says which hub and --repo whose model there, such as --repo OWNER/NAME: give both."
+        )
+    made = "adapter" if args.to == "lora" else "merged"
+    folder = args.folder or getattr(resume(made), made)
+    with extra("export"):
+        from .course.export import export, push
+
+        output = export(folder, args.to, args.quantize, args.output)
+    print(output if not args.push else push(output, args.push, args.repo))
+
+
 def serve(args: argparse.Namespace) -> None:
     """Answer at an address until Ctrl-C, with what `served` finds."""
     from .conversation.llm import ChatLLM
@@ -347,6 +363,8 @@ def extra(name: str) -> Iterator[None]:
         raise ChatmagicError(f"{error}. Type: pip install 'chatmagic[{name}]'") from None
 
 
+EXPORT = """a merged model as a GGUF file for llama.cpp (gguf), with a Modelfile for Ollama (ollama), or an adapter as
+vLLM and PEFT take it (lora); with a card that says what it is"""
 SERVE = """an OpenAI-compatible address, http://127.0.0.1:8484/v1: one question is answered at a time, those beyond 32
 in line are told to come back (429, Retry-After), and an asker who leaves stops the reply; who asks from another machine
 must send the key that the environment variable CHATMAGIC_KEY holds here"""
@@ -428,6 +446,13 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument(
         "--onto", choices=("trained", "original"), default="trained", help="which weights of a base trained in NF4"
     )
+    added = command("export", export, EXPORT)
+    added.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="default: what the course made last")
+    added.add_argument("--to", required=True, choices=("gguf", "ollama", "lora"))
+    added.add_argument("--quantize", default="q8_0", choices=("q8_0", "q4_0", "f16"), help="default: %(default)s")
+    added.add_argument("--output", type=Path, metavar="FOLDER", help="default: beside DIR")
+    added.add_argument("--push", choices=("modelscope", "huggingface"), help="also put it there, private at first")
+    added.add_argument("--repo", metavar="OWNER/NAME", help="what it is called there")
     serving = command("serve", serve, SERVE)
     serving.add_argument(
         "folders",

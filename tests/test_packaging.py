@@ -41,6 +41,7 @@ READS = {
     "serve": {"app.py", "protocol.py"},
     "web": {"cli.py", "web.py"},
     "gguf": {"gguf.py"},
+    "export": {"gguf.py"},
 }
 
 

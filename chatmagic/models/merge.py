@@ -25,7 +25,6 @@ from ..errors import ChatmagicError
 from ..files import new_folder, write
 from ..progress import Bar
 from .checkpoint import first_not_finite, open_file, open_weights, read_json, weight_files
-from .portable import make_portable
 from .provenance import BASE, PROVENANCE, base_fingerprint, base_folder, trained_in_nf4, trained_thinking
 from .quantize import as_in_nf4
 from .shard import Part, write_shard
@@ -46,6 +45,10 @@ DEFAULTS = {"r": 8, "lora_alpha": 8, "fan_in_fan_out": False, "init_r": 12}
 
 class MergeError(ChatmagicError):
     """An adapter and a base that cannot be merged. Nothing was written."""
+
+
+class NothingToFold(MergeError):
+    """A LoRA adapter that others read as it is."""
 
 
 @dataclass
@@ -100,6 +103,7 @@ def merge_adapter(
     """
     from .causal import names_in_checkpoint
     from .families import find_family
+    from .portable import make_portable
 
     if onto not in ("trained", "original"):
         raise MergeError(f"onto is {onto!r}; expected 'trained' or 'original'.")
@@ -159,7 +163,9 @@ def adalora_to_lora(adapter: str | Path, output: str | Path) -> Path:
     on_disk = _on_disk(adapter, config, updates)
     renamed = {name: on_disk[name] for name in updates.keys() & on_disk.keys()}
     if config["peft_type"] != "ADALORA" and not renamed:
-        raise MergeError(f"{adapter} is {config['peft_type']}, not ADALORA: there is nothing to fold. Use it as it is.")
+        raise NothingToFold(
+            f"{adapter} is {config['peft_type']}, not ADALORA: there is nothing to fold. Use it as it is."
+        )
     kept = {renamed.get(name, name).removesuffix(".weight"): u for name, u in updates.items() if len(u.A)}
     if not kept:
         raise MergeError(f"{adapter} kept no rank in any layer, so it changes nothing. Train it again.")

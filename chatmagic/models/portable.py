@@ -1,9 +1,11 @@
 """What transformers 5 writes of a model, for those who know neither its `rope_parameters` nor its `TokenizersBackend`:
-transformers 4, and what reads a model through that.
+transformers 4, and what reads a model through that; vLLM and llama.cpp's converter.
 """
 
 import json
 from pathlib import Path
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..files import write
 from .checkpoint import read_json
@@ -18,6 +20,9 @@ def make_portable(folder: Path) -> None:
             part["rope_theta"] = rotary["rope_theta"]
             if rotary.get("rope_type", "default") != "default":
                 part["rope_scaling"] = {name: value for name, value in rotary.items() if name != "rope_theta"}
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
+    if model_class and not config.get("architectures"):  # by which vLLM and the converter know a model
+        config["architectures"] = [model_class]
     tokenizer = read_json(folder / "tokenizer_config.json")
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # 5 knows it by that name, too

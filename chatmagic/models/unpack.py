@@ -10,20 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, ReaderTensor, dequantize, get_tensor_name_map
 from tokenizers import normalizers
 from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from ..progress import Bar
+from .gguf import GGUFReader
 from .portable import make_portable
 from .shard import Part, write_shard
-
-# gguf (0.19) slices a numpy.memmap some two million times to read a vocabulary, each slice of which costs five of an
-# array's, and transformers (5.23) opens a reader for the tokenizer and another for the config.
-GGUFReader.data = property(
-    lambda self: self.__dict__["data"], lambda self, data: vars(self).update(data=np.asarray(data))
-)
 
 
 def unpack_gguf(gguf: Path, folder: Path) -> None:

@@ -6,8 +6,11 @@ import numpy as np
 SIZES = {"embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "context_length": 128}
 
 
-def tiny_gguf(path, tied: bool, chat_template: str = "{{ messages }}") -> dict[str, np.ndarray]:
-    """A Qwen2 of one layer, as llama.cpp writes it, and its tensors before they were quantised."""
+def tiny_gguf(
+    path, tied: bool, chat_template: str = "{{ messages }}", kind: str = "Q8_0", times: float = 1
+) -> dict[str, np.ndarray]:
+    """A Qwen2 of one layer, as llama.cpp writes it, its matrices stored as `kind`; and its tensors before that, which
+    are `times` as large as usual."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "qwen2")
     for key, value in SIZES.items():
@@ -31,11 +34,11 @@ def tiny_gguf(path, tied: bool, chat_template: str = "{{ messages }}") -> dict[s
         "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64),
         "attn_output": (64, 64), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}.items()}  # fmt: skip
     shapes |= {f"{block}attn_{name}.bias": (size,) for name, size in {"q": 64, "k": 32, "v": 32}.items()}
-    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors = {name: times * rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     tensors["output.weight"] = tensors["token_embd.weight"] * (1 if tied else 2)
     for name, tensor in tensors.items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
+        stored = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 else "F32"]
+        writer.add_tensor(name, gguf.quantize(tensor, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
