@@ -104,7 +104,7 @@ class Forms:
             messages.pop()
         for message in messages:
             text = message["content"]
-            if not text or text.isspace():
+            if not _VISIBLE.search(text):
                 raise LeftOut("an empty answer" if message["role"] == "assistant" else "an empty question")
             if "{{" in text or "<" in text and ("<NAME>" in text or "<AUTHOR>" in text):
                 message["content"] = _PLACEHOLDER.sub(self._filled, text)
@@ -257,7 +257,7 @@ class Forms:
         elif {"answer", "messages", "question"} & set(self.names.values()):
             self.unused[key] += 1
         else:
-            raise DataError(_preference([key for key in row if _PREFERENCE.search(key)]))
+            raise DataError(_preference(row))
 
     def _make_plan(self, keys: tuple[str, ...]) -> Plan:
         """What the keys of a row are. Raises DataError where they are no conversation, Ambiguous for two of a kind."""
@@ -279,7 +279,7 @@ class Forms:
                 question, found["input"] = found["input"], []
             preferred = [key for key in keys if _PREFERENCE.search(str(key)) and key not in self.names]
             if not question or not answer or "context" in keys and "output" not in keys and "context" not in self.names:
-                raise DataError(_preference(preferred) if preferred else _unknown(keys, question, answer))
+                raise DataError(_preference(map(str, keys)) if preferred else _unknown(keys, question, answer))
             if found["input"] and str(question[0]).lower() != "instruction" and question[0] not in self.names:
                 question = question + found["input"]
             for part, candidates in (("query", question), ("response", answer)):
@@ -307,6 +307,7 @@ class Forms:
         return str(value)
 
 
+_VISIBLE = re.compile(r"[^\s\u200b-\u200f\u2060\ufeff]")  # a character that a reader sees
 _WEAK = ("data", "items", "turns", "chat")  # what else may be called so
 _NO_TOOLS = "Tool calls cannot be trained here."
 
@@ -349,8 +350,13 @@ def _unknown(keys: tuple[str, ...], question: list[str], answer: list[str]) -> s
     )
 
 
-def _preference(keys: list[str]) -> str:
-    good = next((key for key in keys if "chosen" in key.lower() and "score" not in key.lower()), "messages")
+def _preference(row: Iterable[str]) -> str:
+    """What to say of a row with these keys, of which some name one of two answers."""
+    names = list(row)
+    keys = [key for key in names if _PREFERENCE.search(key)]
+    chosen = (key for key in keys if "chosen" in key.lower() and "score" not in key.lower())
+    answers = (key for key in names if key not in keys and _PART_OF.get(key.lower()) == "answer")
+    good = next(chosen, None) or next(answers, "messages")
     part = "messages" if "messages" in good else "response"
     return (
         f"preference data ({', '.join(keys)}): one of two answers is the bad one. To learn the good ones alone, name "

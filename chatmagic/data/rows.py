@@ -95,7 +95,7 @@ def _text_rows(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Row
         raise DataError(f'No encoding is called {encoding!r}. Give "utf-8", "gbk", "utf-16" or another.') from None
     if encoding is None and (wide := _wide(head)):
         raise DataError(
-            f"{path.name} is not UTF-8 but UTF-16, which Windows calls Unicode. Save it as UTF-8, "
+            f"{path.name} is not UTF-8 but {wide[:6].upper()}, which Windows calls Unicode. Save it as UTF-8, "
             f'or pass encoding="{wide}".'
         )
     file, encoding = _rest(head, file), encoding or "utf-8"
@@ -158,13 +158,36 @@ class _Recoded:
 
 
 def _wide(head: bytes) -> str | None:
-    """The kind of UTF-16, if that is what the bytes are."""
+    """The kind of UTF-16 or UTF-32, if that is what the bytes are."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     even, odd = head[::2].count(0), head[1::2].count(0)
     if max(even, odd) < len(head) / 8:
         return None
     return "utf-16-be" if even > odd else "utf-16-le"
+
+
+_CHINESE = {*range(0xA1, 0xA4), *range(0xB0, 0xD8)}
+_USUAL = {  # (in which core, the first bytes of the characters that texts in an encoding mostly consist of)
+    "gbk": ("gb2312", _CHINESE),
+    "gb18030": ("gb2312", _CHINESE),
+    "big5": ("big5", {*range(0xA1, 0xC7)}),
+    "shift_jis": ("shift_jis", {0x81, 0x82, 0x83, *range(0x88, 0x98)}),
+    "cp1252": ("cp1252", {0x80, 0x85, *range(0x91, 0x98), 0xA0, 0xA1, 0xAB, 0xBB, 0xBF, *range(0xC0, 0x100)}),
+}
+
+
+def _usual(line: bytes, encoding: str) -> float:
+    """The share of usual characters among those beyond ASCII in a line, if it is in that encoding; 0 if it is not."""
+    core, first_bytes = _USUAL[encoding]
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(line)  # its end may be cut
+    except UnicodeDecodeError:
+        return 0.0
+    beyond = [char.encode(core, "replace")[0] in first_bytes for char in text if char > "\x7f"]
+    return sum(beyond) / len(beyond) if beyond else 0.0
 
 
 def _undecodable(error: UnicodeDecodeError, encoding: str, seen: bool) -> DataError:
@@ -174,12 +197,9 @@ def _undecodable(error: UnicodeDecodeError, encoding: str, seen: bool) -> DataEr
         return DataError(f"{found}. Leave encoding= out: then what it is, is looked for.")
     if seen:
         return DataError(f"{found}, though the lines before are: a character is cut in two. Mend or remove the line.")
-    for name in ("gbk", "gb18030", "big5", "shift_jis", "cp1252"):
-        try:
-            error.object[: error.start + 400].rpartition(b"\n")[0].decode(name)
-            error.object[error.start :].split(b"\n", 1)[0][:400].decode(name, "strict" if name == "gbk" else "ignore")
-        except UnicodeDecodeError:
-            continue
+    line = error.object[error.object.rfind(b"\n", 0, error.start) + 1 :].split(b"\n", 1)[0][:4000]
+    name = max(_USUAL, key=lambda name: _usual(line, name))
+    if _usual(line, name) > 0.5:
         return DataError(f'{found}; it looks like {name.upper()}. Save it as UTF-8 or pass encoding="{name}".')
     return DataError(f"{found}, nor any encoding that is known here. Save it as UTF-8.")
 

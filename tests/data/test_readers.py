@@ -111,6 +111,48 @@ def test_the_way_out_is_told(name, way):
         list(read_conversations(path))
 
 
+@pytest.mark.parametrize(
+    "encoding, text",
+    [
+        ("gbk", "这句话说的是天为什么这么蓝。"),
+        ("gb18030", "这句话里有一个𠮷字，别的都是常用字。"),
+        ("big5", "這句話說的是天為什麼這麼藍。"),
+        ("shift_jis", "空はどうして青いのですか。"),
+        ("cp1252", "Où est-elle née ? Für wen? «Allá»"),
+        ("utf-16", "天为什么蓝？"),
+        ("utf-32", "天为什么蓝？"),
+    ],
+)
+def test_the_encoding_that_is_proposed_reads_the_file(tmp_path, encoding, text):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": text, "answer": text}, ensure_ascii=False), encoding)
+    with pytest.raises(DataError, match="encoding=") as told:
+        list(read_conversations(path))
+    proposed = re.search('encoding="(.*?)"', str(told.value))[1]
+    (messages,) = read_conversations(path, encoding=proposed)
+    assert [message["content"] for message in messages] == [text, text]
+
+
+@pytest.mark.parametrize(
+    "row", [{"question": "a", "answer": "b", "rejected_response": "c"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+)
+def test_the_good_answer_can_be_read_as_is_told(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match="preference data") as told:
+        list(read_conversations(tmp_path / "a.jsonl"))
+    columns = json.loads(re.search("columns=({.*?})", str(told.value))[1])
+    (messages,) = read_conversations(tmp_path / "a.jsonl", columns=columns)
+    assert messages[-1]["content"] == "b"
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\ufeff \u3000", "\u00a0\u2060"])
+def test_what_no_reader_sees_is_no_answer(tmp_path, blank):
+    write_jsonl([build_messages(None, [("a", blank)]), build_messages(None, [("a", "b")])], tmp_path / "a.jsonl")
+    conversations = read_conversations(tmp_path / "a.jsonl")
+    assert [messages[-1]["content"] for messages in conversations] == ["b"]
+    assert "empty answer" in str(conversations.summary)
+
+
 def test_a_row_beyond_the_context_is_named_and_can_be_cut(tmp_path, tokenizer):
     rows = [build_messages(None, [(question, "乙。")]) for question in ("甲？", "很长的问题。" * 20_000)]
     write_jsonl(rows, tmp_path / "a.jsonl")
