@@ -349,7 +349,9 @@ def _refused_in_words() -> Iterator[None]:
     """What `generate` says of options that cannot be, as ChatmagicError."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "unpacking long" not in str(error):  # PyTorch 2.6 says so of a seed
+            raise
         raise ChatmagicError(f"the model cannot generate so: {' '.join(str(error).split())}") from None
 
 

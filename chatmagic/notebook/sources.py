@@ -34,7 +34,7 @@ def read(path: str) -> str:
 
 def output(shell: InteractiveShell, number: int) -> str:
     """What the cell that ran as [number] printed and showed, as text. Raises ChatmagicError where it did neither."""
-    bundles = [each.bundle for each in getattr(shell.history_manager, "outputs", {}).get(number, [])]
+    bundles = [each.bundle for each in shell.history_manager.outputs.get(number, [])]
     texts = ["".join(bundle.get("stream", bundle.get("text/plain", ""))) for bundle in bundles]
     if not (text := "\n".join(filter(None, (each.rstrip("\n") for each in texts)))):
         if number not in shell.user_ns.get("Out", {}):
