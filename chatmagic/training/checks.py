@@ -209,6 +209,7 @@ def run_settings(run: "KerasModel", train_data: DataLoader) -> dict:
         "batches": len(run.train_loader),
         "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
         "epochs": run.epochs,
+        "learnt": run.learnt and len(run.learnt.dataset),
         "monitor": run.monitor,
         "mode": run.mode,
         "optimizer": type(optimizer).__name__,

@@ -104,6 +104,7 @@ class KerasModel(kerasmodel.KerasModel):
         fast: bool = True,
         log_with: str | None = None,
         about: dict | None = None,
+        learnt: DataLoader | None = None,
     ) -> pd.DataFrame:
         """Train for `epochs`, or until `monitor` has not improved for `patience` of them; returns the history.
 
@@ -126,6 +127,11 @@ class KerasModel(kerasmodel.KerasModel):
         settings, and the history as it grows.
         about: what else run.json is to say of the run, plain values: that file, beside the adapter, says what the run
         was; history.csv is the history.
+        learnt: a DataLoader of what is to be known by heart. At an epoch's end, once the ranks are final, one pass asks
+        whether each of its label tokens that are not replayed is the likeliest; `unlearnt` in the history counts those
+        that are not, and fewer of them make an epoch a better one. Training ends when there is none for two epochs in a
+        row. Where some are left at the end it goes on, at the rate that the schedule ended with, for at most half as
+        many epochs again, and then says what to try.
 
         The lr_scheduler moves once an optimizer step. Raises ChatmagicError for settings that would train nothing
         and for a full disk, TrainingInterrupted on Ctrl-C.
@@ -147,7 +153,8 @@ class KerasModel(kerasmodel.KerasModel):
         refuse(OF_THE_MODEL, self)
         self.allocator = rank_allocator(self.net)
         self.samplers = [seeded(get_sampler(loader)) for loader in (train_data, val_data) if loader is not None]
-        self.train_loader, self.val_loader = self.accelerator.prepare(train_data, val_data)
+        self.train_loader, self.val_loader, self.learnt = self.accelerator.prepare(train_data, val_data, learnt)
+        self.scheduled, self.most_epochs = epochs, epochs + (0 if learnt is None else math.ceil(epochs / 2))
         self.steps_per_epoch = math.ceil(len(self.train_loader) / gradient_accumulation_steps)
         self.steps = epochs * self.steps_per_epoch
         self.settings = run_settings(self, train_data)
@@ -185,6 +192,12 @@ class KerasModel(kerasmodel.KerasModel):
                 warnings.warn("No epoch ended with final ranks: the adapter is the last one, not the best.")
                 self._on_main(self.save_ckpt, self.ckpt_path, accelerator=self.accelerator)
             load_adapter(self.net, self.ckpt_path)
+            if left := self.best and self.best.get("unlearnt"):
+                curve = " → ".join(f"{count:.0f}" for count in self.history["unlearnt"] if not math.isnan(count))
+                warnings.warn(
+                    f"Not all is learnt: {left} tokens of the answers are not the likeliest ({curve}, epoch by epoch). "
+                    "Try more epochs, another learning rate, more data, or a smaller share of replay."
+                )
             self._call_back("on_fit_end")
         except RuntimeError as error:
             if not lost_peer(error, self.accelerator.num_processes):
@@ -295,6 +308,8 @@ class KerasModel(kerasmodel.KerasModel):
 
     def _run_epoch(self) -> None:
         state = self.state
+        if state.epoch > self.scheduled:  # what is shown of the run is as long as it now may be
+            self.epochs, self.steps = self.most_epochs, self.most_epochs * self.steps_per_epoch
         set_rng(state.epoch_rng[self.accelerator.process_index], self.samplers)
         self._run_stage("train", Batches(self.train_loader, state.batch, self._on_skipped, self._after_step))
         self._call_back("on_train_epoch_end")
@@ -304,8 +319,11 @@ class KerasModel(kerasmodel.KerasModel):
         score = state.history[self.monitor][-1]
         if math.isnan(score):
             raise ChatmagicError(f"{self.monitor} is not a number. Has val_data any label that is not -100?")
-        if (self.allocator is None or self.allocator.final) and self._improves(score):
-            state.best = {"epoch": state.epoch, "score": score}
+        final = self.allocator is None or self.allocator.final
+        if self.learnt is not None:
+            state.history.setdefault("unlearnt", []).append(self._count_unlearnt() if final else math.nan)
+        if final and self._improves(score):
+            state.best = {"epoch": state.epoch, "score": score, "unlearnt": self._unlearnt()}
             self._on_main(self.save_ckpt, self.ckpt_path, accelerator=self.accelerator)
         self._call_back("on_validation_epoch_end")
         self._on_main(write_history, state.history, self.ckpt_path)
@@ -324,7 +342,7 @@ class KerasModel(kerasmodel.KerasModel):
             stage=stage,
             metrics_dict=deepcopy(self.metrics_dict),
             optimizer=self.optimizer if training else None,
-            lr_scheduler=self.lr_scheduler if training else None,
+            lr_scheduler=self.lr_scheduler if training and self.state.epoch <= self.scheduled else None,
         )
         loader = self.train_loader if training else self.val_loader
         self.runner.tokenizer = getattr(loader.collate_fn, "tokenizer", None)
@@ -366,15 +384,29 @@ class KerasModel(kerasmodel.KerasModel):
         done = math.ceil(self.state.batch / self.accelerator.gradient_accumulation_steps)
         return (self.state.epoch - 1) * self.steps_per_epoch + done
 
+    @torch.no_grad()
+    def _count_unlearnt(self) -> int:
+        runner = StepRunner(self.net, self.loss_fn, self.accelerator, "val")  # ours: another's need not know how
+        counts = torch.tensor([runner.unlearnt(batch) for batch in self.learnt], device=self.accelerator.device)
+        return int(self.accelerator.reduce(counts.sum()))
+
+    def _unlearnt(self) -> int | None:
+        """How many tokens were not learnt at the end of the last epoch; None where nobody asked."""
+        last = self.history.get("unlearnt", [math.nan])[-1]
+        return None if math.isnan(last) else last
+
     def _improves(self, score: float) -> bool:
         if self.best is None:
             return True
+        if (fewest := self.best.get("unlearnt")) != self._unlearnt():
+            return self._unlearnt() < fewest
         return score > self.best["score"] if self.mode == "max" else score < self.best["score"]
 
     def _finished(self) -> bool:
-        """Whether all epochs are through, or patience is."""
+        """Whether all epochs are through, or patience is, or everything is learnt."""
         waited = self.best is not None and self.state.epoch - 1 - self.best["epoch"] >= self.patience
-        return waited or self.state.epoch > self.epochs
+        most = self.most_epochs if self._unlearnt() else self.scheduled
+        return waited or self.history.get("unlearnt", [])[-2:] == [0, 0] or self.state.epoch > most
 
     def _save_state(self) -> None:
         self._on_main(save_state, self.net, self._snapshot(), self.ckpt_path)

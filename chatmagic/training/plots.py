@@ -55,8 +55,10 @@ class StepBar:
         self.bar.update(model.step - self.bar.n)
 
     def on_fit_end(self, model: "KerasModel") -> None:
-        """Leave it as it ended."""
+        """Leave it as it ended: all is done, though fewer steps than there might have been."""
         self.on_train_step_end(model)
+        self.bar.total = self.bar.n
+        self.bar.refresh()
         self.bar.close()
 
 

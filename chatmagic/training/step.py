@@ -129,6 +129,16 @@ class StepRunner:
         tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         return loss, tokens.new_tensor(len(rows)), tokens
 
+    def unlearnt(self, batch: dict[str, torch.Tensor]) -> int:
+        """How many label tokens of a batch, but those replayed, are not the likeliest after what stands before them."""
+        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
+        asked = batch["labels"] != -100
+        if "replayed" in batch:
+            asked &= ~batch["replayed"]
+        rows, columns = asked[:, 1:].nonzero(as_tuple=True)
+        logits = logits_at(self.net, *self._placed(inputs, rows, columns), self.accelerator.autocast)
+        return int((logits.argmax(-1) != batch["labels"][rows, columns + 1]).sum())
+
     def _base(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`base_at` of positions, for which it reads no more of the batch than it has to."""
         some, rows = rows.unique(return_inverse=True)

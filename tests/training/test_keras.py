@@ -1,9 +1,16 @@
 """KerasModel's fit: which epochs count, its history, and the plain way."""
 
-import torch
+import math
+import warnings
 
-from chatmagic.training import StepRunner
-from tiny_runs import LAYERS, adalora, fit, loader, lora, rows
+import pytest
+import torch
+from peft import PeftModel
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from chatmagic.training import KerasModel, StepRunner
+from chatmagic.training.keras import TrainingInterrupted
+from tiny_runs import LAYERS, adalora, fit, loader, lora, rows, tiny_llama
 
 
 class Worsening(StepRunner):
@@ -77,3 +84,122 @@ def test_fast_false_trains_plainly_and_to_the_same(tmp_path, capsys):
     assert {each[:2] for each in seen} == {(LAYERS, "chatmagic_rows")} and any(fused for *_, fused in seen)
     for name in ("train_loss", "val_loss", "grad_norm", "rank_budget"):
         torch.testing.assert_close(plain[name].tolist(), quick[name].tolist(), rtol=1e-3, atol=1e-4)
+
+
+# --- it ends when it has learnt
+
+
+def counted(monkeypatch, counts):
+    """Let these be the tokens that are not learnt, an epoch end each."""
+    left = iter(counts)
+    monkeypatch.setattr(KerasModel, "_count_unlearnt", lambda self: next(left))
+
+
+def falling(optimizer):
+    return get_cosine_with_min_lr_schedule_with_warmup(optimizer, 1, 16, min_lr_rate=0.1)
+
+
+LEARNT = {"epochs": 4, "learnt": loader(rows(2)), "scheduler": falling}
+
+
+@pytest.mark.parametrize(
+    "counts, epochs, kept",
+    [
+        ([5, 0, 0], 3, 3),  # learnt, and still: the later is better by its val_loss
+        ([0, 3, 0, 0], 4, 4),
+        ([9, 8, 7, 0], 4, 4),  # the schedule's end is an end
+        ([9, 8, 7, 6, 0], 5, 5),  # goes on, and ends as soon as it is learnt
+        ([9, 8, 7, 6, 5, 5], 6, 6),  # at the bound, with the epoch that has fewest left
+        ([9, 2, 7, 6, 5, 4], 6, 2),
+    ],
+)
+def test_it_ends_when_it_has_learnt_and_at_the_bound(tmp_path, monkeypatch, counts, epochs, kept):
+    counted(monkeypatch, counts)
+    monkeypatch.setattr(StepRunner, "__call__", scored(StepRunner.__call__, iter(range(9, 0, -1))))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        history = fit(lora(), tmp_path, **LEARNT, val=loader(rows(2)))
+    assert history.unlearnt.tolist() == counts and len(history) == epochs
+    told = [str(each.message) for each in said if "Not all is learnt" in str(each.message)]
+    if left := counts[kept - 1]:
+        curve = " → ".join(map(str, counts))
+        assert told == [
+            f"Not all is learnt: {left} tokens of the answers are not the likeliest ({curve}, epoch by epoch). "
+            "Try more epochs, another learning rate, more data, or a smaller share of replay."
+        ]
+    else:
+        assert not told
+    if epochs > 4:
+        assert history.lr.tolist()[4:] == [pytest.approx(1e-3)] * (epochs - 4), "the lowest rate"
+
+
+def scored(step, losses):
+    """The step, whose validation losses are these."""
+
+    def call(self, batch):
+        result, log = step(self, batch)
+        return result, log | ({"val_loss": float(next(losses))} if self.stage == "val" else {})
+
+    return call
+
+
+def test_nothing_is_asked_before_the_ranks_are_final(tmp_path, monkeypatch):
+    """As above: epoch 8 is the first of final ranks; learnt in it and the next is learnt."""
+    counted(monkeypatch, [0, 0])
+    history = fit(adalora(), tmp_path, learnt=loader(rows(2)))
+    assert [math.isnan(count) for count in history.unlearnt] == [True] * 7 + [False] * 2
+
+
+def greedy(model, sample):
+    """How many labels of a sample the model would not choose, asked one after another."""
+    ids, labels, wrong = sample["input_ids"], sample["labels"], 0
+    for at in range(1, len(ids)):
+        if labels[at] != -100 and not sample.get("replayed", torch.zeros(len(ids), dtype=bool))[at]:
+            wrong += int(model(ids[None, :at]).logits[0, -1].argmax() != labels[at])
+    return wrong
+
+
+@torch.no_grad()
+def test_what_is_counted_are_the_tokens_that_greedy_decoding_would_miss(tmp_path):
+    samples = [sample | {"replayed": torch.arange(12) % 5 == 0} for sample in rows(3, length=12)]
+    model = adalora()
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = fit(model, tmp_path, learnt=loader(samples), patience=20)
+    kept = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    wrong = sum(greedy(kept, sample) for sample in samples)
+    best = history.unlearnt.min()
+    assert wrong == best > 0
+    asked = sum(int(((s["labels"][1:] != -100) & ~s["replayed"][1:]).sum()) for s in samples)
+    assert best <= asked < sum(int((s["labels"][1:] != -100).sum()) for s in samples)
+
+
+def test_a_run_stopped_in_its_extension_goes_on_in_it(tmp_path):
+    """And has the history of one that was not stopped."""
+    settings = LEARNT | {"learnt": loader(rows(2, seed=5)), "patience": 9}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = fit(lora(), tmp_path / "whole", **settings)
+        assert len(whole) == 6
+
+        class Stopping(StepRunner):
+            def __call__(self, batch):
+                if self.stage == "train" and self.epoch == 5:
+                    raise KeyboardInterrupt
+                return super().__call__(batch)
+
+        with pytest.raises((TrainingInterrupted, KeyboardInterrupt)):
+            fit(lora(), tmp_path / "stopped", runner=Stopping, **settings)
+        resumed = fit(lora(), tmp_path / "stopped", resume=True, **settings)
+    columns = ["train_loss", "val_loss", "lr", "unlearnt"]
+    assert resumed[columns].equals(whole[columns])
+
+
+def test_a_step_runner_need_not_know_how(tmp_path):
+    class Without(StepRunner):
+        unlearnt = None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = fit(lora(), tmp_path, epochs=2, runner=Without, learnt=loader(rows(2)))
+    assert history.unlearnt.notna().all()
