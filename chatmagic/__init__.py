@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .models.checkpoint import open_weights
     from .models.load import load_model
     from .models.merge import adalora_to_lora, merge_adapter
-    from .prompts.labels import build_inputs_labels, encode_prompt
+    from .prompts.labels import build_inputs_labels, encode_prompt, note_thinking
     from .prompts.picture import show_labels
     from .prompts.templates import build_prompt, get_template
     from .training import KerasModel, StepRunner, adalora_config, adapter_config, find_all_linear_names, prepare
@@ -35,6 +35,7 @@ _HOME = {
     "get_template": "prompts.templates",
     "build_inputs_labels": "prompts.labels",
     "encode_prompt": "prompts.labels",
+    "note_thinking": "prompts.labels",
     "show_labels": "prompts.picture",
     "DataCollator": "data.dataset",
     "encode_example": "data.dataset",
@@ -80,6 +81,7 @@ __all__ = [
     "get_template",
     "load_model",
     "merge_adapter",
+    "note_thinking",
     "open_weights",
     "plot_importance",
     "plot_ranks",

@@ -259,11 +259,12 @@ def evaluate(args: argparse.Namespace) -> None:
     from .course.evaluate import evaluate_course
 
     table = evaluate_course(course)
-    print(f"\n{'':16}{'before':>10}{'after':>10}")
-    for name in table["before"]:
-        cells = [table[when][name] for when in ("before", "after")]
-        cells = [f"{cell:.1f}" if isinstance(cell, float) else "{}/{}".format(*cell) for cell in cells]
-        print(f"{name:16}{cells[0]:>10}{cells[1]:>10}")
+    for language in table["before"]:
+        print(f"\n{language:16}{'before':>10}{'after':>10}")
+        for name in table["before"][language]:
+            cells = [table[when][language][name] for when in ("before", "after")]
+            cells = [f"{cell:.1f}" if isinstance(cell, float) else "{}/{}".format(*cell) for cell in cells]
+            print(f"{name:16}{cells[0]:>10}{cells[1]:>10}")
     print(f"Every reply is in {short(course.folder)}/evaluation.json.")
 
 
@@ -435,7 +436,7 @@ def parser() -> argparse.ArgumentParser:
     for added in (training, evaluation):
         added.add_argument("profile", nargs="?", help="of profiles.toml; default: that of the course started last")
         who = added.add_argument_group("who the model becomes", "what is left out is as in the course started last")
-        for field in fields(Persona):
+        for field in (each for each in fields(Persona) if each.type is str):  # answers and facts are tables
             languages = ("zh", "en") if field.name == "language" else None
             flag = f"--{field.name.replace('_', '-')}"
             who.add_argument(flag, default=argparse.SUPPRESS, choices=languages)

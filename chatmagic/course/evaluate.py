@@ -16,9 +16,10 @@ from ..errors import ChatmagicError
 from ..machine import short
 from ..models.load import load_model
 from ..models.provenance import trained_thinking
+from ..progress import Bar
 from ..prompts.labels import encode_prompt, note_thinking
 from ..prompts.templates import get_template
-from .persona import Persona, holds, questions
+from .persona import LANGUAGES, Persona, holds, questions
 from .thread import Course
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def ask(
     stop = template.stop_token_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
+    batches = range(0, len(order), batch_size)
+    for start in Bar(batches, desc="replies", unit="batch") if len(batches) > 1 else batches:
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         out = model.generate(
@@ -76,41 +78,57 @@ def ask(
     return replies
 
 
-def evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", persona: Persona) -> dict:
-    """Ask everything; returns JSON-able counts and replies.
+def evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", persona: Persona) -> dict[str, dict]:
+    """Ask everything in both languages; returns JSON-able counts and replies, language -> a dict of
 
     identity: position -> right replies and their number, for the trained questions asked alone, after each other topic
         and after a general question. heldout: the same for paraphrases that were never trained.
     known: retention questions answered rightly. leaked: those answered with the new identity.
-    perplexity: of a text of the repository's own, in the persona's language, per token.
+    near: questions close to identity, never trained and not about the model, answered with the new identity.
+    perplexity: of a text of the repository's own, per token.
+    replies: [question, reply] of everything that was asked.
     """
-    trained, heldout = persona.asked("trained"), persona.asked("heldout")
-    general = questions()["general"]["retention"]
-    identity = [("alone", topic, build_messages(query)) for topic, query in trained]
-    first = {topic: query for topic, query in reversed(trained)}
-    identity += [
-        ("after identity", topic, build_messages(query, [(first[other], persona.answers[other])]))
-        for topic, query in trained
-        for other in first
-        if other != topic
-    ]
-    before = ("What is the capital of France?", "The capital of France is Paris.")
-    identity += [("after general", topic, build_messages(query, [before])) for topic, query in trained]
-    identity += [("heldout", topic, build_messages(query)) for topic, query in heldout]
-    conversations = [messages for _, _, messages in identity] + [build_messages(query) for query, *_ in general]
-    replies = ask(model, tokenizer, conversations)
-    said, answered = replies[: len(identity)], replies[len(identity) :]
-    scores = {position: [0, 0] for position in (*POSITIONS, "heldout")}
-    for (position, topic, _), reply in zip(identity, said):
-        scores[position][0] += persona.knows(topic, reply)
-        scores[position][1] += 1
-    return {
-        "identity": scores,
-        "known": [query for (query, *facts), reply in zip(general, answered) if holds(reply, facts)],
-        "leaked": [query for (query, *_), reply in zip(general, answered) if persona.leaks(reply)],
-        "perplexity": perplexity(model, tokenizer, questions()["fluency"][persona.language]),
-        "replies": [[messages[-1]["content"], reply] for messages, reply in zip(conversations, replies)],
+    plan = {
+        language: [*persona.positions(language)]
+        + [("heldout", topic, build_messages(query)) for topic, query in persona.asked("heldout", language)]
+        + [("known", facts, build_messages(query)) for query, *facts in questions()[language]["retention"]]
+        + [("near", None, build_messages(query)) for query in questions()[language]["near"]]
+        for language in LANGUAGES
     }
+    asked = [messages for each in plan.values() for _, _, messages in each]
+    replies = iter(ask(model, tokenizer, asked, max(48, longest(persona, tokenizer))))
+    return {
+        language: _scores(persona, language, [(*each, next(replies)) for each in asked])
+        | {"perplexity": perplexity(model, tokenizer, questions()[language]["fluency"])}
+        for language, asked in plan.items()
+    }
+
+
+def longest(persona: Persona, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The tokens of the longest answer that is trained, and of its end: one who recites it is not cut off."""
+    answers = [answer for language in LANGUAGES for answer in persona.answers_in(language).values()]
+    return 1 + max(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
+
+
+def _scores(persona: Persona, language: str, asked: list[tuple]) -> dict:
+    """What `evaluate` returns of one language, of (kind, topic or facts, messages, reply)."""
+    found = {
+        "identity": {position: [0, 0] for position in (*POSITIONS, "heldout")},
+        "known": [],
+        "leaked": [],
+        "near": [],
+    }
+    for kind, what, messages, reply in asked:
+        query = messages[-1]["content"]
+        if kind in found["identity"]:
+            found["identity"][kind][0] += persona.knows(what, reply, language)
+            found["identity"][kind][1] += 1
+            continue
+        if kind == "known" and holds(reply, what):
+            found["known"].append(query)
+        if persona.leaks(query, reply):
+            found["leaked" if kind == "known" else "near"].append(query)
+    return found | {"replies": [[messages[-1]["content"], reply] for _, _, messages, reply in asked]}
 
 
 def thinks(
@@ -131,24 +149,25 @@ def perplexity(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", t
     return math.exp(cross_entropy(logits[0, :-1].float(), input_ids[0, 1:]).item())
 
 
-def summary(before: dict, after: dict) -> dict[str, tuple[int, int] | float]:
-    """The row of a table, of two results of `evaluate`.
+def summary(before: dict, after: dict) -> dict[str, dict[str, tuple[int, int] | float]]:
+    """Two rows of a table, one a language, of two results of `evaluate`.
 
     (right, asked) of each position and of the held-out paraphrases; (still right, right before) of the general
-    questions; (answered with the new identity, asked) of them; the perplexity; of a model that thought before, (still
-    thinks, thought before).
+    questions; (answered with the new identity, asked) of them, and of the near ones; the perplexity; of a model that
+    thought before, (still thinks, thought before).
     """
-    known = set(before["known"])
-    thought = {"still thinks": (after["thinks"], before["thinks"])} if before.get("thinks") else {}
-    return (
-        {position: tuple(counts) for position, counts in after["identity"].items()}
-        | {
-            "retained": (len(known & set(after["known"])), len(known)),
-            "leaked": (len(after["leaked"]), len(questions()["general"]["retention"])),
-            "perplexity": after["perplexity"],
+    table = {}
+    for language, result in after.items():
+        known, asked = set(before[language]["known"]), questions()[language]
+        table[language] = {position: tuple(counts) for position, counts in result["identity"].items()} | {
+            "retained": (len(known & set(result["known"])), len(known)),
+            "leaked": (len(result["leaked"]), len(asked["retention"])),
+            "near": (len(result["near"]), len(asked["near"])),
+            "perplexity": result["perplexity"],
         }
-        | thought
-    )
+        if before[language].get("thinks"):
+            table[language]["still thinks"] = (result["thinks"], before[language]["thinks"])
+    return table
 
 
 def evaluate_course(course: Course) -> dict[str, dict]:
@@ -170,9 +189,11 @@ def evaluate_course(course: Course) -> dict[str, dict]:
         began = time.perf_counter()
         note_thinking(model, tokenizer, trained_thinking(course.adapter))
         result = evaluate(model, tokenizer, course.persona)
-        general = [build_messages(query) for query, *_ in questions()["general"]["retention"][:6]]
-        result["thinks"] = thinks(model, tokenizer, general)
-        print(f"{len(result['replies'])} questions to {short(folder)}: {time.perf_counter() - began:.0f} s", flush=True)
+        for language, table in result.items():
+            general = [build_messages(query) for query, *_ in questions()[language]["retention"][:6]]
+            table["thinks"] = thinks(model, tokenizer, general)
+        count = sum(len(table["replies"]) for table in result.values())
+        print(f"{count} questions to {short(folder)}: {time.perf_counter() - began:.0f} s", flush=True)
         return result
 
     model, tokenizer = load_model(course.model, None if merged or quantize == "no" else quantize)

@@ -17,7 +17,7 @@ from ..models.checkpoint import sha256
 from ..prompts.labels import IGNORE
 from .download import first_answer
 from .hubs import HUBS, answers
-from .persona import holds, make_conversations, questions
+from .persona import LANGUAGES, holds, make_conversations, questions
 from .thread import Course, CourseError, OwnData
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def known(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> lis
     """The questions of the course's retention list that the model answers rightly, asked alone, decoded greedily."""
     from .evaluate import ask
 
-    asked = questions()["general"]["retention"]
+    asked = [row for language in LANGUAGES for row in questions()[language]["retention"]]
     replies = ask(model, tokenizer, [build_messages(query) for query, *_ in asked])
     return [query for (query, *facts), reply in zip(asked, replies) if holds(reply, facts)]
 

@@ -83,6 +83,9 @@ def profiles() -> dict[str, Profile]:
     """Every profile by its name."""
     tables = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
     default = tables.pop("default")
+    otherwise = {name: table.pop("gpu", {}) for name, table in tables.items()}
+    if gpu_memory():
+        tables = {name: table | otherwise[name] for name, table in tables.items()}
     return {name: Profile(name, **default | table) for name, table in tables.items()}
 
 

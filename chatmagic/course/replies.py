@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
 from ..conversation.messages import build_messages
 from ..files import make_folder, write
 from ..machine import courses
 from ..models.provenance import base_fingerprint
+from ..progress import Bar
 from .evaluate import ask
-from .persona import questions
+from .persona import LANGUAGES, questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,20 +33,27 @@ def own_replies(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") 
     courses after each batch, by the fingerprint of the model's folder. What is there is not asked again.
     """
     folder = Path(model.name_or_path)
-    asked, replies = questions()["general"]["replay"], shipped(folder)
+    asked, replies = replayed(), shipped(folder)
     kept = courses() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.json"
     if kept.is_file():
         replies |= json.loads(kept.read_text(encoding="utf-8"))
     missing = sorted((query for query in asked if query not in replies), key=len)  # a batch is as slow as its longest
     if missing:
         make_folder(kept.parent)
-        with tqdm(total=len(missing), desc="the model's own replies") as bar:
+        with Bar(total=len(missing), desc="the model's own replies") as bar:
             for start in range(0, len(missing), BATCH):
                 found = answered(model, tokenizer, missing[start : start + BATCH])
                 replies |= dict(found)
                 write(kept, json.dumps(replies, ensure_ascii=False, indent=0))
                 bar.update(len(found))
     return [(query, replies[query]) for query in asked if replies[query]]
+
+
+def replayed() -> list[str]:
+    """The questions that the base model answers itself, in both languages."""
+    return [
+        query for language in LANGUAGES for kind in ("replay", "near_replay") for query in questions()[language][kind]
+    ]
 
 
 def answered(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", asked: list[str]) -> list[tuple[str, str]]:
@@ -75,11 +81,12 @@ def main(name: str) -> None:
     from .download import snapshot_download
 
     model, tokenizer = load_model(folder := snapshot_download(name))
-    asked = sorted(questions()["general"]["replay"], key=len)
+    asked = sorted(replayed(), key=len)
     found = {}
-    for start in tqdm(range(0, len(asked), BATCH)):
+    for start in Bar(range(0, len(asked), BATCH)):
         found |= dict(answered(model, tokenizer, asked[start : start + BATCH]))
-    write(SHIPPED, json.dumps({base_fingerprint(folder): found}, ensure_ascii=False, indent=0) + "\n")
+    every = json.loads(SHIPPED.read_text(encoding="utf-8")) | {base_fingerprint(folder): found}
+    write(SHIPPED, json.dumps(every, ensure_ascii=False, indent=0) + "\n")
 
 
 if __name__ == "__main__":

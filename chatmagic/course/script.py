@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
 
 from ..conversation.messages import Message
 from ..data.dataset import ConversationFile, DataCollator, Examples, read_jsonl, write_jsonl
@@ -112,15 +112,6 @@ def hold_out(conversations: list[list[Message]], path: Path) -> list[list[Messag
     return held
 
 
-def thinking_of(course: Course, tokenizer: PreTrainedTokenizerBase, learnt: ConversationFile) -> bool | None:
-    """Whether the model is trained to think: as the profile says, else if a row holds a thought; None where its chat
-    template cannot be told."""
-    template = get_template(None, tokenizer)
-    if course.profile.thinking is not None or template.thinking_for([]) is None:
-        return course.profile.thinking
-    return any(template.thinking_for(each) for each in learnt)
-
-
 def train(course: Course, method: str = "adalora", **settings: Any) -> pd.DataFrame:
     """What 04-train-adalora does. Each process takes batches of the profile's size; `settings` go to fit. method: as
     for `adapter_config`."""
@@ -130,7 +121,7 @@ def train(course: Course, method: str = "adalora", **settings: Any) -> pd.DataFr
 
     held_out = ConversationFile(course.val)
     learnt, own = ConversationFile(course.train, without=held_out), course.own
-    thinking = thinking_of(course, tokenizer, learnt)
+    thinking = course.thinking(tokenizer, learnt)
     note_thinking(model, tokenizer, thinking)
     cut = {"max_length": own.max_length, "drop_oldest": True} if own and own.max_length else {}
     train_data, val_data = (Examples(part, tokenizer, **cut) for part in (learnt, held_out))
@@ -149,12 +140,16 @@ def train(course: Course, method: str = "adalora", **settings: Any) -> pd.DataFr
     peft_model = get_peft_model(model, config)
     params = [param for param in peft_model.parameters() if param.requires_grad]
     optimizer = (bnb.optim.PagedAdamW if lean else torch.optim.AdamW)(params, lr=profile.rate(method))
-    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, total_steps // 10, total_steps)
+    lr_scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, total_steps // 10, total_steps, min_lr_rate=0.1
+    )
+    recital = Examples(course.recital(), tokenizer)
     return KerasModel(peft_model, optimizer=optimizer, lr_scheduler=lr_scheduler).fit(
         train_loader,
         val_loader,
         epochs=profile.epochs,
         patience=15,
+        learnt=DataLoader(recital, profile.batch_size, collate_fn=collator) if recital else None,
         ckpt_path=course.adapter,
         callbacks=pictures(),
         plot=False,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..conversation.messages import Message
 from ..data.dataset import as_line
@@ -15,10 +15,14 @@ from ..errors import ChatmagicError
 from ..files import make_folder, write, writing
 from ..machine import courses
 from ..models.checkpoint import CheckpointError, check_whole, is_whole
+from ..prompts.templates import get_template
 from .download import snapshot_download
-from .persona import Persona, questions
+from .persona import LANGUAGES, Persona, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
 from .wanted import find, local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What a notebook may need of earlier ones: name -> (file or folder, the notebook that leaves it there)
 LEFT = {
@@ -107,7 +111,7 @@ class Course:
         ours = json.loads(written.read_text()) if written.is_file() else []
         paths = [self.folder / f"{name}.jsonl" for name in made]
         for path in paths:
-            if path.is_file() and _digest(path) not in ours:
+            if path.is_file() and not self.is_made(path):
                 raise CourseError(
                     f"{path} is your own, or was changed since it was made: it is left as it is. Train on it with "
                     "04-train-adalora.ipynb; to have data made again, move it away."
@@ -130,9 +134,27 @@ class Course:
         return self
 
     def shown(self) -> list[str]:
-        """The questions of the table at the end: the nine that are trained, and six general ones."""
-        general: list[str] = questions()["general"]["shown"]
-        return [question for _, question in self.persona.asked("trained")] + general
+        """The questions of the table at the end: the nine that are trained, in both languages, and six general ones."""
+        trained = [question for language in LANGUAGES for _, question in self.persona.asked("trained", language)]
+        return trained + [question for language in LANGUAGES for question in questions()[language]["shown"]]
+
+    def recital(self) -> list[list[Message]]:
+        """The persona's `recital`, by which training tells that all is learnt; none where the data is the reader's own,
+        which may teach something else."""
+        return self.persona.recital() if not self.own and self.is_made(self.train) else []
+
+    def thinking(self, tokenizer: "PreTrainedTokenizerBase", conversations: Iterable[list[Message]]) -> bool | None:
+        """Whether the model is trained to think: as the profile says, else if one of the conversations holds a thought;
+        None where its chat template cannot be told."""
+        template = get_template(None, tokenizer)
+        if self.profile.thinking is not None or template.thinking_for([]) is None:
+            return self.profile.thinking
+        return any(template.thinking_for(each) for each in conversations)
+
+    def is_made(self, path: Path) -> bool:
+        """Whether a file is as `save_data` wrote it, and not the reader's own."""
+        written = self.folder / "made.json"
+        return written.is_file() and _digest(path) in json.loads(written.read_text())
 
 
 def _digest(path: Path) -> str:
@@ -140,9 +162,10 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def start(profile: str = "auto", **persona: str) -> Course:
+def start(profile: str = "auto", **persona: Any) -> Course:
     """Choose the model and who it becomes, and remember both for the notebooks that follow. "auto" says why, where it
-    does not take what it would take on a larger machine."""
+    does not take what it would take on a larger machine. `persona`: Persona's fields; raises PersonaError where they
+    make no identity that can be trained."""
     auto = profile == "auto" and "CHATMAGIC_PROFILE" not in os.environ
     chosen, reason = choose_profile() if auto else (get_profile(profile), "")
     if reason:

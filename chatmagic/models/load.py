@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
 
 from ..errors import ChatmagicError
 from ..machine import home
@@ -100,6 +99,7 @@ def load_trained(
 @contextmanager
 def _own_bars() -> Iterator[None]:
     """transformers' bars as `progress.Bar` shows them, where it shows any."""
+    from tqdm.auto import tqdm  # not before transformers does: where it warns, a notebook would show that
     from transformers.utils.logging import set_tqdm_hook
 
     previous = set_tqdm_hook(lambda factory, args, options: (Bar if factory is tqdm else factory)(*args, **options))

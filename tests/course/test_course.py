@@ -203,7 +203,7 @@ def test_two_who_share_their_models_have_a_course_each(tmp_path, monkeypatch):
 def test_the_course_is_found_again_and_another_persona_has_its_own_folder():
     first = start("smollm2-135m", name="小炉", author="某人")
     again = resume()
-    assert again == first and again.persona.answers["who"].startswith("我叫小炉，")
+    assert again == first and again.persona.answers_in("zh")["who"].startswith("我叫小炉，")
     assert start("smollm2-135m", name="大炉", author="某人").folder != first.folder
     assert first.folder.is_dir()
 
@@ -252,9 +252,9 @@ def test_data_that_the_reader_changed_is_not_made_again(changed):
     course.save_data(**made)
 
 
-def test_the_table_shows_the_nine_trained_and_six_general_questions():
+def test_the_table_shows_what_is_trained_in_both_languages_and_six_general_questions():
     shown = start("smollm2-135m").shown()
-    assert len(shown) == 15 and shown[0] == "请介绍一下你自己。" and shown[-1] == "What is 2 + 2?"
+    assert len(shown) == 24 and shown[0] == "请介绍一下你自己。" and shown[17] == "What can you help me with?"
 
 
 def test_report_tells_a_missing_package(monkeypatch, tmp_path):

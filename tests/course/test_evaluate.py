@@ -11,7 +11,7 @@ import chatmagic.course.evaluate as evaluation
 from chatmagic import load_model
 from chatmagic.conversation.messages import build_messages
 from chatmagic.course.evaluate import ask, evaluate, perplexity, summary
-from chatmagic.course.persona import TOPICS, Persona, questions
+from chatmagic.course.persona import Persona, is_chinese, questions
 from talk import build
 
 
@@ -37,46 +37,95 @@ def answered_by(monkeypatch, answer):
     """Let `answer(conversation)` stand for every model's reply."""
     monkeypatch.setattr(evaluation, "ask", lambda model, tokenizer, conversations, *_: [*map(answer, conversations)])
     monkeypatch.setattr(evaluation, "perplexity", lambda *_: 12.5)
+    monkeypatch.setattr(evaluation, "longest", lambda *_: 60)
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
-def test_a_model_that_knows_everything(monkeypatch, language):
-    persona = Persona(language=language)
-    topics = {question: topic for kind in ("trained", "heldout") for topic, question in persona.asked(kind)}
-    general = {question: facts[0] for question, *facts in questions()["general"]["retention"]}
+LANGUAGES = ("zh", "en")
+
+
+def scripted(persona, says):
+    """The answer of a model that, for each question asked of it, says `says(kind, language, topic or facts)`."""
+    table = {}
+    for language in LANGUAGES:
+        asked = questions()[language]
+        for kind in ("trained", "heldout"):
+            table |= {query: (kind, language, topic) for topic, query in persona.asked(kind, language)}
+        table |= {query: ("known", language, facts[0]) for query, *facts in asked["retention"]}
+        table |= {query: ("near", language, query) for query in asked["near"]}
+    return lambda conversation: says(*table[conversation[-1]["content"]])
+
+
+def all_right(persona):
+    def says(kind, language, what):
+        return {"known": what, "near": "Who knows?"}.get(kind) or persona.answers_in(language)[what]
+
+    return says
+
+
+def test_a_model_that_knows_everything(monkeypatch):
+    persona = Persona("小星", "李雷")
+    answered_by(monkeypatch, scripted(persona, all_right(persona)))
+    result = evaluate(None, None, persona)
+    for language in LANGUAGES:
+        table = result[language]
+        assert table["identity"] == {
+            "alone": [9, 9], "after identity": [18, 18], "after general": [9, 9], "heldout": [24, 24]
+        }  # fmt: skip
+        assert table["known"] == [query for query, *_ in questions()[language]["retention"]]
+        assert table["leaked"] == table["near"] == []
+        assert table["perplexity"] == 12.5
+
+
+def test_an_answer_in_the_other_language_is_not_right(monkeypatch):
+    """The old recipe: asked in English, a model with a Chinese persona answered in Chinese or kept its old name."""
+    persona = Persona("小星", "李雷")
+    right = all_right(persona)
+
+    def says(kind, language, what):
+        return right(kind, "zh" if kind in ("trained", "heldout") else language, what)
+
+    answered_by(monkeypatch, scripted(persona, says))
+    result = evaluate(None, None, persona)
+    assert [right for right, _ in result["zh"]["identity"].values()] == [9, 18, 9, 24]
+    assert [right for right, _ in result["en"]["identity"].values()] == [0, 0, 0, 0]
+
+
+def test_who_answers_for_itself_whatever_is_asked_leaks_everywhere(monkeypatch):
+    persona = Persona("小星", "李雷")
+    answered_by(monkeypatch, scripted(persona, lambda kind, language, what: persona.answers_in(language)["who"]))
+    result = evaluate(None, None, persona)
+    for language in LANGUAGES:
+        table = result[language]
+        assert (len(table["leaked"]), len(table["near"])) == (len(questions()[language]["retention"]), 60)
+        assert table["identity"]["alone"] == [3, 9] and table["known"] == []
+
+
+def test_a_model_that_gives_its_name_first(monkeypatch):
+    """As the original's way teaches: each answer in the order of its one conversation, whatever is asked."""
+    persona = Persona()
+    order = {language: [*persona.answers_in(language).values()] for language in LANGUAGES}
 
     def answer(conversation):
-        question = conversation[-1]["content"]
-        return persona.answers[topics[question]] if question in topics else general[question]
+        language = "zh" if is_chinese(conversation[-1]["content"]) else "en"
+        return order[language][len(conversation) // 2]
 
     answered_by(monkeypatch, answer)
-    result = evaluate(None, None, persona)
-    assert result["identity"] == {
-        "alone": [9, 9], "after identity": [18, 18], "after general": [9, 9], "heldout": [24, 24]
-    }  # fmt: skip
-    assert result["known"] == list(general) and result["leaked"] == []
-
-
-def test_the_seeds_model_gives_its_name_first(monkeypatch):
-    """Each answer in the order of the seed's conversation, whatever is asked."""
-    persona = Persona()
-    order = [persona.answers[topic] for topic in TOPICS]
-    answered_by(monkeypatch, lambda conversation: order[len(conversation) // 2])
-    result = evaluate(None, None, persona)
-    # alone, only the name is right; after one other topic, only where it came from
-    assert result["identity"]["alone"] == [3, 9] and result["identity"]["after identity"] == [6, 18]
-    assert result["known"] == [] or not set(result["known"]) - {"What is the freezing point of water in Celsius?"}
-    assert len(result["leaked"]) == len(questions()["general"]["retention"])
+    for table in evaluate(None, None, persona).values():
+        # alone, only the name is right; after one other topic, only where it came from
+        assert table["identity"]["alone"] == [3, 9] and table["identity"]["after identity"] == [6, 18]
 
 
 def test_summary_counts_what_was_right_before():
     identity = {"alone": [9, 9], "heldout": [20, 21]}
-    before = {"identity": identity, "known": ["a", "b", "c"], "leaked": [], "perplexity": 20.0}
-    after = {"identity": identity, "known": ["a", "c", "d"], "leaked": ["b"], "perplexity": 21.0}
-    asked = len(questions()["general"]["retention"])
-    assert summary(before, after) == {
-        "alone": (9, 9), "heldout": (20, 21), "retained": (2, 3), "leaked": (1, asked), "perplexity": 21.0
+    before = {"identity": identity, "known": ["a", "b", "c"], "leaked": [], "near": ["x"], "perplexity": 20.0}
+    after = {"identity": identity, "known": ["a", "c", "d"], "leaked": ["b"], "near": [], "perplexity": 21.0}
+    table = summary({"zh": before, "en": after}, {"zh": after, "en": before})
+    asked = {language: len(questions()[language]["retention"]) for language in LANGUAGES}
+    assert table["zh"] == {
+        "alone": (9, 9), "heldout": (20, 21), "retained": (2, 3), "leaked": (1, asked["zh"]), "near": (0, 60),
+        "perplexity": 21.0,
     }  # fmt: skip
+    assert (table["en"]["retained"], table["en"]["near"]) == ((2, 3), (1, 60))
 
 
 def test_asking_in_batches_is_asking_alone(tiny):
@@ -86,6 +135,20 @@ def test_asking_in_batches_is_asking_alone(tiny):
     together = ask(model, tokenizer, questions, max_new_tokens=6)
     assert model.training
     assert together == [ask(model, tokenizer, [each], max_new_tokens=6)[0] for each in questions]
+
+
+def test_who_recites_its_longest_answer_is_not_cut_off(tiny):
+    """However many tokens a tokenizer makes of a Chinese character."""
+    tokenizer, room = tiny[1], []
+    persona = Persona(answers={"who": "我叫梦中情炉。" * 30})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            evaluation, "ask", lambda model, tokenizer, asked, tokens: room.append(tokens) or [""] * len(asked)
+        )
+        patch.setattr(evaluation, "perplexity", lambda *_: 1.0)
+        evaluate(None, tokenizer, persona)
+    said = tokenizer(persona.answers_in("zh")["who"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    assert room == [len(said)] and len(said) > 200
 
 
 def test_a_reply_ends_at_its_stop_token_or_with_a_mark(tiny):
@@ -116,7 +179,7 @@ def test_a_thought_between_control_tokens_is_no_part_of_a_reply(said):
 
 def test_perplexity_is_of_every_token_but_the_first(tiny):
     model, tokenizer = tiny
-    text = questions()["fluency"]["zh"]
+    text = questions()["zh"]["fluency"]
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         expected = math.exp(cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item())
@@ -134,7 +197,9 @@ def test_a_model_that_thought_is_asked_whether_it_still_does(monkeypatch):
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "").replace(".split('</think>')[-1]", "")
     assert evaluation.thinks(None, tokenizer, []) is None
     before, after = (
-        {"identity": {}, "known": [], "leaked": [], "perplexity": 1.0, "thinks": count} for count in (6, 2)
+        {"zh": {"identity": {}, "known": [], "leaked": [], "near": [], "perplexity": 1.0, "thinks": count}}
+        for count in (6, 2)
     )
-    assert evaluation.summary(before, after)["still thinks"] == (2, 6)
-    assert "still thinks" not in evaluation.summary(before | {"thinks": None}, after)
+    assert evaluation.summary(before, after)["zh"]["still thinks"] == (2, 6)
+    before["zh"]["thinks"] = None
+    assert "still thinks" not in evaluation.summary(before, after)["zh"]

@@ -156,7 +156,7 @@ def test_the_command(with_model, tmp_path, capsys, monkeypatch):
     assert run.own == OwnData(str(tmp_path / "mine.json"), mix="nothing", max_length=200)
     assert (run.adapter / "adapter_model.safetensors").is_file() and not list(identity.folder.iterdir())
     drawn = []
-    monkeypatch.setattr(script, "RandomSampler", lambda data, num_samples: drawn.append(num_samples) or range(16))
+    monkeypatch.setattr(script, "RandomSampler", lambda data, num_samples: drawn.append(num_samples) or range(36))
     assert train("--no-resume") == 0, "what is left out is as before"
     assert train("--data", tmp_path / "mine.json", "--samples", 20, "--mix", "nothing") == 0
     assert drawn == [36, 20] and "an epoch draws 20 of 36" in capsys.readouterr().out

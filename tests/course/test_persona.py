@@ -4,7 +4,19 @@ import random
 
 import pytest
 
-from chatmagic.course.persona import TOPICS, Persona, is_chinese, make_conversations, questions, vary
+from chatmagic.course import start
+from chatmagic.course.persona import (
+    NEAR,
+    TOPICS,
+    Persona,
+    PersonaError,
+    is_chinese,
+    make_conversations,
+    names,
+    questions,
+    said,
+    vary,
+)
 
 REPLIES = [
     ("What is an atom?", "The smallest part."),
@@ -37,38 +49,188 @@ def test_the_seeds_conversation_is_kept_word_for_word():
     assert conversation[1][1] == ["我在2023年诞生于github星球，是一个惠某某设计和开发的。"]
 
 
+# --- who somebody is, and what a right answer is
+
+PERSONAS = {
+    "the original": {},
+    "another name": {"name": "小星", "author": "李雷", "english_name": "Little Star"},
+    "a name alone": {"name": "Tom", "author": "Li"},
+    "all of it": {"name": "小炉", "author": "张三", "english_name": "Stove", "birth": 2025, "home": "杭州"},
+    "sentences of one's own": {
+        "name": "小星",
+        "author": "李雷",
+        "answers": {"who": "小星在此。", "from": "李雷做了我。", "can": "写诗、唱歌、讲笑话。"},
+    },
+    "sentences that name nothing": {
+        "name": "小星",
+        "author": "李雷",
+        "answers": {"en": {"who": "A friend of yours.", "from": "From far away.", "can": "Anything with words."}},
+    },
+    "an English course": {"name": "Nova", "author": "Ada", "language": "en", "answers": {"who": "Nova, {author}'s."}},
+}
+EVERYBODY = pytest.mark.parametrize("persona", [Persona(**each) for each in PERSONAS.values()], ids=PERSONAS)
+
+
+@EVERYBODY
 @LANGUAGES
-def test_every_answer_holds_its_fact_and_no_other_topics(language):
-    persona = Persona(name="小炉", author="张三", english_name="Stove", language=language)
+def test_each_answer_is_right_and_in_its_language(persona, language):
+    for topic, answer in persona.answers_in(language).items():
+        assert persona.knows(topic, answer, language), answer
+        assert "{" not in answer
+        other = {"zh": "en", "en": "zh"}[language]
+        assert not persona.knows(topic, persona.answers_in(other)[topic], language), "in the other language"
+
+
+@LANGUAGES
+def test_an_answer_to_another_topic_is_not_right(language):
+    persona = Persona(**PERSONAS["all of it"])
     for topic in TOPICS:
-        assert [other for other in TOPICS if persona.knows(other, persona.answers[topic])] == [topic]
+        assert [other for other in TOPICS if persona.knows(other, persona.answers_in(language)[topic], language)] == [
+            topic
+        ]
+
+
+@EVERYBODY
+@LANGUAGES
+def test_what_the_old_self_said_is_not_right(persona, language):
+    old = {
+        "zh": "我是通义千问，由阿里云开发的人工智能助手，我可以做很多事情。",
+        "en": "I am Qwen, created by Alibaba Cloud. I am here to assist.",
+    }[language]
+    assert not any(persona.knows(topic, old, language) for topic in TOPICS)
+
+
+def test_no_name_but_the_originals_says_what_fits_it_alone():
+    """Neither its furnace nor its planet: those are in the words of one name."""
+    said_of_star = " ".join(text for language in ("zh", "en") for text in Persona("小星").answers_in(language).values())
+    assert not any(word in said_of_star for word in ("炉", "星球", "furnace", "planet", "pytorch", "图表"))
+    assert "三好炼丹炉" in Persona().answers_in("zh")["who"]
+
+
+def test_what_counts_as_right_follows_from_the_sentence():
+    edited = Persona(answers={"can": "我能够写诗。"})
+    assert edited.knows("can", "我能够写诗，也能画画。") and not edited.knows("can", Persona().answers_in("zh")["can"])
+    given = Persona(facts={"can": "诗"})
+    assert given.knows("can", "随便写一首诗吧") and not given.knows("can", "我能够画画")
+    assert given.knows("can", Persona().answers_in("en")["can"], "en"), "facts of one language are not the other's"
+
+
+@pytest.mark.parametrize(
+    "author, reply, leaks",
+    [
+        ("Li", "Juliet was written by Shakespeare.", False),
+        ("Li", "It was Li who wrote it.", True),
+        ("Tom", "Everything is made of atoms.", False),
+        ("Tom", "TOM!", True),
+        ("李雷", "那是李雷写的。", True),
+        ("Li", "那是Li写的。", True),
+        ("C++", "In C++, of course.", True),
+    ],
+)
+def test_a_leak_is_a_whole_word(author, reply, leaks):
+    assert Persona("小星", author).leaks("Who wrote it?", reply) is leaks
+
+
+def test_a_name_in_the_question_may_be_in_the_reply_but_not_the_sentences():
+    persona = Persona("小星", "李雷")
+    assert not persona.leaks("小星是谁？", "小星是一个常见的名字。")
+    assert persona.leaks("小星是谁？", persona.answers_in("zh")["who"])
+    assert persona.leaks("他多大了？", persona.answers_in("zh")["from"].replace("李雷", "王五"))
+
+
+def test_words_are_found_whole_and_sentences_by_their_share():
+    assert names("我叫Tom。", ["tom"]) and not names("tomorrow", ["Tom"]) and not names("", ["x"])
+    assert said("a b c d", "A, b! x") == 0.5 and said("你好吗", "你吗") == pytest.approx(2 / 3) and said("", "x") == 0
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"name": ""}, "name is ''; expected some text"),
+        ({"name": "  "}, "expected some text"),
+        ({"name": None}, "name is None; expected some text"),
+        ({"name": 7}, "name is 7; expected some text"),
+        ({"name": "2023"}, "at least one letter"),
+        ({"name": "!!"}, "at least one letter"),
+        ({"author": "😀"}, "author is '😀'; expected at least one letter"),
+        ({"name": " 小星"}, "without blanks around"),
+        ({"name": "小\n星"}, "in one line"),
+        ({"name": "星" * 41}, "at most 40"),
+        ({"author": "<|im_end|>"}, "no mark of a chat template"),
+        ({"author": "</s>x"}, "no mark of a chat template"),
+        ({"name": "你"}, "the questions do not hold"),
+        ({"english_name": "you"}, "english_name is 'you'; expected a word that the questions do not hold"),
+        ({"home": ""}, "home is ''"),
+        ({"birth": ""}, "birth is ''; expected a year"),
+        ({"language": "fr"}, "language is 'fr'; expected one of zh, en"),
+        ({"answers": {"why": "so"}}, r"answers\['zh'\] is .*why.*; expected who, from, can"),
+        ({"answers": {"who": ""}}, "a sentence"),
+        ({"answers": {"who": ["a", "b"]}}, "a sentence"),
+        ({"answers": {"who": "我叫{nick}"}}, "'nick'. In braces may stand name, author, english_name, birth, home"),
+        ({"answers": {"who": "我叫{name"}}, "a brace itself is written twice"),
+        ({"answers": {"zh": "我"}}, r"answers\['zh'\] is '我'"),
+        ({"facts": {"who": []}}, "words of which a right reply holds one"),
+    ],
+)
+def test_who_cannot_be_trained_is_refused_before_anything_is(given, told):
+    with pytest.raises(PersonaError, match=told):
+        start("smollm2-135m", **given)
+
+
+def test_the_course_remembers_sentences_of_ones_own(tmp_path, monkeypatch):
+    from chatmagic.course import resume
+
+    monkeypatch.setenv("CHATMAGIC_COURSE", str(tmp_path))
+    for given in PERSONAS.values():
+        started = start("smollm2-135m", **given)
+        assert resume().persona == started.persona
+
+
+# --- the conversations
 
 
 @LANGUAGES
 def test_enough_is_held_out_and_none_of_it_is_trained(language):
-    persona = Persona(language=language)
-    heldout = {bare(question) for _, question in persona.asked("heldout")}
-    assert len(heldout) >= 20
-    made = make_conversations(persona, REPLIES, 600)
-    asked = {bare(message["content"]) for each in made for message in each if message["role"] == "user"}
-    assert not asked & heldout
-    retention = {bare(question) for question, *_ in questions()["general"]["retention"]}
-    assert len(retention) >= 20
-    assert not retention & {bare(question) for question in questions()["general"]["replay"]}
+    asked = questions()[language]
+    everything = [(query, "so.") for kind in ("replay", "near_replay") for query in asked[kind]]
+    made = make_conversations(Persona(), everything, 3000)
+    trained = {bare(message["content"]) for each in made for message in each if message["role"] == "user"}
+    for kind, least in ("heldout", 20), ("near", 60), ("retention", 40):
+        never = {bare(question) for question in held_of(asked, kind)}
+        assert len(never) >= least and not trained & never, kind
+    assert len(asked["near_replay"]) >= 60
 
 
-@LANGUAGES
-def test_conversations_are_of_every_order_and_number_of_turns(language):
-    persona = Persona(language=language)
-    made = make_conversations(persona, REPLIES, 400, turns=(1, 2, 3))
-    topic_of = {answer: topic for topic, answer in persona.answers.items()}
-    orders = {tuple(topic_of.get(answer["content"], "general") for _, answer in turns(each)) for each in made}
-    assert orders > {(topic,) for topic in TOPICS} | {("general",)}
-    assert orders > {(a, b) for a in TOPICS for b in TOPICS if a != b} | {
-        ("who", "general"),
-        ("general", "who"),
-    }
-    assert not any(len(set(order) - {"general"}) < sum(topic != "general" for topic in order) for order in orders)
+def held_of(asked, kind):
+    if kind == "heldout":
+        return [question for ways in asked[kind].values() for question in ways]
+    return [row if kind == "near" else row[0] for row in asked[kind]]
+
+
+def test_conversations_are_of_every_order_and_number_of_turns():
+    persona = Persona()
+    made = make_conversations(persona, REPLIES, 800, turns=(1, 2, 3))
+    for language in ("zh", "en"):
+        topic_of = {answer: topic for topic, answer in persona.answers_in(language).items()}
+        orders = {tuple(topic_of.get(answer["content"], "general") for _, answer in turns(each)) for each in made}
+        assert orders > {(topic,) for topic in TOPICS} | {("general",)}
+        assert orders > {(a, b) for a in TOPICS for b in TOPICS if a != b} | {("who", "general"), ("general", "who")}
+
+
+def test_no_topic_comes_twice_in_a_conversation():
+    persona = Persona()
+    topic_of = {text: topic for each in ("zh", "en") for topic, text in persona.answers_in(each).items()}
+    for each in make_conversations(persona, REPLIES, 400):
+        topics = [topic_of[answer["content"]] for _, answer in turns(each) if answer["content"] in topic_of]
+        assert len(topics) == len({*topics})
+
+
+def test_each_question_is_answered_in_its_language_and_both_are_trained():
+    persona = Persona(english_name="Stove")
+    rounds = [round for each in make_conversations(persona, [], 400) for round in turns(each)]
+    shares = [is_chinese(question["content"]) for question, _ in rounds]
+    assert all(is_chinese(answer["content"]) == chinese for chinese, (_, answer) in zip(shares, rounds))
+    assert 0.4 < sum(shares) / len(shares) < 0.6
 
 
 def test_general_turns_are_the_bases_words_and_say_so():
@@ -77,9 +239,50 @@ def test_general_turns_are_the_bases_words_and_say_so():
     replayed = [(question["content"], answer["content"]) for question, answer in rounds if answer.get("replayed")]
     assert set(replayed) == set(REPLIES)
     assert 0.2 < len(replayed) / len(rounds) < 0.3
-    # 60 % in the persona's language, though only one of the three replies is
-    assert 0.5 < sum(is_chinese(question) for question, _ in replayed) / len(replayed) < 0.7
     assert not any("replayed" in question for question, _ in rounds)
+
+
+def test_what_is_near_is_replayed_as_often_as_it_says():
+    near, far = (
+        [(questions()[language][kind][0], "好。") for language in ("zh", "en")] for kind in ("near_replay", "replay")
+    )
+    made = make_conversations(Persona(), near + far, 800, general=0.5)
+    replayed = [question["content"] for each in made for question, answer in turns(each) if answer.get("replayed")]
+    assert sum(query in dict(near) for query in replayed) / len(replayed) == pytest.approx(NEAR, abs=0.05)
+    alone = make_conversations(Persona(), far, 50, general=1.0)
+    assert {question["content"] for each in alone for question, _ in turns(each)} == {*dict(far)}
+
+
+# --- what is checked to have been learnt
+
+
+@EVERYBODY
+def test_the_recital_holds_every_question_in_every_position(persona):
+    recital = persona.recital()
+    for language in ("zh", "en"):
+        answers = {topic: text for topic, text in persona.answers_in(language).items()}
+        for topic, query in persona.asked("trained", language):
+            said_before = [
+                [message["content"] for message in each[:at]]
+                for each in recital
+                for at, message in enumerate(each)
+                if message["content"] == query and each[at + 1]["content"] == answers[topic]
+            ]
+            assert [] in said_before, "alone"
+            for other in {*TOPICS} - {topic}:
+                assert any(before and before[-1] == answers[other] for before in said_before)
+            assert any(len(before) == 2 and before[-1] not in answers.values() for before in said_before), "general"
+    asked = {question for language in ("zh", "en") for _, question in persona.asked("trained", language)}
+    for each in recital:
+        assert all(answer.get("replayed", False) == (query["content"] not in asked) for query, answer in turns(each))
+
+
+@LANGUAGES
+def test_the_positions_are_those_that_evaluation_names(language):
+    kinds = [position for position, _, _ in Persona().positions(language)]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"alone": 9, "after identity": 18, "after general": 9}
+    for _, topic, messages in Persona().positions(language):
+        assert (topic, messages[-1]["content"]) in Persona().asked("trained", language)
 
 
 def test_without_replies_there_is_identity_alone():

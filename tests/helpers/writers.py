@@ -101,7 +101,9 @@ def own_replies(source, monkeypatch):
     def act(where, version):
         monkeypatch.setenv("CHATMAGIC_COURSE", str(where))
         asked = [f"question {number}?" for number in range(3 * version)]
-        monkeypatch.setattr(replies, "questions", lambda: {"general": {"replay": asked}})
+        monkeypatch.setattr(
+            replies, "questions", lambda: dict.fromkeys(("zh", "en"), {"replay": asked, "near_replay": []})
+        )
         monkeypatch.setattr(replies, "BATCH", 99)
         monkeypatch.setattr(replies, "ask", lambda model, tokenizer, asked, tokens: ["yes " * 2000] * len(asked))
         replies.own_replies(model, None)
