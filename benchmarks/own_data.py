@@ -125,7 +125,7 @@ def mixing(profile: str, epochs: int) -> dict[str, dict]:
     from chatmagic.course.thread import OwnData
     from chatmagic.data.dataset import ConversationFile, Examples
 
-    asked = questions()["general"]["retention"]
+    asked = [row for table in questions().values() for row in table["retention"]]
 
     def asked_of(model, tokenizer, course) -> dict:
         replies = ask(model, tokenizer, [[{"role": "user", "content": query}] for query, *_ in asked])

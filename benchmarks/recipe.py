@@ -1,30 +1,29 @@
 """What each ingredient of the fine-tuning recipe buys: a model before and after, asked the same questions.
 
-    python benchmarks/recipe.py [--profile smollm2-135m] [--languages zh en] [--seeds 0 1 2] [--rows recipe ...]
+    python benchmarks/recipe.py [--profile qwen2.5-coder-0.5b-instruct] [--seeds 0 1 2] [--rows recipe ...]
 
-The sizes are the profile's, the loop is the course's KerasModel.fit, the questions are `questions.toml`'s. Each
-row trains every language and seed anew; a cell is right answers of all asked, summed over the seeds. A row may change
-what the profile says: --rows recipe "recipe general=0.2" "recipe samples=34 learning_rate=5e-3". Prints the table and
-writes benchmarks/results/recipe-PROFILE.json, with every reply, after each run; a file of the same profile is gone on
-with, so that the rows can come one by one.
+The sizes are the profile's (where there is no GPU, those for the CPU), the loop is the course's KerasModel.fit, the
+questions are `questions.toml`'s; each model is trained and asked in both languages. A cell is right answers of all
+asked, summed over the seeds. A row may change what the profile says: --rows recipe "recipe general=0.2" "recipe
+samples=34 learning_rate=5e-3". Prints the table and writes benchmarks/results/recipe-PROFILE.json after each run; a
+file of the same profile is gone on with, so that the rows can come one by one.
 """
 
 import argparse
 import json
-import os
-import platform
+import multiprocessing
 import random
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from chatmagic import (
     DataCollator,
@@ -32,21 +31,24 @@ from chatmagic import (
     build_messages,
     find_all_linear_names,
     load_model,
-    snapshot_download,
+    merge_adapter,
+    prepare,
 )
+from chatmagic.course.download import snapshot_download
 from chatmagic.course.evaluate import evaluate, summary
-from chatmagic.course.persona import Persona, make_conversations
+from chatmagic.course.persona import LANGUAGES, Persona, make_conversations
 from chatmagic.course.profile import get_profile
 from chatmagic.course.replies import own_replies
 from chatmagic.data.dataset import encode_example
 from chatmagic.training import KerasModel
 
 ROWS = {
-    "recipe": "turns in any order, replay kept by distillation, AdaLoRA",
-    "lora": "the same with LoRA of the rank that AdaLoRA ends with on average",
+    "recipe": "turns in any order, replay kept by distillation, AdaLoRA, until it is learnt",
+    "nf4": "the recipe on a base in NF4: asked so, merged onto what it was trained on, and onto the published 16 bit",
+    "lora": "the recipe with LoRA of the rank that AdaLoRA ends with on average",
     "words": "AdaLoRA, replay taught as words: cross-entropy instead of distillation",
     "no-replay": "AdaLoRA, turns in any order, no replay",
-    "seed": "the seed's own: three turns in one order, no replay, ranks never allocated",
+    "seed": "the seed's own: three turns in one order, one language, no replay, ranks never allocated",
 }
 LORA_SLOWER = 5  # AdaLoRA starts at E = 0 with factors of 0.02 and wants a larger rate than LoRA
 
@@ -63,16 +65,12 @@ def conversations(row: str, persona: Persona, replies: list, count: int, seed: i
     return made
 
 
-def train(row: str, profile, folder: Path, replies: list, persona: Persona, seed: int):
-    """(model with its adapter, tokenizer, seconds in fit)"""
-    row, *changes = row.split()
-    changes = dict(change.split("=") for change in changes)
-    profile = replace(profile, **{name: type(getattr(profile, name))(text) for name, text in changes.items()})
+def train(row: str, profile, folder: Path, replies: list, seed: int, adapter: Path):
+    """(model with its adapter, tokenizer, what is told of the run)"""
+    persona = Persona()
     torch.manual_seed(seed)
-    quantize = None if profile.quantize == "no" else profile.quantize
-    model, tokenizer = load_model(folder, quantize=quantize)
-    if quantize:
-        model = prepare_model_for_kbit_training(model)
+    model, tokenizer = load_model(folder, quantize="nf4" if row == "nf4" else None)
+    prepare(model)
     data = conversations(row, persona, replies, profile.conversations, seed, profile.general)
     held = conversations(row, persona, replies, 12, seed + 1, profile.general, without=data)
 
@@ -93,89 +91,93 @@ def train(row: str, profile, folder: Path, replies: list, persona: Persona, seed
     if row == "seed":
         model.base_model.update_and_allocate = lambda step: None
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, steps // 10, steps, min_lr_rate=0.1)
     keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=schedule)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as adapter:
-        keras_model.fit(*loaders, epochs=profile.epochs, patience=profile.epochs, ckpt_path=adapter, plot=False)
-    return keras_model.net, tokenizer, time.perf_counter() - began
+    history = keras_model.fit(
+        *loaders,
+        epochs=profile.epochs,
+        patience=2 * profile.epochs,
+        ckpt_path=adapter,
+        plot=False,
+        learnt=None if row == "seed" else loader(persona.recital()),
+    )
+    told = {"seconds": time.perf_counter() - began, "steps": len(history) * len(loaders[0])}
+    return keras_model.net, tokenizer, told | {"history": json.loads(history.to_json(orient="split"))}
 
 
-def device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
+def results(row: str, name: str, seed: int) -> tuple[dict, dict]:
+    """({precision: what the base is}, {row: what it became}) of one training."""
+    kind, *changes = row.split()
+    profile = get_profile(name)
+    changes = {key: type(getattr(profile, key))(text) for key, text in (change.split("=") for change in changes)}
+    profile, persona, folder = replace(profile, **changes), Persona(), snapshot_download(name)
+    precision = "nf4" if kind == "nf4" else "16 bit"
+    with tempfile.TemporaryDirectory() as scratch:
+        model, tokenizer = load_model(folder)
+        before, replies = {"16 bit": evaluate(model, tokenizer, persona)}, own_replies(model, tokenizer)
+        if precision == "nf4":
+            before["nf4"] = evaluate(*load_model(folder, quantize="nf4"), persona)
+        del model
+        adapter = Path(scratch, "adapter")
+        model, tokenizer, told = train(kind, profile, folder, replies, seed, adapter)
+        after = {row: {"base": precision, "after": evaluate(model, tokenizer, persona), **told}}
+        del model
+        for onto in ("trained", "original") if kind == "nf4" else ():
+            merged = merge_adapter(folder, adapter, Path(scratch, onto), onto=onto)
+            base = {"trained": "nf4", "original": "16 bit"}[onto]
+            asked = evaluate(*load_model(merged), persona)
+            after[row.replace("nf4", f"nf4, merged onto the {onto}")] = {"base": base, "after": asked, **told}
+    return before, after
 
 
-def print_table(runs: list[dict]) -> None:
-    columns, width = list(runs[0]["summary"]), 2 + max(len(run["row"]) for run in runs)
-    print(f"\n{'row':{width}}{'':4}" + "".join(f"{name:>16}" for name in columns) + f"{'seconds':>9}")
-    for row, language in dict.fromkeys((run["row"], run["language"]) for run in runs):
-        group = [run for run in runs if (run["row"], run["language"]) == (row, language)]
-        cells = []
-        for name in columns:
-            values = [run["summary"][name] for run in group]
-            if isinstance(values[0], float):
-                cells.append(f"{sum(values) / len(values):.1f}")
-            else:
-                cells.append("{}/{}".format(*map(sum, zip(*values))))
-        seconds = sum(run["seconds"] for run in group) / len(group)
-        print(f"{row:{width}}{language:4}" + "".join(f"{cell:>16}" for cell in cells) + f"{seconds:9.0f}", flush=True)
+def table(found: dict) -> str:
+    """A line a row and language, cells summed over the seeds; the perplexity, the seconds and the steps are means."""
+    lines = []
+    for row in {run["row"]: None for run in found["runs"]}:
+        runs = [run for run in found["runs"] if run["row"] == row]
+        for language in LANGUAGES:
+            cells = [summary(found["bases"][run["base"]], run["after"])[language] for run in runs]
+            shown = [f"{row}, {language}", str(len(runs))]
+            for name in cells[0]:
+                values = [cell[name] for cell in cells]
+                counts = isinstance(values[0], tuple)
+                shown.append("{} / {}".format(*map(sum, zip(*values))) if counts else f"{mean(values):.1f}")
+            shown += [f"{mean(run[name] for run in runs):.0f}" for name in ("steps", "seconds")]
+            lines.append(f"| {' | '.join(shown)} |")
+    names = ["row", "seeds", *cells[0], "steps", "seconds"]
+    return "\n".join([f"| {' | '.join(names)} |", "|---" * len(names) + "|", *lines])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--profile", default="smollm2-135m")
-    parser.add_argument("--model", type=Path, help="the base model's folder; default: the profile's, downloaded")
-    parser.add_argument("--languages", nargs="+", default=["zh", "en"], choices=["zh", "en"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="qwen2.5-coder-0.5b-instruct")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args(arguments)
-    if unknown := [row for row in args.rows if row.split()[0] not in ROWS]:
-        parser.error(f"no row {unknown[0]!r}: choose from {', '.join(ROWS)}")
-    profile = get_profile(args.profile)
-    folder = args.model or snapshot_download(profile.name)
-    output = args.output or Path(__file__).parent / "results" / f"recipe-{profile.name}.json"
-
-    base = load_model(folder, quantize=None if profile.quantize == "no" else profile.quantize)
-    result = {
-        "profile": vars(profile),
-        "rows": ROWS,
-        "device": device(),
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "torchkeras")},
-        "replies": None,
-        "runs": [],
-    }
-    if output.exists() and (earlier := json.loads(output.read_text(encoding="utf-8")))["profile"] == result["profile"]:
-        result = earlier
-    result["replies"] = replies = result["replies"] or own_replies(*base)
-    before = {run["language"]: run for run in result["runs"] if run["row"] == "before"}
-    for language in set(args.languages) - set(before):
-        before[language] = evaluate(*base, Persona(language=language))
-        found = {"row": "before", "language": language, "seed": None, "seconds": 0.0}
-        result["runs"].append(found | {"summary": summary(before[language], before[language])} | before[language])
-    del base
-    done = {(run["row"], run["language"], run["seed"]) for run in result["runs"]}
-    for row in args.rows:
-        for language in args.languages:
-            for seed in args.seeds:
-                if (row, language, seed) in done:
-                    continue
-                persona = Persona(language=language)
-                model, tokenizer, seconds = train(row, profile, folder, replies, persona, seed)
-                after = evaluate(model, tokenizer, persona)
-                run = {"row": row, "language": language, "seed": seed, "seconds": seconds}
-                run |= {"summary": summary(before[language], after)} | after
-                print(
-                    {name: run[name] for name in ("row", "language", "seed", "seconds", "summary")},
-                    flush=True,
-                )
-                result["runs"].append(run)
-                output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
-    print_table(result["runs"])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, on one GPU")
+    args = parser.parse_args()
+    file = Path(__file__).with_name("results") / f"recipe-{args.profile}.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"bases": {}, "runs": []}
+    there = {(run["row"], run["seed"]) for run in found["runs"]}
+    snapshot_download(args.profile)
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        todo = {
+            pool.submit(results, row, args.profile, seed): seed
+            for row in args.rows
+            for seed in args.seeds
+            if (row, seed) not in there
+        }
+        for done in as_completed(todo):
+            before, after = done.result()
+            found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+            for result in [*before.values(), *(each["after"] for each in after.values())]:
+                for language in LANGUAGES:
+                    del result[language]["replies"]  # megabytes
+            found["bases"] |= before
+            found["runs"] += [{"row": row, "seed": todo[done], **each} for row, each in after.items()]
+            file.write_text(json.dumps(found, ensure_ascii=False, indent=0), encoding="utf-8")
+            print(", ".join(after), "with seed", todo[done], flush=True)
+    print(found["device"], table(found), sep="\n")
 
 
 if __name__ == "__main__":
