@@ -237,8 +237,8 @@ def test_what_train_is_not_told_is_as_in_the_course_started_last(tmp_path, monke
     assert chosen("chatglm2-6b").persona == Persona()
     start("qwen-7b-chat", name="小炉", author="张三")
     assert chosen() == Course(get_profile("qwen-7b-chat"), Persona(name="小炉", author="张三"))
-    assert chosen("chatglm2-6b", "--author", "100%", "--english-name", "Stove") == Course(
-        get_profile("chatglm2-6b"), Persona(name="小炉", author="100%", english_name="Stove")
+    assert chosen("chatglm2-6b", "--author", "100% 李", "--english-name", "Stove") == Course(
+        get_profile("chatglm2-6b"), Persona(name="小炉", author="100% 李", english_name="Stove")
     )
     with pytest.raises(SystemExit):
         chosen("--language", "fr")

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-
 from ..errors import ChatmagicError
 from ..machine import home
 from ..progress import Bar

@@ -246,6 +246,6 @@ def executed_notebooks(source, monkeypatch):
         monkeypatch.setattr("chatmagic.cli.print", lambda *_, **__: None, raising=False)
         from chatmagic import cli
 
-        cli.tutorial(SimpleNamespace(folder=None, notebooks=source, executed=where, in_place=False))
+        cli.tutorial(SimpleNamespace(folder=None, notebooks=source, executed=where, in_place=False, workshop=None))
 
     return act
