@@ -18,7 +18,7 @@ import torch
 
 import published
 from chatmagic import ChatLLM, adalora_to_lora, build_messages, load_model, merge_adapter, write_jsonl
-from chatmagic.course import Persona, download, evaluate, hubs, own, replies, thread
+from chatmagic.course import Persona, classroom, download, evaluate, hubs, own, replies, thread
 from chatmagic.course.profile import get_profile
 from chatmagic.files import write
 from chatmagic.notebook import keeping
@@ -177,6 +177,14 @@ def merged(source, monkeypatch):
 def exported(source, monkeypatch):
     states.save_adapter(adalora(base=tiny_llama()), source / "adapter")
     return lambda where, version: adalora_to_lora(source / "adapter", where / "lora")
+
+
+@writer("course/classroom.py", new=True)
+def workshop(source, monkeypatch):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("# long\n" * 3000, id="cell")])
+    nbformat.write(notebook, source / "00.ipynb")
+    monkeypatch.setattr(classroom, "shipped", lambda name: source)
+    return lambda where, version: classroom.workshop(where / "class")
 
 
 @writer("training/states.py")
