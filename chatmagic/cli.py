@@ -15,6 +15,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
+from .course.check import KINDS
 from .course.comparison import before_after
 from .course.persona import Persona
 from .course.profile import get_profile
@@ -268,6 +269,23 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"Every reply is in {short(course.folder)}/evaluation.json.")
 
 
+def check(args: argparse.Namespace) -> int:
+    """Print what is right of what was asked, and replies that are not; returns 1 where the new self is not right."""
+    persona = chosen(args).persona
+    from .course.check import check, find_answer
+
+    found = check(find_answer(args.target, args.model), persona, args.only)
+    wrong = [each for each in found if not each.right(each.reply)]
+    for each in wrong:
+        if each.kind in ("trained", "near"):
+            print(f"{each.kind:10}{each.language}  {each.question} -> {fit(each.reply, 80).rstrip()}")
+    for kind in args.only:
+        asked = [each for each in found if each.kind == kind]
+        print(f"{kind:10}{sum(each not in wrong for each in asked)}/{len(asked)}")
+    lost, leaked = (sum(each.kind == kind for each in wrong) for kind in ("trained", "near"))
+    return int(lost > args.lost or leaked > 0)
+
+
 def merge(args: argparse.Namespace) -> None:
     """Merge an adapter, and print the folder that it is in."""
     from .models.merge import merge_adapter
@@ -372,6 +390,9 @@ must send the key that the environment variable CHATMAGIC_KEY holds here"""
 WEB = """a page in a browser, http://127.0.0.1:8501, over the address of chatmagic serve or another: one model, or two
 side by side (chatmagic serve --before); where the environment variable CHATMAGIC_KEY is set here, visitors type it, and
 without it none from another machine is let in"""
+CHECK = """whether what answers there knows who it is, in both languages: the nine trained questions, paraphrases of
+them (heldout), questions near to them, and general knowledge (retention); exit status 1 where more of the trained ones
+are lost than --lost allows, or a near one is answered as if it were about the model"""
 TRAIN = """the notebooks' run as a script; over several GPUs: accelerate launch -m chatmagic.cli train, over several
 nodes with CHATMAGIC_HOME and CHATMAGIC_COURSE on a disk that they share"""
 EVALUATE = "a table of what the model knew before and after: who it is, and what it could answer; and evaluation.json"
@@ -435,6 +456,17 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--max-length", type=int, metavar="TOKENS", default=argparse.SUPPRESS, help="the oldest rounds go")
     for added in (training, evaluation):
         added.add_argument("profile", nargs="?", help="of profiles.toml; default: that of the course started last")
+    checking = command("check", check, CHECK)
+    checking.add_argument(
+        "target", help="a model's or an adapter's folder, a GGUF file, or an address, http://HOST:PORT/v1"
+    )
+    checking.add_argument("--model", help="its name at the address; default: the only one there")
+    checking.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="ask these alone")
+    checking.add_argument(
+        "--lost", type=int, default=0, help="how many of the trained questions may be; default: %(default)s"
+    )
+    checking.set_defaults(profile=None)
+    for added in (training, evaluation, checking):
         who = added.add_argument_group("who the model becomes", "what is left out is as in the course started last")
         for field in (each for each in fields(Persona) if each.type is str):  # answers and facts are tables
             languages = ("zh", "en") if field.name == "language" else None

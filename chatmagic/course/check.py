@@ -1,0 +1,83 @@
+"""Does what answers there know who it is? A folder, a GGUF file or an address, asked some questions of `evaluate`."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ..backends.presets import SERVERS
+from ..backends.server import connect, models_at
+from ..conversation.messages import Message, build_messages
+from ..errors import ChatmagicError
+from .persona import LANGUAGES, Persona, holds, questions
+
+Answer = Callable[[Sequence[list[Message]]], list[str]]
+"""Greedy replies to conversations."""
+KINDS = ("trained", "heldout", "near", "retention")
+MOST = 48
+"""Tokens of a reply, as in `evaluate`."""
+
+
+class Asked(NamedTuple):
+    """One question: `right` says of a reply whether it is; where it is given, `reply` is it."""
+
+    kind: str
+    language: str
+    question: str
+    right: Callable[[str], bool]
+    reply: str = ""
+
+
+def check(answer: Answer, persona: Persona, kinds: Collection[str] = KINDS) -> list[Asked]:
+    """Ask in both languages, each question alone, with their replies.
+
+    trained: the nine questions. heldout: paraphrases that were never trained. near: what sounds like them and is
+    not about the model; right is what does not speak of the new self. retention: right is what holds the fact.
+    """
+    asked = [each for language in LANGUAGES for each in _questions(persona, language) if each.kind in kinds]
+    replies = answer([build_messages(each.question) for each in asked])
+    return [each._replace(reply=reply) for each, reply in zip(asked, replies, strict=True)]
+
+
+def _questions(persona: Persona, language: str) -> Iterator[Asked]:
+    for kind in ("trained", "heldout"):
+        for topic, question in persona.asked(kind, language):
+            yield Asked(kind, language, question, partial(persona.knows, topic, language=language))
+    for question in questions()[language]["near"]:
+        yield Asked("near", language, question, lambda reply, asked=question: not persona.leaks(asked, reply))
+    for question, *facts in questions()[language]["retention"]:
+        yield Asked("retention", language, question, partial(holds, words=facts))
+
+
+def find_answer(target: str, model: str | None = None) -> Answer:
+    """Who answers there: the model or adapter in a folder, a GGUF file, or `model` at an address, by default its only
+    one. Raises ChatmagicError for what is none of these, and what opening it raises."""
+    path = Path(target).expanduser()
+    if path.is_dir():
+        from ..models.load import load_trained
+        from .evaluate import ask
+
+        return partial(ask, *load_trained(path), max_new_tokens=MOST)
+    if path.suffix == ".gguf":
+        from ..backends.gguf import open_gguf
+
+        llm = open_gguf(path)
+    elif "://" in target or target in SERVERS:
+        names = [model] if model else models_at(target)
+        if len(names) > 1:
+            raise ChatmagicError(f"Several models answer at {target}: choose with --model {' | '.join(names)}")
+        llm = connect(target, names[0])
+    else:
+        raise ChatmagicError(f"{target} is no folder that is here, no GGUF file, and no address such as http://HOST/v1")
+
+    def answer(conversations: Sequence[list[Message]]) -> list[str]:
+        replies, options = [], {"greedy": True, "max_new_tokens": MOST}
+        for messages in conversations:
+            reply = llm.chat(messages, **options)
+            if reply.thinking and not reply.strip() and "thinking" not in options:
+                options["thinking"] = False  # as `evaluate` asks one that thinks
+                reply = llm.chat(messages, **options)
+            replies.append(str(reply))
+        return replies
+
+    return answer
