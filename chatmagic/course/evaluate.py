@@ -19,6 +19,7 @@ from ..models.provenance import trained_thinking
 from ..progress import Bar
 from ..prompts.labels import encode_prompt, note_thinking
 from ..prompts.templates import get_template
+from .own import evaluate_own, own_summary
 from .persona import LANGUAGES, Persona, holds, questions
 from .thread import Course
 
@@ -171,10 +172,11 @@ def summary(before: dict, after: dict) -> dict[str, dict[str, tuple[int, int] | 
 
 
 def evaluate_course(course: Course) -> dict[str, dict]:
-    """Ask the base, and what became of it: the merged model or, where that is not there or older, the adapter.
+    """Ask the base, and what became of it: the merged model or, where that is not there or older, the adapter. A course
+    with data of the reader's own is asked what is in it, see `evaluate_own`, and not who it is.
 
-    Returns the `summary` of each, {"before": ..., "after": ...}, and writes evaluation.json in the course's folder:
-    that as "table", and what `evaluate` returns of both. Raises ChatmagicError where nothing is trained yet.
+    Returns the `summary` of each, or the `own_summary`, {"before": ..., "after": ...}, and writes evaluation.json in
+    the course's folder: that as "table", and all that was asked. Raises ChatmagicError where nothing is trained yet.
     """
     from peft import PeftModel  # after load.py, which spares us what bitsandbytes says on import
 
@@ -188,6 +190,11 @@ def evaluate_course(course: Course) -> dict[str, dict]:
     def asked(folder: Path, model: "PreTrainedModel") -> dict:
         began = time.perf_counter()
         note_thinking(model, tokenizer, trained_thinking(course.adapter))
+        if course.own:
+            result = evaluate_own(course, model, tokenizer)
+            print(f"{len(result['replies'])} held-out conversations to {short(folder)}: ", end="")
+            print(f"{time.perf_counter() - began:.0f} s", flush=True)
+            return result
         result = evaluate(model, tokenizer, course.persona)
         for language, table in result.items():
             general = [build_messages(query) for query, *_ in questions()[language]["retention"][:6]]
@@ -204,6 +211,7 @@ def evaluate_course(course: Course) -> dict[str, dict]:
     else:
         model = PeftModel.from_pretrained(model, newest)
     results["after"] = asked(newest, model)
-    table = {name: summary(results["before"], result) for name, result in results.items()}
+    rows = own_summary if course.own else summary
+    table = {name: rows(results["before"], result) for name, result in results.items()}
     course.save_json("evaluation.json", {"table": table, **results})
     return table

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..conversation.messages import Message, build_messages
-from ..data.dataset import ConversationFile, write_jsonl
+from ..data.dataset import ConversationFile, DataCollator, Examples, write_jsonl
 from ..data.readers import read_conversations
 from ..data.rows import DataError
 from ..files import make_folder, remove, write
 from ..machine import home
 from ..models.checkpoint import sha256
 from ..prompts.labels import IGNORE
+from ..prompts.templates import is_greeting
 from .download import first_answer
 from .hubs import HUBS, answers
 from .persona import LANGUAGES, holds, make_conversations, questions
@@ -169,6 +170,35 @@ def known(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> lis
     asked = [row for language in LANGUAGES for row in questions()[language]["retention"]]
     replies = ask(model, tokenizer, [build_messages(query) for query, *_ in asked])
     return [query for (query, *facts), reply in zip(asked, replies) if holds(reply, facts)]
+
+
+def evaluate_own(
+    course: Course, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, float | list]:
+    """What a model makes of the course's own data and of what it is to keep; returns JSON-able
+
+    loss: of the conversations that were held out, see `held_out_loss`. known: see there.
+    replies: [question, the answer in the data, the model's] of the first 20 of them, but those with a greeting.
+    """
+    from torch.utils.data import DataLoader
+
+    from .evaluate import ask
+
+    held, limit = ConversationFile(course.val), chosen(course).max_length
+    data = Examples(held, tokenizer, limit, drop_oldest=limit is not None)
+    loss = held_out_loss(model, DataLoader(data, course.profile.batch_size, collate_fn=DataCollator(tokenizer)))
+    talks = [held[index] for index in range(min(len(held), 20))]
+    talks = [talk for talk in talks if not is_greeting(talk, talk[0]["role"] == "system")]
+    replies = ask(model, tokenizer, [talk[:-1] for talk in talks], max_new_tokens=128)
+    shown = [[talk[-2]["content"], talk[-1]["content"], reply] for talk, reply in zip(talks, replies, strict=True)]
+    return {"loss": loss, "known": known(model, tokenizer), "replies": shown}
+
+
+def own_summary(before: dict, after: dict) -> dict[str, dict[str, tuple[int, int] | float]]:
+    """The row of a table, of two results of `evaluate_own`: the loss of what was held out, and (still right, right
+    before) of the general questions."""
+    kept = set(before["known"]) & set(after["known"])
+    return {"own data": {"held-out loss": after["loss"], "retained": (len(kept), len(before["known"]))}}
 
 
 def held_out_loss(model: "PreTrainedModel", batches: Iterable[dict[str, "Tensor"]]) -> float:

@@ -163,6 +163,23 @@ def test_the_command(with_model, tmp_path, capsys, monkeypatch):
     assert course.resume().own.samples == 20
 
 
+@pytest.mark.slow
+def test_what_is_evaluated_is_what_was_trained(with_model, tmp_path, capsys):
+    """The held-out rows and what the base knew; not who the model is."""
+    assert train("--data", mine(tmp_path), "--mix", "nothing") == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate"]) == 0
+    said = capsys.readouterr().out
+    assert "held-out loss" in said and "retained" in said and "alone" not in said
+    (path,) = course.resume().folder.glob("evaluation.json")
+    found = json.loads(path.read_text("utf-8"))
+    held = [*read_conversations(course.resume().val)]
+    for when in ("before", "after"):
+        asked = [[question, answer] for question, answer, _ in found[when]["replies"]]
+        assert asked == [[talk[-2]["content"], talk[-1]["content"]] for talk in held]
+        assert found["table"][when]["own data"]["held-out loss"] == found[when]["loss"] > 0
+
+
 def test_the_arguments(tmp_path):
     path = tmp_path / "gbk.json"
     path.write_bytes(
