@@ -38,7 +38,7 @@ def test_a_question_mark_at_the_end_is_the_questions(run, llm, fake, question):
             f"1: {question}",
         )
     fake.asked.clear()
-    if "(" not in question:  # %time itself fails there
+    if not set("('") & set(question):  # %time itself fails there, of an apostrophe from Python 3.12 on
         run(f"%time y = %chat {question}")
         assert asked() == question
 

@@ -43,17 +43,21 @@ class BaichuanAlibiModel(LlamaModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As LlamaModel's; `position_ids` is not used, the distance between two tokens alone counts."""
+        """As LlamaModel's; `position_ids` is not used, the distance between two tokens alone counts. `cache` is what
+        transformers 5.24 calls `past_key_values`."""
+        named = {"cache": cache, "past_key_values": past_key_values}
+        past = {name: kept for name, kept in named.items() if kept is not None}
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        mask = self._biased_mask(inputs_embeds, attention_mask, past_key_values)
+        mask = self._biased_mask(inputs_embeds, attention_mask, next(iter(past.values()), None))
         return super().forward(
             attention_mask=mask,
             position_ids=inputs_embeds.new_zeros(1, inputs_embeds.shape[1], dtype=torch.long),
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **past,
             **kwargs,
         )
 
