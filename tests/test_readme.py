@@ -153,4 +153,6 @@ def test_pictures_and_links_exist(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     assert len(targets) > 10
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert [target for target in targets if target not in anchors and not (ROOT / target).exists()] == []
