@@ -303,9 +303,9 @@ def export(args: argparse.Namespace) -> None:
     made = "adapter" if args.to == "lora" else "merged"
     folder = args.folder or getattr(resume(made), made)
     with extra("export"):
-        from .course.export import export, push
+        from .course.export import export_model, push
 
-        output = export(folder, args.to, args.quantize, args.output)
+        output = export_model(folder, args.to, args.quantize, args.output)
     print(output if not args.push else push(output, args.push, args.repo))
 
 

@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..backends.gguf import open_gguf
     from ..machine import GB, home, report, share_cores, short
     from .comparison import before_after
     from .evaluate import ask
+    from .export import export_model
     from .own import held_out_loss, known, make_own_data, role_play, used
     from .persona import Persona, make_conversations
     from .profile import get_profile, profiles
@@ -32,6 +34,8 @@ _HOME = {
     "resume": "course.thread",
     "start": "course.thread",
     "ask": "course.evaluate",
+    "export_model": "course.export",
+    "open_gguf": "backends.gguf",
     "known": "course.own",
     "held_out_loss": "course.own",
     "make_own_data": "course.own",
@@ -45,6 +49,7 @@ __all__ = [
     "Persona",
     "ask",
     "before_after",
+    "export_model",
     "fetch",
     "get_profile",
     "held_out_loss",
@@ -52,6 +57,7 @@ __all__ = [
     "known",
     "make_conversations",
     "make_own_data",
+    "open_gguf",
     "own_replies",
     "profiles",
     "report",

@@ -19,6 +19,8 @@ ROWS = {
     "heldout": "没训练过的问法",
     "retained": "原来答得对、还答得对的一般问题",
     "leaked": "一般问题里冒出新身份的（越少越好）",
+    "near": "问别人、问别的东西时冒出新身份的（越少越好）",
+    "still thinks": "原来会思考、还会思考的",
     "perplexity": "一段没训练过的文字的困惑度",
 }
 
@@ -75,16 +77,17 @@ def write_card(made: Made, kind: str, use: str) -> str:
     lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value), "---"]
     lines += ["", f"# {persona.name if persona else made.name}", ""]
     if persona:
-        lines += [f"> {answer}" for answer in persona.answers.values()] + [""]
+        lines += [f"> {answer}" for _, (answer,) in persona.conversation] + [""]
     lines += ["## 从哪里来", "", f"- 原模型：{made.base or '没有记录'}"]
     lines += [f"- 许可：{licence}。{known['demands']}" if known else "- 许可：同原模型，请照它的要求。"]
     lines += [*_recipe(made.run), f"- 导出：{kind}，{date.today()}", ""]
     if table := made.evaluation.get("table"):
-        lines += ["## 检验", "", "| | 训练前 | 训练后 |", "|---|---|---|"]
-        lines += [
-            f"| {said} | {_cell(table['before'][row])} | {_cell(table['after'][row])} |" for row, said in ROWS.items()
-        ]
-        lines += ["", "量的是导出以前的模型，贪心解码。", ""]
+        lines += ["## 检验", "", "量的是导出以前的模型，贪心解码。", ""]
+        for language in [*table["after"]] if "alone" not in table["after"] else [""]:
+            before, after = (table[when].get(language, table[when]) for when in ("before", "after"))
+            lines += [f"| {language} | 训练前 | 训练后 |", "|---|---|---|"]
+            lines += [f"| {ROWS.get(row, row)} | {_cell(before[row])} | {_cell(after[row])} |" for row in after]
+            lines += [""]
     return "\n".join([*lines, "## 怎么用", "", "```bash", use, "```", ""])
 
 

@@ -17,7 +17,7 @@ EXPORTED = "export.json"  # says that this wrote the folder, and may write it ag
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
 
-def export(source: Path, to: str, kind: str = "q8_0", output: Path | None = None) -> Path:
+def export_model(source: Path, to: str, kind: str = "q8_0", output: Path | None = None) -> Path:
     """Export a merged model, `to` "gguf" or "ollama" with its matrices as `kind` (see `models.gguf.KINDS`), or an
     adapter, to "lora"; returns the folder, by default beside the source, which is there only once it is complete.
 

@@ -61,6 +61,7 @@ notebooks/*
 docs/chat
 docs/data
 docs/training
+docs/deploy
 docs/models
 docs/families
 docs/templates

@@ -77,16 +77,23 @@ def test_ollama_gets_the_file_and_what_belongs_to_it(course, capsys):
 
 
 def test_a_card_says_what_is_passed_on(course):
-    folder = exporting.export(course.merged, "gguf", "q8_0")
+    folder = exporting.export_model(course.merged, "gguf", "q8_0")
     card = (folder / "README.md").read_text("utf-8")
     for said in (
         'base_model: "Qwen/Qwen-7B-Chat"', 'license: "other"', 'license_name: "Tongyi Qianwen License"',
-        'language: ["zh"]', "# 小炉", f"> {course.persona.answers['who']}", "《通义千问许可协议》", "480 段对话",
+        'language: ["zh"]', "# 小炉", f"> {course.persona.conversation[0][1][0]}", "《通义千问许可协议》", "480 段对话",
         "AdaLoRA（秩 12 到 8），4 轮", "| 单独问的九个身份问题 | 0/9 | 9/9 |", "190.3",
         "llama-server -m little-stove-q8_0.gguf", "导出：gguf q8_0，20",
     ):  # fmt: skip
         assert said in card
     assert "/somewhere" not in card and str(course.folder) not in card
+
+
+def test_a_card_has_a_table_for_each_language(course):
+    rows = EVALUATION["table"]["after"] | {"near": [0, 30]}
+    both = {"table": dict.fromkeys(("before", "after"), {"zh": rows, "en": rows})}
+    card = write_card(find_made(course.merged)._replace(evaluation=both), "gguf q8_0", "")
+    assert "| zh | 训练前 | 训练后 |" in card and "| en | 训练前 | 训练后 |" in card and card.count("冒出新身份的") == 4
 
 
 def test_every_licence_of_the_profiles_says_what_it_demands(course):
@@ -106,13 +113,13 @@ def test_an_adapter_becomes_what_vllm_takes(course, capsys):
     assert said in (folder / "README.md").read_text("utf-8")
     config["r"] = 33
     (course.adapter / "adapter_config.json").write_text(json.dumps(config))
-    assert "--max-lora-rank 64" in (exporting.export(course.adapter, "lora") / "README.md").read_text("utf-8")
+    assert "--max-lora-rank 64" in (exporting.export_model(course.adapter, "lora") / "README.md").read_text("utf-8")
 
 
 def test_an_export_is_whole_or_not_there_and_takes_no_place_of_others(course, capsys, monkeypatch):
-    folder = exporting.export(course.merged, "gguf")
+    folder = exporting.export_model(course.merged, "gguf")
     (folder / "mine.txt").write_text("")
-    exporting.export(course.merged, "gguf")  # an older one goes
+    exporting.export_model(course.merged, "gguf")  # an older one goes
     assert not (folder / "mine.txt").exists()
     (course.merged / "made.gguf").unlink()
     assert export("--to", "gguf") == 1
@@ -120,7 +127,7 @@ def test_an_export_is_whole_or_not_there_and_takes_no_place_of_others(course, ca
     assert "llama.cpp's converter does not convert" in capsys.readouterr().err
     assert not list(course.folder.glob("*f16*")) and not list(course.folder.glob(".*"))
     with pytest.raises(WriteError, match="exists, and nothing is written over it"):
-        exporting.export(course.adapter, "lora", output=course.merged)
+        exporting.export_model(course.adapter, "lora", output=course.merged)
 
 
 def test_the_wrong_folder_is_told_apart(course, capsys):
