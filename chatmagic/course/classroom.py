@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ChatmagicError
 from ..files import make_folder, new_folder, write
 from ..machine import GB, shipped, short
+from .converter import find_converter
 from .download import download
 
 YOURS = "# 写在这里 your answer\n"
@@ -59,7 +60,7 @@ def bundle(folder: Path, models: Sequence[str], index: str | None = None) -> Non
     source = Path(__file__).parents[2]
     if not (source / "pyproject.toml").is_file():
         raise ChatmagicError("A bundle is made in the repository: clone it, `make kernel`, and there: the same.")
-    found = [download(name) for name in models]
+    found = [*map(download, models), find_converter()]  # which notebook 07 asks for
     with new_folder(folder, needed=sum(map(size, found)) + 2 * GB) as staging:
         for model in found:
             print(f"{short(model)} ...", flush=True)
@@ -74,7 +75,7 @@ def bundle(folder: Path, models: Sequence[str], index: str | None = None) -> Non
             "-c",
             str(constraints),
             *more,
-            f"{source}[lab,serve]",
+            f"{source}[lab,serve,export,gguf]",
         ]
         done = subprocess.run([sys.executable, "-m", "pip", *command], stderr=subprocess.PIPE, text=True)
         if done.returncode:

@@ -11,7 +11,7 @@ mkdir -p "$target"
 target=$(cd "$target" && pwd)
 "$python" -m venv "$target/.venv"
 bin=$target/.venv/bin
-"$bin/python" -m pip install --quiet --no-index --find-links "$here/wheels" -c "$here/constraints.txt" "chatmagic[lab,serve]"
+"$bin/python" -m pip install --quiet --no-index --find-links "$here/wheels" -c "$here/constraints.txt" "chatmagic[lab,serve,export,gguf]"
 cp -R "$here/notebooks" "$here/docs" "$target"
 "$bin/python" -m ipykernel install --prefix "$target/.venv" --name chatmagic --display-name chatmagic \
     --env OMP_WAIT_POLICY PASSIVE --env CHATMAGIC_HOME "$here/models" --env CHATMAGIC_COURSE "$target/course" >/dev/null

@@ -66,6 +66,10 @@ def a_model(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     monkeypatch.setattr(classroom, "download", lambda name: folder)
+    converter = tmp_path / "home" / "llama.cpp"
+    converter.mkdir()
+    (converter / "convert_hf_to_gguf.py").touch()
+    monkeypatch.setattr(classroom, "find_converter", lambda: converter)
     return folder
 
 
@@ -77,6 +81,7 @@ def test_a_bundle_that_is_not_whole_is_none(tmp_path, pip, a_model):
     pip.fails = 0
     classroom.bundle(tmp_path / "made", ["tiny"], "https://wheels.example/cpu")
     assert (tmp_path / "made/models/tiny/config.json").read_text() == "{}"
+    assert (tmp_path / "made/models/llama.cpp/convert_hf_to_gguf.py").is_file()
     assert pip.commands[1][pip.commands[1].index("--extra-index-url") + 1] == "https://wheels.example/cpu"
     with pytest.raises(WriteError, match="exists"):
         classroom.bundle(tmp_path / "made", ["tiny"])
