@@ -34,8 +34,9 @@ PLAIN = "q4_0:plain"  # with the scales that gguf itself takes
 
 def measured(file: Path, course, general: int) -> dict:
     persona, said = course.persona, json.loads((course.folder / "evaluation.json").read_text("utf-8"))["after"]
+    said, own = said[persona.language], questions()[persona.language]
     trained, told = persona.asked("trained"), dict(map(tuple, reversed(said["replies"])))
-    asked = [query for query, *_ in questions()["general"]["retention"]][:general]
+    asked = [query for query, *_ in own["retention"]][:general]
     llm = open_gguf(file, context=1024, stream=False)
     replies, tokens, began = {}, 0, time.perf_counter()
     for query in [*(query for _, query in trained), *asked]:
@@ -50,10 +51,10 @@ def measured(file: Path, course, general: int) -> dict:
         "bytes": file.stat().st_size,
         "identity": sum(persona.knows(topic, replies[query]) for topic, query in trained),
         "same": sum(replies[query] == told[query] for _, query in trained),
-        "leaked": sum(persona.leaks(replies[query]) for query in asked),
+        "leaked": sum(persona.leaks(query, replies[query]) for query in asked),
         "general": len(asked),
         "tokens_per_second": tokens / seconds,
-        "perplexity": perplexity(model.eval(), tokenizer, questions()["fluency"][persona.language]),
+        "perplexity": perplexity(model.eval(), tokenizer, own["fluency"]),
         "perplexity_merged": said["perplexity"],
     }
 

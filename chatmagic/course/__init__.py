@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..backends.gguf import open_gguf
     from ..machine import GB, home, report, share_cores, short
+    from .check import check, find_answer
     from .comparison import before_after
     from .evaluate import ask
     from .export import export_model
@@ -30,6 +31,8 @@ _HOME = {
     "make_conversations": "course.persona",
     "Course": "course.thread",
     "before_after": "course.comparison",
+    "check": "course.check",
+    "find_answer": "course.check",
     "fetch": "course.thread",
     "resume": "course.thread",
     "start": "course.thread",
@@ -49,8 +52,10 @@ __all__ = [
     "Persona",
     "ask",
     "before_after",
+    "check",
     "export_model",
     "fetch",
+    "find_answer",
     "get_profile",
     "held_out_loss",
     "home",

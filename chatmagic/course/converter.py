@@ -1,5 +1,6 @@
 """llama.cpp's own converter, out of the source distribution of llama-cpp-python on PyPI. Nothing of it is installed."""
 
+import errno
 import tarfile
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def find_converter() -> Path:
             try:
                 pip_download(f"llama-cpp-python=={RELEASE}", SHA256, staging, source=True)
             except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise
                 raise ExportError(
                     f"llama.cpp's converter could not be downloaded: {error} On a machine with a network: pip download "
                     f"--no-deps --no-binary llama-cpp-python llama-cpp-python=={RELEASE}. Copy {ARCHIVE} to {home()} "

@@ -5,8 +5,10 @@ below a folder that it is given. What `covers` names are the modules that write:
 them is not here.
 """
 
+import io
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 
 import published
 from chatmagic import ChatLLM, adalora_to_lora, build_messages, load_model, merge_adapter, write_jsonl
-from chatmagic.course import Persona, classroom, download, evaluate, hubs, own, replies, thread
+from chatmagic.course import Persona, classroom, converter, download, evaluate, export, hubs, own, replies, thread
 from chatmagic.course.profile import get_profile
 from chatmagic.files import write
 from chatmagic.notebook import keeping
@@ -185,6 +187,42 @@ def workshop(source, monkeypatch):
     nbformat.write(notebook, source / "00.ipynb")
     monkeypatch.setattr(classroom, "shipped", lambda name: source)
     return lambda where, version: classroom.workshop(where / "class")
+
+
+@writer("course/export.py")
+def exported_adapter(source, monkeypatch):
+    monkeypatch.setattr(export, "write_card", lambda made, to, use: "long\n" * 3000 * act.version)
+    monkeypatch.setattr(export, "find_made", lambda folder: SimpleNamespace(folder=folder, name="it", profile=None))
+
+    def act(where, version):
+        act.version = version
+        model = changed(adalora(base=tiny_llama()), version)
+        model.active_peft_config.base_model_name_or_path = "base"
+        states.save_adapter(model, source / "adapter")
+        export.export_model(source / "adapter", "lora", output=where / "lora")
+
+    return act
+
+
+@writer("course/converter.py")
+def unpacked_converter(source, monkeypatch):
+    inside = f"{converter.INSIDE}{converter.CONVERTER}"
+
+    def act(where, version):
+        monkeypatch.setenv("CHATMAGIC_HOME", str(where))
+        monkeypatch.setattr(converter, "RELEASE", str(version))
+        monkeypatch.setattr(converter, "home", lambda: where)
+        with tarfile.open(source / converter.ARCHIVE, "w:gz") as packed:
+            member = tarfile.TarInfo(inside)
+            member.size = 9000 * version
+            packed.addfile(member, io.BytesIO(b"x" * member.size))
+        monkeypatch.setattr(converter, "pip_download", carried)
+        converter.find_converter()
+
+    def carried(wheel, digest, staging, source_=None, **_):
+        shutil.copy(source / converter.ARCHIVE, staging)
+
+    return act
 
 
 @writer("training/states.py")
