@@ -272,9 +272,9 @@ def evaluate(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> int:
     """Print what is right of what was asked, and replies that are not; returns 1 where the new self is not right."""
     persona = chosen(args).persona
-    from .course.check import check, find_answer
+    from .course.check import examine, find_answer
 
-    found = check(find_answer(args.target, args.model), persona, args.only)
+    found = examine(find_answer(args.target, args.model), persona, args.only)
     wrong = [each for each in found if not each.right(each.reply)]
     for each in wrong:
         if each.kind in ("trained", "near"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..backends.gguf import open_gguf
     from ..machine import GB, home, report, share_cores, short
-    from .check import check, find_answer
+    from .check import examine, find_answer
     from .comparison import before_after
     from .evaluate import ask
     from .export import export_model
@@ -31,7 +31,7 @@ _HOME = {
     "make_conversations": "course.persona",
     "Course": "course.thread",
     "before_after": "course.comparison",
-    "check": "course.check",
+    "examine": "course.check",
     "find_answer": "course.check",
     "fetch": "course.thread",
     "resume": "course.thread",
@@ -52,7 +52,7 @@ __all__ = [
     "Persona",
     "ask",
     "before_after",
-    "check",
+    "examine",
     "export_model",
     "fetch",
     "find_answer",

@@ -28,7 +28,7 @@ class Asked(NamedTuple):
     reply: str = ""
 
 
-def check(answer: Answer, persona: Persona, kinds: Collection[str] = KINDS) -> list[Asked]:
+def examine(answer: Answer, persona: Persona, kinds: Collection[str] = KINDS) -> list[Asked]:
     """Ask in both languages, each question alone, with their replies.
 
     trained: the nine questions. heldout: paraphrases that were never trained. near: what sounds like them and is

@@ -4,7 +4,7 @@ import pytest
 
 from chatmagic import build_messages, cli
 from chatmagic.conversation.pieces import Thought
-from chatmagic.course.check import KINDS, check, find_answer
+from chatmagic.course.check import KINDS, examine, find_answer
 from chatmagic.course.persona import LANGUAGES, Persona, questions
 from fake_model import FakeModel
 from served import serving
@@ -43,7 +43,7 @@ def test_one_that_knows_passes(capsys):
     with serving(model) as url:
         assert run(url) == 0
     printed = capsys.readouterr().out.split()
-    counts = {kind: len(check(lambda conversations: [""] * len(conversations), PERSONA, [kind])) for kind in KINDS}
+    counts = {kind: len(examine(lambda conversations: [""] * len(conversations), PERSONA, [kind])) for kind in KINDS}
     assert printed == [word for kind in KINDS for word in (kind, f"{counts[kind]}/{counts[kind]}")]
     assert counts["trained"] == 18 and counts["near"] == len(NEAR) and len(model.asked) == sum(counts.values())
     assert all(options == {"max_new_tokens": 48, "temperature": 0} for _, options in model.asked)
@@ -68,7 +68,7 @@ def test_what_its_exit_status_tells(told, more, status, words, capsys):
 
 
 def test_general_knowledge_that_was_lost_is_counted():
-    found = check(lambda conversations: ["..."] * len(conversations), PERSONA, ["retention", "near"])
+    found = examine(lambda conversations: ["..."] * len(conversations), PERSONA, ["retention", "near"])
     assert {each.kind for each in found if each.right(each.reply)} == {"near"}
 
 

@@ -1,0 +1,109 @@
+"""What the course costs: time and peak memory of each notebook, each in a kernel of its own, whose start counts.
+
+    python benchmarks/course.py [--notebooks 00 01 ...] [--profile NAME] [--beside 0] [--memory GB] [--no-bf16]
+                                [--json FILE]
+
+The model is fetched first, and not timed. beside: so many processes that are busy. On a GPU, memory holds PyTorch to
+so many GB of it, and --no-bf16 lets it be one without bfloat16, as a T4 is. Memory is the kernel's largest resident
+set and what PyTorch reserved of the GPU. What the notebooks leave lies in a temporary folder.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+
+from chatmagic.course import GB, start
+from chatmagic.course.running import execute
+from chatmagic.course.thread import fetch
+from chatmagic.machine import gpu_memory
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+ASK = "import torch; print('RESERVED', torch.cuda.max_memory_reserved())"
+
+
+def busy() -> None:
+    while True:
+        pass
+
+
+def first_cell(memory: float | None, bf16: bool) -> str:
+    """What a smaller or older GPU is, said to the real one."""
+    lines = ["import torch"]
+    if memory:
+        lines += [f"torch.cuda.set_per_process_memory_fraction({memory} * 10**9 / {gpu_memory()})"]
+    if not bf16:
+        lines += [
+            "torch.cuda.is_bf16_supported = lambda *_, **__: False",
+            "torch.cuda.get_device_capability = lambda *_: (7, 5)",
+        ]
+    return "\n".join(lines)
+
+
+def run(path: Path, environment: dict[str, str], before: str | None, answer: multiprocessing.Queue) -> None:
+    """In a process of its own, whose one child is the kernel."""
+    notebook = nbformat.read(path, as_version=4)
+    if before is not None:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(before))
+        notebook.cells.append(nbformat.v4.new_code_cell(ASK))
+    began = time.perf_counter()
+    execute(notebook, path.parent, environment)
+    seconds = time.perf_counter() - began
+    found = {"seconds": seconds, "memory": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}
+    if before is not None:
+        found["gpu"] = int(notebook.cells[-1].outputs[0].text.split()[-1])
+    answer.put(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--notebooks", nargs="+", default=["00", "01", "02", "03", "04", "05", "06"])
+    parser.add_argument("--profile", default="qwen2.5-coder-0.5b-instruct")
+    parser.add_argument("--beside", type=int, default=0)
+    parser.add_argument("--memory", type=float)
+    parser.add_argument("--no-bf16", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    beside = [multiprocessing.Process(target=busy, daemon=True) for _ in range(args.beside)]
+    for process in beside:
+        process.start()
+    before = first_cell(args.memory, not args.no_bf16) if gpu_memory() else None
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"CHATMAGIC_COURSE": folder, "CHATMAGIC_PROFILE": args.profile}
+        os.environ["CHATMAGIC_COURSE"] = folder
+        fetch(start(args.profile))
+        for path in (path for name in args.notebooks for path in sorted(NOTEBOOKS.glob(f"{name}-*.ipynb"))):
+            answer = multiprocessing.Queue()
+            process = multiprocessing.Process(target=run, args=(path, environment, before, answer))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"{path.name} failed.")
+            found[path.stem] = each = answer.get()
+            gpu = f", {each['gpu'] / GB:.1f} GB of the GPU" if "gpu" in each else ""
+            print(f"{path.stem:20} {each['seconds']:6.0f} s, {each['memory'] / GB:.1f} GB{gpu}", flush=True)
+    total = sum(each["seconds"] for each in found.values())
+    print(f"{'all':20} {total:6.0f} s, {max(each['memory'] for each in found.values()) / GB:.1f} GB")
+    if args.json:
+        about = {"date": str(date.today()), "machine": platform.machine(), "cores": os.cpu_count()}
+        about |= {"profile": args.profile, "beside": args.beside, "memory": args.memory, "bf16": not args.no_bf16}
+        about |= {name: version(name) for name in ("torch", "transformers", "peft")}
+        if gpu_memory():
+            import torch
+
+            about["device"] = torch.cuda.get_device_name()
+        args.json.write_text(json.dumps(about | {"notebooks": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
