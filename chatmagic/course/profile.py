@@ -78,13 +78,17 @@ class Profile:
         return self.bytes + 2 * GB
 
 
+ROOMY = 15 * GB
+"""Of GPU memory, for what a profile's table `gpu` says: the embedded model reserves 12.2 (`benchmarks/course.py`)."""
+
+
 @cache
 def profiles() -> dict[str, Profile]:
     """Every profile by its name."""
     tables = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
     default = tables.pop("default")
     otherwise = {name: table.pop("gpu", {}) for name, table in tables.items()}
-    if gpu_memory():
+    if gpu_memory() >= ROOMY:
         tables = {name: table | otherwise[name] for name, table in tables.items()}
     return {name: Profile(name, **default | table) for name, table in tables.items()}
 

@@ -94,3 +94,10 @@ def test_models_says_all_of_one(small_gpu, capsys):
 def test_lora_wants_a_smaller_rate():
     profile = get_profile("qwen3-4b-instruct-2507")
     assert (profile.rate("adalora"), profile.rate("lora")) == (2e-3, pytest.approx(4e-4))
+
+
+@pytest.mark.parametrize("gigabytes, batch", [(0, 2), (8, 2), (14.9, 2), (15.8, 8), (80, 8)])
+def test_larger_batches_are_for_a_gpu_that_holds_them(monkeypatch, gigabytes, batch):
+    """A T4 has 15.8 GB; in 8 the larger batches ran out of memory."""
+    monkeypatch.setattr(module, "gpu_memory", lambda: gigabytes * 10**9)
+    assert module.profiles.__wrapped__()["qwen2.5-coder-0.5b-instruct"].batch_size == batch

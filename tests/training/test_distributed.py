@@ -159,12 +159,12 @@ def test_a_state_of_two_processes_is_not_for_one(tmp_path):
 
 
 def script(rank, port, home):
-    """`accelerate launch -m chatmagic.cli train llama-2-13b-chat`, of a tiny model and for ten steps."""
+    """`accelerate launch -m chatmagic.cli train llama-2-13b-chat`, of a tiny model, for ten steps and five more, as it has not learnt by then."""
     join(rank, port)
     os.environ["CHATMAGIC_HOME"] = str(home)
     tiny = profiles()["llama-2-13b-chat"]
     profiles()["llama-2-13b-chat"] = replace(
-        tiny, quantize="no", conversations=20, samples=20, epochs=2, learning_rate=1e-2
+        tiny, quantize="no", conversations=20, samples=20, batch_size=2, epochs=2, learning_rate=1e-2
     )
     sys.exit(main(["train", "llama-2-13b-chat", "--name", "小明"]))
 
@@ -180,7 +180,7 @@ def test_the_script_trains_in_two_processes(tmp_path, tiny_models):
     assert told["persona"]["name"] == "小明" and told["template"] and told["settings"]["epochs"] == 2
     assert told["files"]["train.jsonl"] == hashlib.sha256((folder / "train.jsonl").read_bytes()).hexdigest()
     names = {path.name for path in (folder / "adapter").iterdir()}
-    assert {"adapter_model.safetensors", "history.png", "ranks.png", "last-000010"} <= names
+    assert {"adapter_model.safetensors", "history.png", "ranks.png", "last-000015"} <= names
 
 
 def failing(rank, port, home):
