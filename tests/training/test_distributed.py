@@ -159,7 +159,8 @@ def test_a_state_of_two_processes_is_not_for_one(tmp_path):
 
 
 def script(rank, port, home):
-    """`accelerate launch -m chatmagic.cli train llama-2-13b-chat`, of a tiny model, for ten steps and five more, as it has not learnt by then."""
+    """`accelerate launch -m chatmagic.cli train llama-2-13b-chat`, of a tiny model: ten steps, and five more, as it has
+    not learnt by then."""
     join(rank, port)
     os.environ["CHATMAGIC_HOME"] = str(home)
     tiny = profiles()["llama-2-13b-chat"]
