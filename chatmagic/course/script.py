@@ -1,6 +1,7 @@
 """The notebooks' run as a script, in one process or many: what `chatmagic train` does."""
 
 import math
+import os
 import random
 import signal
 from dataclasses import asdict
@@ -46,17 +47,17 @@ def run(
     """Go through 00-setup to 04-train-adalora, as one process or as one of those that a launcher started; returns
     fit's history. SIGTERM is taken as Ctrl-C is. Raises ChatmagicError where another process has ended."""
     signal.signal(signal.SIGTERM, interrupted)
-    state = PartialState(
-        # Without it accelerate looks for the other processes on GPUs alone.
-        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available(),
-        timeout=timedelta(hours=4),  # the others wait while the first downloads
-    )
     if resume and newest_state(course.adapter, read=False) is None:  # before anything is downloaded or made
         raise ChatmagicError(
             f"Nothing to resume in {course.adapter}: no run was broken off there. Start one: chatmagic train, without "
             "--resume. Another model or persona has a folder of its own: name them as then."
         )
     try:
+        state = PartialState(
+            # Without it accelerate looks for the other processes on GPUs alone.
+            cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available(),
+            timeout=timedelta(hours=4),  # the others wait while the first downloads
+        )
         with state.main_process_first():
             course = fetch(course) if state.is_main_process else resume_course()  # which the first has written by then
             make_data(course)
@@ -64,7 +65,7 @@ def run(
         history = train(course, method, resume=resume, save_every=save_every)
         state.destroy_process_group()  # NCCL warns of one that is left
     except RuntimeError as error:
-        if not lost_peer(error, state.num_processes):
+        if not lost_peer(error, int(os.environ.get("WORLD_SIZE", 1))):  # perhaps while they still join
             raise
         raise ChatmagicError("Another process of this run has ended. Its own message says why.") from None
     state.print(f"The adapter is in {course.adapter}. What changed: chatmagic evaluate. To merge it: 05-merge.ipynb.")

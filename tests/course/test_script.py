@@ -125,6 +125,16 @@ def test_sigterm_outside_the_steps_ends_the_run(home, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_a_process_that_is_lost_while_they_join_is_told(home, monkeypatch, capsys):
+    def joins(**_):
+        raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(script, "PartialState", joins)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(home) == 1
+    assert "Another process of this run has ended" in capsys.readouterr().err
+
+
 def test_nothing_to_resume_is_told(home, capsys):
     assert train(home, "--resume") == 1
     assert "Nothing to resume" in capsys.readouterr().err
