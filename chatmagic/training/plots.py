@@ -56,7 +56,7 @@ class StepBar:
 
     def on_fit_end(self, model: "KerasModel") -> None:
         """Leave it as it ended: all is done, though fewer steps than there might have been."""
-        self.on_train_step_end(model)
+        self.bar.update(model.step - self.bar.n)  # the epoch that it tells of is the last, no more the next
         self.bar.total = self.bar.n
         self.bar.refresh()
         self.bar.close()
