@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from chatmagic import ChatmagicError
 from chatmagic.training import KerasModel, StepRunner
 from chatmagic.training.keras import TrainingInterrupted
 from tiny_runs import LAYERS, adalora, fit, loader, lora, rows, tiny_llama
@@ -190,6 +191,8 @@ def test_a_run_stopped_in_its_extension_goes_on_in_it(tmp_path):
 
         with pytest.raises((TrainingInterrupted, KeyboardInterrupt)):
             fit(lora(), tmp_path / "stopped", runner=Stopping, **settings)
+        with pytest.raises(ChatmagicError, match="stopped after step 16 of 24"):  # 6 epochs of 4 steps
+            fit(lora(), tmp_path / "stopped", **settings)
         resumed = fit(lora(), tmp_path / "stopped", resume=True, **settings)
     columns = ["train_loss", "val_loss", "lr", "unlearnt"]
     assert resumed[columns].equals(whole[columns])
