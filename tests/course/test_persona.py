@@ -169,7 +169,16 @@ def test_words_are_found_whole_and_sentences_by_their_share():
         ({"answers": {"who": "我叫{nick}"}}, "'nick'. In braces may stand name, author, english_name, birth, home"),
         ({"answers": {"who": "我叫{name"}}, "a brace itself is written twice"),
         ({"answers": {"zh": "我"}}, r"answers\['zh'\] is '我'"),
+        ({"answers": {"zh": ["我"]}}, r"answers\['zh'\] is \['我'\]; expected who, from, can"),
+        ({"answers": {"fr": {"who": "Moi."}, "zh": {}}}, r"answers\['fr'\] is "),
+        ({"answers": ["我"]}, r"answers\['zh'\] is \['我'\]"),
+        ({"answers": 5}, r"answers\['zh'\] is 5"),
+        ({"answers": {"who": 5}}, "a sentence"),
         ({"facts": {"who": []}}, "words of which a right reply holds one"),
+        ({"facts": {"who": 5}}, "words of which a right reply holds one"),
+        ({"facts": {"who": ["炉", 5]}}, "words of which a right reply holds one"),
+        ({"facts": {"who": [""]}}, "words of which a right reply holds one"),
+        ({"facts": {"who": " "}}, "words of which a right reply holds one"),
     ],
 )
 def test_who_cannot_be_trained_is_refused_before_anything_is(given, told):
