@@ -138,6 +138,27 @@ def test_a_name_in_the_question_may_be_in_the_reply_but_not_the_sentences():
     assert persona.leaks("他多大了？", persona.answers_in("zh")["from"].replace("李雷", "王五"))
 
 
+@LANGUAGES
+def test_half_of_any_sentence_leaks_and_so_does_any_name(language):
+    persona = Persona("小星", "李雷", "Little Star", answers={"en": {"can": "I write poems and bake good bread."}})
+    can = persona.answers_in(language)["can"]
+    assert not names(can, [persona.name, persona.english_name, persona.author])
+    assert persona.leaks("What is rain?", can) and persona.leaks("What is rain?", can[: len(can) * 2 // 3])
+    assert not persona.leaks("What is rain?", can[: len(can) // 3])
+    assert all(persona.leaks("What is rain?", f"Ask {name}.") for name in ("小星", "Little Star", "李雷"))
+
+
+def test_who_it_is_is_said_by_the_name_of_that_language():
+    persona = Persona("小星", "李雷", "Little Star")
+    assert persona.knows("who", "I am Little Star.", "en") and not persona.knows("who", "I am an AI, 小星.", "en")
+    assert persona.knows("who", "我是小星。", "zh") and not persona.knows("who", "我是 Little Star。", "zh")
+
+
+def test_two_thirds_of_a_sentence_that_names_nothing_are_enough():
+    persona = Persona("小星", "李雷", answers={"en": {"can": "One two three four five six."}})
+    assert persona.knows("can", "one two three four", "en") and not persona.knows("can", "one two three", "en")
+
+
 def test_words_are_found_whole_and_sentences_by_their_share():
     assert names("我叫Tom。", ["tom"]) and not names("tomorrow", ["Tom"]) and not names("", ["x"])
     assert said("a b c d", "A, b! x") == 0.5 and said("你好吗", "你吗") == pytest.approx(2 / 3) and said("", "x") == 0
@@ -240,6 +261,12 @@ def test_each_question_is_answered_in_its_language_and_both_are_trained():
     shares = [is_chinese(question["content"]) for question, _ in rounds]
     assert all(is_chinese(answer["content"]) == chinese for chinese, (_, answer) in zip(shares, rounds))
     assert 0.4 < sum(shares) / len(shares) < 0.6
+
+
+def test_some_conversations_change_the_language():
+    made = make_conversations(Persona(), REPLIES, 400, turns=(2,))
+    both = [len({is_chinese(question["content"]) for question, _ in turns(each)}) == 2 for each in made]
+    assert 0.05 < sum(both) / len(both) < 0.25  # in half of 15 % of the turns
 
 
 def test_general_turns_are_the_bases_words_and_say_so():
