@@ -233,7 +233,7 @@ def test_enough_is_held_out_and_none_of_it_is_trained(language):
 
 def held_of(asked, kind):
     if kind == "heldout":
-        return [question for ways in asked[kind].values() for question in ways]
+        return [question for each in asked[kind].values() for question in each]
     return [row if kind == "near" else row[0] for row in asked[kind]]
 
 
@@ -261,6 +261,18 @@ def test_each_question_is_answered_in_its_language_and_both_are_trained():
     shares = [is_chinese(question["content"]) for question, _ in rounds]
     assert all(is_chinese(answer["content"]) == chinese for chinese, (_, answer) in zip(shares, rounds))
     assert 0.4 < sum(shares) / len(shares) < 0.6
+
+
+def test_questions_are_asked_in_every_way_and_varied():
+    made = make_conversations(Persona(), [], 3000)
+    asked = {message["content"] for each in made for message in each if message["role"] == "user"}
+    written = {q for each in ("zh", "en") for kind in ("trained", "reworded") for q in ways(each, kind)}
+    assert {bare(question) for question in asked} >= {bare(question) for question in written}
+    assert written <= asked and len(asked) > 3 * len(written)
+
+
+def ways(language, kind):
+    return [question for each in questions()[language][kind].values() for question in each]
 
 
 def test_some_conversations_change_the_language():
