@@ -11,6 +11,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from chatmagic import ChatmagicError
 from chatmagic.training import KerasModel, StepRunner
 from chatmagic.training.keras import TrainingInterrupted
+from chatmagic.training.states import newest_state
 from tiny_runs import LAYERS, adalora, fit, loader, lora, rows, tiny_llama
 
 
@@ -142,6 +143,13 @@ def scored(step, losses):
         return result, log | ({"val_loss": float(next(losses))} if self.stage == "val" else {})
 
     return call
+
+
+@pytest.mark.parametrize("mode, kept", [("min", 3), ("max", 2)])
+def test_the_best_epoch_is_by_the_mode_where_nothing_is_to_be_learnt(tmp_path, monkeypatch, mode, kept):
+    monkeypatch.setattr(StepRunner, "__call__", scored(StepRunner.__call__, iter([5, 9, 3])))
+    fit(lora(), tmp_path, epochs=3, val=loader(rows(2)), mode=mode)
+    assert newest_state(tmp_path).best["epoch"] == kept
 
 
 def test_nothing_is_asked_before_the_ranks_are_final(tmp_path, monkeypatch):
