@@ -290,6 +290,13 @@ def test_general_turns_are_the_bases_words_and_say_so():
     assert not any("replayed" in question for question, _ in rounds)
 
 
+def test_replies_in_one_language_alone_are_replayed_in_both():
+    replies = [pair for pair in REPLIES if not is_chinese(pair[0])]
+    rounds = [round for each in make_conversations(Persona(), replies, 100) for round in turns(each)]
+    assert {question["content"] for question, answer in rounds if answer.get("replayed")} == {*dict(replies)}
+    assert any(is_chinese(question["content"]) for question, _ in rounds)
+
+
 def test_what_is_near_is_replayed_as_often_as_it_says():
     near, far = (
         [(questions()[language][kind][0], "好。") for language in ("zh", "en")] for kind in ("near_replay", "replay")
