@@ -21,13 +21,12 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from chatmagic import (
     DataCollator,
-    adalora_config,
     build_messages,
     find_all_linear_names,
     load_model,
@@ -40,7 +39,7 @@ from chatmagic.course.persona import LANGUAGES, Persona, make_conversations
 from chatmagic.course.profile import get_profile
 from chatmagic.course.replies import own_replies
 from chatmagic.data.dataset import encode_example
-from chatmagic.training import KerasModel
+from chatmagic.training import KerasModel, adapter_config
 
 ROWS = {
     "recipe": "turns in any order, replay kept by distillation, AdaLoRA, until it is learnt",
@@ -50,7 +49,6 @@ ROWS = {
     "no-replay": "AdaLoRA, turns in any order, no replay",
     "seed": "the seed's own: three turns in one order, one language, no replay, ranks never allocated",
 }
-LORA_SLOWER = 5  # AdaLoRA starts at E = 0 with factors of 0.02 and wants a larger rate than LoRA
 
 
 def conversations(row: str, persona: Persona, replies: list, count: int, seed: int, general: float, without=()) -> list:
@@ -80,17 +78,14 @@ def train(row: str, profile, folder: Path, replies: list, seed: int, adapter: Pa
         return DataLoader(examples, profile.batch_size, sampler=drawn, collate_fn=DataCollator(tokenizer))
 
     loaders = loader(data, profile.samples), loader(held)
-    steps, names, rate = profile.epochs * len(loaders[0]), find_all_linear_names(model), profile.learning_rate
-    sizes = {"lora_alpha": profile.lora_alpha, "lora_dropout": profile.lora_dropout}
-    if row == "lora":
-        config = LoraConfig(task_type="CAUSAL_LM", r=profile.target_r, target_modules=names, **sizes)
-        rate /= LORA_SLOWER
-    else:
-        config = adalora_config(steps, names, init_r=profile.init_r, target_r=profile.target_r, **sizes)
-    model = get_peft_model(model, config)
+    steps, method = profile.epochs * len(loaders[0]), "lora" if row == "lora" else "adalora"
+    sizes = {name: getattr(profile, name) for name in ("init_r", "target_r", "lora_alpha", "lora_dropout")}
+    model = get_peft_model(model, adapter_config(method, steps, find_all_linear_names(model), **sizes))
     if row == "seed":
         model.base_model.update_and_allocate = lambda step: None
-    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=rate)
+    optimizer = torch.optim.AdamW(
+        [param for param in model.parameters() if param.requires_grad], lr=profile.rate(method)
+    )
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, steps // 10, steps, min_lr_rate=0.1)
     keras_model = KerasModel(model, optimizer=optimizer, lr_scheduler=schedule)
     began = time.perf_counter()

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 from ..accel.attention import without_cudnn_attention
 from ..backends.generate import TextStream
 from ..conversation.messages import build_messages
-from ..errors import ChatmagicError
 from ..machine import short
 from ..models.load import load_model
 from ..models.provenance import trained_thinking
@@ -176,15 +175,11 @@ def evaluate_course(course: Course) -> dict[str, dict]:
     with data of the reader's own is asked what is in it, see `evaluate_own`, and not who it is.
 
     Returns the `summary` of each, or the `own_summary`, {"before": ..., "after": ...}, and writes evaluation.json in
-    the course's folder: that as "table", and all that was asked. Raises ChatmagicError where nothing is trained yet.
+    the course's folder: that as "table", and all that was asked. Raises CourseError where nothing is trained yet.
     """
     from peft import PeftModel  # after load.py, which spares us what bitsandbytes says on import
 
-    made = [course.adapter / "adapter_config.json", course.merged / "config.json"]
-    made = sorted((path.stat().st_mtime, path.parent) for path in made if path.is_file())
-    if not made:
-        raise ChatmagicError(f"No adapter is in {course.adapter}. Make one: chatmagic train {course.profile.name}")
-    newest = made[-1][1]
+    newest = course.newest
     merged, quantize = newest == course.merged, course.profile.quantize
 
     def asked(folder: Path, model: "PreTrainedModel") -> dict:

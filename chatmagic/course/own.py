@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 200  # the most that are kept to validate with: each epoch asks all of them
 REPLAYED = 0.25  # replies of the base's own beside each conversation; what that buys: benchmarks/own_data.py
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".bz2", ".xz")
 
 
 def make_own_data(course: Course, replies: Callable[[], Sequence[tuple[str, str]]]) -> None:
@@ -144,7 +144,7 @@ def dataset_file(name: str) -> Path:
     if not (folder / ".complete").is_file():
         first_answer(id, folder, {"modelscope": modelscope, "huggingface": hugging_face}, "auto")
         write(folder / ".complete", "")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.parts[-2] != ".cache")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if chosen:
         files = [folder / chosen]

@@ -66,9 +66,7 @@ class Persona:
         if not re.search(r"\w", self.birth) or len(self.birth) > 40 or not self.birth.isprintable():
             raise PersonaError(f"birth is {self.birth!r}; expected a year, such as '2023'.")
         for what in ("answers", "facts"):
-            given = getattr(self, what)
-            by_language = given if set(given) & set(LANGUAGES) else {self.language: given} if given else {}
-            put(self, what, _checked(what, by_language))
+            put(self, what, _checked(what, getattr(self, what), self.language))
         for language in LANGUAGES:
             try:
                 self.answers_in(language)
@@ -174,18 +172,25 @@ def _check_name(what: str, value: str) -> None:
     raise PersonaError(f"{what} is {value!r}; {problem}. For example: start(name='小星', author='李雷').")
 
 
-def _checked(what: str, by_language: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _checked(what: str, given: Any, language: str) -> dict[str, dict[str, Any]]:
     """answers or facts, by language, or PersonaError."""
-    for language, table in by_language.items():
-        strange = {*by_language} - {*LANGUAGES} or ({*table} - {*TOPICS} if isinstance(table, Mapping) else {table})
-        good = (lambda text: isinstance(text, str) and text.strip()) if what == "answers" else bool
-        if strange or not all(map(good, table.values())):
+
+    def words(value: Any) -> list[Any]:
+        return [*value] if what == "facts" and isinstance(value, list | tuple) else [value]
+
+    by_language: Mapping[str, Any] = {language: given} if given else {}
+    if isinstance(given, Mapping) and {*given} & {*LANGUAGES}:
+        by_language = given
+    for each, table in by_language.items():
+        right = each in LANGUAGES and isinstance(table, Mapping) and {*table} <= {*TOPICS}
+        texts = [words(value) or [""] for value in table.values()] if right else []
+        if not right or not all(isinstance(text, str) and text.strip() for some in texts for text in some):
             raise PersonaError(
-                f"{what}[{language!r}] is {table!r}; expected who, from, can (or some of them) -> "
+                f"{what}[{each!r}] is {table!r}; expected who, from, can (or some of them) -> "
                 + ("a sentence." if what == "answers" else "words of which a right reply holds one.")
             )
-    one = (lambda words: [words] if isinstance(words, str) else list(words)) if what == "facts" else str
-    return {language: {topic: one(value) for topic, value in table.items()} for language, table in by_language.items()}
+    one = words if what == "facts" else str
+    return {each: {topic: one(value) for topic, value in table.items()} for each, table in by_language.items()}
 
 
 def holds(reply: str, words: Sequence[str]) -> bool:
@@ -234,7 +239,8 @@ def make_conversations(
 
     Each has one of `turns` turns, most of them in one language; a turn is a question about something else with the base
     model's own reply (one of `replies`), marked `"replayed": True`, with probability `general`, otherwise a topic that
-    the conversation has not had yet. Half of what is replayed sounds as if it were about the model (`near_replay`).
+    the conversation has not had yet. Most of what is replayed (`NEAR`) sounds as if it were about the model, where
+    `replies` has such (`near_replay`).
     The seed kept one order of turns, so its model learnt "the first answer is my name".
     """
     rng = random.Random(seed)
@@ -245,9 +251,8 @@ def make_conversations(
         for _ in range(rng.choice(turns)):
             language = own if rng.random() < 0.85 else rng.choice(LANGUAGES)
             if replies and rng.random() < general:
-                messages += build_messages(
-                    history=[rng.choice(pools[language][not rng.random() < NEAR and len(pools[language]) > 1])]
-                )
+                pool = pools[language][0 if rng.random() < NEAR else -1]
+                messages += build_messages(history=[rng.choice(pool)])
                 messages[-1]["replayed"] = True
             elif topics:
                 topic = topics.pop()

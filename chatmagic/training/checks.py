@@ -108,6 +108,12 @@ def nothing_to_validate_on(run: "KerasModel") -> str | None:
         return f"val_data is {why}. Give it rows, or leave it out and use monitor='train_loss'."
 
 
+def nothing_to_know_by_heart(run: "KerasModel") -> str | None:
+    """What is to be learnt without a batch, of which nothing would ever be unlearnt."""
+    if run.learnt is not None and not len(run.learnt):
+        return "learnt is empty: it would be learnt at once. Give it rows, or leave it out."
+
+
 def size(loader: DataLoader) -> int:
     """The rows of a loader's dataset, 0 where it cannot tell."""
     return len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0
@@ -178,6 +184,7 @@ OF_THE_RUN: list[Callable[..., str | None]] = [
     gradients_that_nobody_adds_up,
     no_steps,
     nothing_to_validate_on,
+    nothing_to_know_by_heart,
     unknown_mode,
     unknown_monitor,
     monitor_without_validation,
@@ -209,7 +216,7 @@ def run_settings(run: "KerasModel", train_data: DataLoader) -> dict:
         "batches": len(run.train_loader),
         "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
         "epochs": run.epochs,
-        "learnt": run.learnt and len(run.learnt.dataset),
+        "learnt": None if run.learnt is None else size(run.learnt),
         "monitor": run.monitor,
         "mode": run.mode,
         "optimizer": type(optimizer).__name__,

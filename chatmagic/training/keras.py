@@ -161,7 +161,7 @@ class KerasModel(kerasmodel.KerasModel):
         refuse(OF_THE_RUN, self)
         resume = self._resumes(resume)
         rng = gather_object([get_rng(self.samplers)])
-        self.state = RunState(of=self.steps, settings=self.settings, epoch_rng=rng, rng=rng)
+        self.state = RunState(settings=self.settings, epoch_rng=rng, rng=rng)
         self.trackers = []
         self.callbacks = [*(pictures() if plot else [EpochLines()]), StepBar(), *(callbacks or [])]
         with alone_in(self.ckpt_path) if self.accelerator.is_main_process else nullcontext():
@@ -173,7 +173,7 @@ class KerasModel(kerasmodel.KerasModel):
             if resume:
                 state = newest_state(self.ckpt_path)
                 refuse_another_run(state, self)
-                self._restore(replace(state, of=self.steps, settings=self.settings))
+                self._restore(replace(state, settings=self.settings))
             else:
                 self._start()
             self.captured = self._capture()
@@ -262,7 +262,7 @@ class KerasModel(kerasmodel.KerasModel):
             state = RunState.read(io.BytesIO(BEGINNINGS[self.net]))
             if not self.optimizer.state:  # made again since, perhaps with another rate
                 state = replace(state, optimizer=None, lr_scheduler=None)
-            self._restore(replace(state, of=self.steps, settings=self.settings))
+            self._restore(replace(state, settings=self.settings))
         else:
             raise ChatmagicError("This model was trained elsewhere. To start anew, make it, and its optimizer, again.")
         self._save_state()
@@ -308,8 +308,6 @@ class KerasModel(kerasmodel.KerasModel):
 
     def _run_epoch(self) -> None:
         state = self.state
-        if state.epoch > self.scheduled:  # what is shown of the run is as long as it now may be
-            self.epochs, self.steps = self.most_epochs, self.most_epochs * self.steps_per_epoch
         set_rng(state.epoch_rng[self.accelerator.process_index], self.samplers)
         self._run_stage("train", Batches(self.train_loader, state.batch, self._on_skipped, self._after_step))
         self._call_back("on_train_epoch_end")
@@ -330,6 +328,7 @@ class KerasModel(kerasmodel.KerasModel):
         if self.trackers:
             self.accelerator.log({name: values[-1] for name, values in state.history.items()}, step=state.epoch)
         state.epoch, state.batch, state.sums = state.epoch + 1, 0, None
+        self._extend()
         state.epoch_rng = gather_object([get_rng(self.samplers)])
         self._between_steps(save_due=True)
 
@@ -408,6 +407,11 @@ class KerasModel(kerasmodel.KerasModel):
         most = self.most_epochs if self._unlearnt() else self.scheduled
         return waited or self.history.get("unlearnt", [])[-2:] == [0, 0] or self.state.epoch > most
 
+    def _extend(self) -> None:
+        """Let what is told of the run be as long as it now may be, where its schedule is through and it goes on."""
+        if self.state.epoch > self.scheduled and not self._finished():
+            self.epochs, self.steps = self.most_epochs, self.most_epochs * self.steps_per_epoch
+
     def _save_state(self) -> None:
         self._on_main(save_state, self.net, self._snapshot(), self.ckpt_path)
 
@@ -416,6 +420,7 @@ class KerasModel(kerasmodel.KerasModel):
         return replace(
             self.state,
             step=self.step,
+            of=self.steps,
             finished=self._finished(),
             rng=gather_object([get_rng(self.samplers)]),
             params={name: param.detach() for name, param in trainable(self.net)},
@@ -435,6 +440,7 @@ class KerasModel(kerasmodel.KerasModel):
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.state = state
+        self._extend()
         self.train_loader.iteration = state.epoch - 1  # a dataset or sampler may have a set_epoch
 
     def _on_main(self, write: Callable, *args: Any, **kwargs: Any) -> None:

@@ -46,10 +46,10 @@ class RunState:
     history: dict[str, list] = field(default_factory=dict)
     best: dict | None = None  # epoch and score of the adapter that was kept
     epoch_rng: list[dict] = field(default_factory=list)  # of each process, as `get_rng` gives it, at the epoch's start
-    of: int | None = None  # optimizer steps of the whole run
     settings: dict | None = None  # what the run is, which one that goes on with it must be too
     # What follows is taken when the state is saved.
     step: int = 0  # optimizer steps so far
+    of: int | None = None  # optimizer steps of the whole run
     finished: bool = True  # earlier versions do not say
     rng: list[dict] = field(default_factory=list)  # of each process, now
     params: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -269,18 +269,20 @@ def test_a_data_set_by_its_id(tmp_path, monkeypatch, capsys, hub):
 
 
 def test_which_file_of_a_data_set(monkeypatch):
-    on_a_hub(monkeypatch, {"a.jsonl": "", "b/c.parquet": "", ".cache/x.json": ""}, "modelscope")
+    on_a_hub(monkeypatch, {"a.jsonl": "", "b/c.jsonl.xz": "", ".cache/x.json": ""}, "modelscope")
     with pytest.raises(
-        DataError, match="more than one file of data, or none: a.jsonl, b/c.parquet. Say which: o/d:FILE"
+        DataError, match="more than one file of data, or none: a.jsonl, b/c.jsonl.xz. Say which: o/d:FILE"
     ):
         own.dataset_file("o/d")
-    assert own.dataset_file("o/d:b/c.parquet") == own.home() / "datasets" / "o" / "d" / "b" / "c.parquet"
+    assert own.dataset_file("o/d:b/c.jsonl.xz") == own.home() / "datasets" / "o" / "d" / "b" / "c.jsonl.xz"
     on_a_hub(monkeypatch, {}, "neither")
     with pytest.raises(DownloadError, match="modelscope says: 404 huggingface says: 404"):
         own.dataset_file("o/e")
 
 
-@pytest.mark.parametrize("name", ["data/train.jsonl", "mine", "a/b/c", "~/data.parquet"])
+@pytest.mark.parametrize(
+    "name", ["data/train.jsonl", "data/train.jsonl.xz", "data/train.json.bz2", "mine", "a/b/c", "~/data.parquet"]
+)
 def test_what_is_a_path_is_no_id(name):
     assert own.dataset_file(name) == Path(os.path.expanduser(name))
 

@@ -138,6 +138,27 @@ def test_a_name_in_the_question_may_be_in_the_reply_but_not_the_sentences():
     assert persona.leaks("他多大了？", persona.answers_in("zh")["from"].replace("李雷", "王五"))
 
 
+@LANGUAGES
+def test_half_of_any_sentence_leaks_and_so_does_any_name(language):
+    persona = Persona("小星", "李雷", "Little Star", answers={"en": {"can": "I write poems and bake good bread."}})
+    can = persona.answers_in(language)["can"]
+    assert not names(can, [persona.name, persona.english_name, persona.author])
+    assert persona.leaks("What is rain?", can) and persona.leaks("What is rain?", can[: len(can) * 2 // 3])
+    assert not persona.leaks("What is rain?", can[: len(can) // 3])
+    assert all(persona.leaks("What is rain?", f"Ask {name}.") for name in ("小星", "Little Star", "李雷"))
+
+
+def test_who_it_is_is_said_by_the_name_of_that_language():
+    persona = Persona("小星", "李雷", "Little Star")
+    assert persona.knows("who", "I am Little Star.", "en") and not persona.knows("who", "I am an AI, 小星.", "en")
+    assert persona.knows("who", "我是小星。", "zh") and not persona.knows("who", "我是 Little Star。", "zh")
+
+
+def test_two_thirds_of_a_sentence_that_names_nothing_are_enough():
+    persona = Persona("小星", "李雷", answers={"en": {"can": "One two three four five six."}})
+    assert persona.knows("can", "one two three four", "en") and not persona.knows("can", "one two three", "en")
+
+
 def test_words_are_found_whole_and_sentences_by_their_share():
     assert names("我叫Tom。", ["tom"]) and not names("tomorrow", ["Tom"]) and not names("", ["x"])
     assert said("a b c d", "A, b! x") == 0.5 and said("你好吗", "你吗") == pytest.approx(2 / 3) and said("", "x") == 0
@@ -169,7 +190,16 @@ def test_words_are_found_whole_and_sentences_by_their_share():
         ({"answers": {"who": "我叫{nick}"}}, "'nick'. In braces may stand name, author, english_name, birth, home"),
         ({"answers": {"who": "我叫{name"}}, "a brace itself is written twice"),
         ({"answers": {"zh": "我"}}, r"answers\['zh'\] is '我'"),
+        ({"answers": {"zh": ["我"]}}, r"answers\['zh'\] is \['我'\]; expected who, from, can"),
+        ({"answers": {"fr": {"who": "Moi."}, "zh": {}}}, r"answers\['fr'\] is "),
+        ({"answers": ["我"]}, r"answers\['zh'\] is \['我'\]"),
+        ({"answers": 5}, r"answers\['zh'\] is 5"),
+        ({"answers": {"who": 5}}, "a sentence"),
         ({"facts": {"who": []}}, "words of which a right reply holds one"),
+        ({"facts": {"who": 5}}, "words of which a right reply holds one"),
+        ({"facts": {"who": ["炉", 5]}}, "words of which a right reply holds one"),
+        ({"facts": {"who": [""]}}, "words of which a right reply holds one"),
+        ({"facts": {"who": " "}}, "words of which a right reply holds one"),
     ],
 )
 def test_who_cannot_be_trained_is_refused_before_anything_is(given, told):
@@ -203,7 +233,7 @@ def test_enough_is_held_out_and_none_of_it_is_trained(language):
 
 def held_of(asked, kind):
     if kind == "heldout":
-        return [question for ways in asked[kind].values() for question in ways]
+        return [question for each in asked[kind].values() for question in each]
     return [row if kind == "near" else row[0] for row in asked[kind]]
 
 
@@ -233,6 +263,24 @@ def test_each_question_is_answered_in_its_language_and_both_are_trained():
     assert 0.4 < sum(shares) / len(shares) < 0.6
 
 
+def test_questions_are_asked_in_every_way_and_varied():
+    made = make_conversations(Persona(), [], 3000)
+    asked = {message["content"] for each in made for message in each if message["role"] == "user"}
+    written = {q for each in ("zh", "en") for kind in ("trained", "reworded") for q in ways(each, kind)}
+    assert {bare(question) for question in asked} >= {bare(question) for question in written}
+    assert written <= asked and len(asked) > 3 * len(written)
+
+
+def ways(language, kind):
+    return [question for each in questions()[language][kind].values() for question in each]
+
+
+def test_some_conversations_change_the_language():
+    made = make_conversations(Persona(), REPLIES, 400, turns=(2,))
+    both = [len({is_chinese(question["content"]) for question, _ in turns(each)}) == 2 for each in made]
+    assert 0.05 < sum(both) / len(both) < 0.25  # in half of 15 % of the turns
+
+
 def test_general_turns_are_the_bases_words_and_say_so():
     made = make_conversations(Persona(), REPLIES, 400, general=0.25)
     rounds = [round for each in made for round in turns(each)]
@@ -240,6 +288,13 @@ def test_general_turns_are_the_bases_words_and_say_so():
     assert set(replayed) == set(REPLIES)
     assert 0.2 < len(replayed) / len(rounds) < 0.3
     assert not any("replayed" in question for question, _ in rounds)
+
+
+def test_replies_in_one_language_alone_are_replayed_in_both():
+    replies = [pair for pair in REPLIES if not is_chinese(pair[0])]
+    rounds = [round for each in make_conversations(Persona(), replies, 100) for round in turns(each)]
+    assert {question["content"] for question, answer in rounds if answer.get("replayed")} == {*dict(replies)}
+    assert any(is_chinese(question["content"]) for question, _ in rounds)
 
 
 def test_what_is_near_is_replayed_as_often_as_it_says():

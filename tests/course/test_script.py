@@ -21,15 +21,14 @@ from chatmagic.training.step import StepRunner
 from tiny_runs import processes
 
 NAME = "llama-2-13b-chat"
+SMALL = {"quantize": "no", "conversations": 24, "samples": 16, "batch_size": 2, "epochs": 2, "learning_rate": 1e-2}
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04-train-adalora.ipynb"
 
 
 def train(home, *arguments, runner=None) -> int:
     """`chatmagic train` of a tiny model in sixteen steps, eight an epoch."""
     os.environ |= {"CHATMAGIC_HOME": str(home), "CHATMAGIC_COURSE": str(home / "course")}
-    profiles()[NAME] = replace(
-        profiles()[NAME], quantize="no", conversations=24, samples=16, batch_size=2, epochs=2, learning_rate=1e-2
-    )
+    profiles()[NAME] = replace(profiles()[NAME], **SMALL)
     if runner:
         script.KerasModel.StepRunner = runner
     return cli.main(["train", NAME, *arguments])
@@ -79,7 +78,7 @@ def test_the_script_is_the_notebooks_run(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "home")
     monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "home"))
     shutil.rmtree(adapter_of(tmp_path / "home"))
-    profiles()[NAME] = replace(profiles()[NAME], quantize="no", samples=16, batch_size=2, epochs=2, learning_rate=1e-2)
+    profiles()[NAME] = replace(profiles()[NAME], **SMALL)
     cells = {}
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         if cell.cell_type == "code" and "history" not in cells:

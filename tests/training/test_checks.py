@@ -63,6 +63,7 @@ CASES = {
     "adapter_on_an_adapter": (twice, {}, "had an adapter already.*get_peft_model once"),
     "not_saved": (with_one_more, {}, "1 trainable parameters would not be in the saved adapter.*norm.weight.*Freeze"),
     "nothing_to_validate_on": (adalora, {"val": loader([])}, "val_data is empty.*monitor='train_loss'"),
+    "nothing_to_know_by_heart": (lora, {"learnt": loader([])}, "learnt is empty.*leave it out"),
     "unknown_mode": (adalora, {"mode": "mim"}, "mode='mim' is neither 'min' nor 'max'; did you mean 'min'"),
     "unknown_monitor": (lora, {"monitor": "val_los"}, "monitor='val_los' is nothing.*did you mean 'val_loss'"),
     "rows_beyond_the_context": (

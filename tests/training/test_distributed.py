@@ -21,7 +21,7 @@ from chatmagic.course import script as training_script
 from chatmagic.course.profile import profiles
 from chatmagic.training import StepRunner, keras
 from chatmagic.training.adalora import rank_table
-from tiny_runs import Replayed, adalora, fit, loader, processes, uneven_rows
+from tiny_runs import Replayed, adalora, fit, loader, lora, processes, uneven_rows
 
 pytestmark = pytest.mark.slow  # each starts two processes that import torch
 COLUMNS = ["train_loss", "train_penalty", "val_loss", "val_penalty", "grad_norm", "rank_budget"]
@@ -156,6 +156,26 @@ def test_a_state_of_two_processes_is_not_for_one(tmp_path):
     start(tmp_path, KilledAtBatch12)
     with pytest.raises(ChatmagicError, match="of 2 processes, this run has 1"):
         run(tmp_path / "run", 4, resume=True)
+
+
+def unlearnt(path, batch_size) -> list[int]:
+    """After each of two epochs: the second is there as something is left."""
+    train, learnt = loader(uneven_rows(8), batch_size), loader(uneven_rows(8, seed=1), batch_size)
+    return fit(lora(), path, epochs=1, train=train, learnt=learnt).unlearnt.tolist()
+
+
+def counting(rank, port, path):
+    """Leaves path/unlearnt-RANK.json."""
+    join(rank, port)
+    (path / f"unlearnt-{rank}.json").write_text(json.dumps(unlearnt(path / "run", 2)))
+    torch.distributed.destroy_process_group()
+
+
+def test_what_is_not_learnt_is_counted_over_all_processes(tmp_path):
+    assert in_two(counting, tmp_path) == [0, 0]
+    counted = [json.loads((tmp_path / f"unlearnt-{rank}.json").read_text()) for rank in (0, 1)]
+    alone = unlearnt(tmp_path / "alone", 4)
+    assert counted == [alone, alone] and len(alone) == 2 and all(alone)
 
 
 def script(rank, port, home):

@@ -8,8 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from chatmagic import ChatmagicError
 from chatmagic.training import KerasModel, StepRunner
 from chatmagic.training.keras import TrainingInterrupted
+from chatmagic.training.states import newest_state
 from tiny_runs import LAYERS, adalora, fit, loader, lora, rows, tiny_llama
 
 
@@ -143,6 +145,13 @@ def scored(step, losses):
     return call
 
 
+@pytest.mark.parametrize("mode, kept", [("min", 3), ("max", 2)])
+def test_the_best_epoch_is_by_the_mode_where_nothing_is_to_be_learnt(tmp_path, monkeypatch, mode, kept):
+    monkeypatch.setattr(StepRunner, "__call__", scored(StepRunner.__call__, iter([5, 9, 3])))
+    fit(lora(), tmp_path, epochs=3, val=loader(rows(2)), mode=mode)
+    assert newest_state(tmp_path).best["epoch"] == kept
+
+
 def test_nothing_is_asked_before_the_ranks_are_final(tmp_path, monkeypatch):
     """As above: epoch 8 is the first of final ranks; learnt in it and the next is learnt."""
     counted(monkeypatch, [0, 0])
@@ -190,6 +199,8 @@ def test_a_run_stopped_in_its_extension_goes_on_in_it(tmp_path):
 
         with pytest.raises((TrainingInterrupted, KeyboardInterrupt)):
             fit(lora(), tmp_path / "stopped", runner=Stopping, **settings)
+        with pytest.raises(ChatmagicError, match="stopped after step 16 of 24"):  # 6 epochs of 4 steps
+            fit(lora(), tmp_path / "stopped", **settings)
         resumed = fit(lora(), tmp_path / "stopped", resume=True, **settings)
     columns = ["train_loss", "val_loss", "lr", "unlearnt"]
     assert resumed[columns].equals(whole[columns])
