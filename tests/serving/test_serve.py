@@ -48,6 +48,18 @@ class Watched(FakeModel):
             self.now.remove(query)
 
 
+class Held(FakeModel):
+    """Says nothing until it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.may = threading.Event()
+
+    def stream(self, messages, stats, **options):
+        self.may.wait(60)
+        yield from super().stream(messages, stats, **options)
+
+
 class Thoughtful(FakeModel):
     def stream(self, messages, stats, **options):
         yield Thought("hm, ")
@@ -244,7 +256,8 @@ def ip(capsys):
 @contextmanager
 def asking(url, query, stream):
     """Asks, and hangs up at the end."""
-    body = json.dumps({"model": "fake", "messages": build_messages(query), "stream": stream}).encode()
+    body = {"model": "fake", "messages": build_messages(query), "stream": stream, "max_tokens": 10**6}
+    body = json.dumps(body).encode()
     host, port = url.split("/")[2].split(":")
     with socket.create_connection((host, int(port))) as asker:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
@@ -259,9 +272,9 @@ def waiting(url):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_reply_ends_when_its_asker_leaves(stream):
     """The one being answered ends, the one in the line is never asked, the others are answered."""
-    fake = Watched(delay=0.01)
+    fake, endless = Watched(delay=0.01), "a" * 30_000
     with serving(fake) as url, ThreadPoolExecutor() as askers:
-        with asking(url, "a" * 3000, stream):
+        with asking(url, endless, stream):
             until(lambda: fake.now)
             with asking(url, "b", stream):
                 until(lambda: waiting(url) == 2)
@@ -270,22 +283,27 @@ def test_a_reply_ends_when_its_asker_leaves(stream):
             until(lambda: waiting(url) == 2)
             assert fake.broken_off == []
         assert last.result().json()["choices"][0]["message"]["content"] == "1: c"
-        assert fake.broken_off == ["a" * 3000] and not fake.now
+        assert fake.broken_off == [endless] and not fake.now
         assert [messages[-1]["content"][0] for messages, _ in fake.asked] == ["a", "c"]
         until(lambda: waiting(url) == 0)
 
 
 def test_who_finds_the_line_too_long_is_told_when_to_come_back(monkeypatch):
-    pauses = []
-    monkeypatch.setattr("chatmagic.backends.server.sleep", lambda seconds: pauses.append(seconds) or time.sleep(0.3))
-    fake = Watched(delay=0.02)
+    fake, pauses = Held(), []
+
+    def wait(seconds):
+        pauses.append(seconds)
+        fake.may.set()
+        until(lambda: waiting(url) == 0)
+
+    monkeypatch.setattr("chatmagic.backends.server.sleep", wait)
     with serving(fake, longest=2) as url, ThreadPoolExecutor() as askers:
         asked = [askers.submit(post, url, messages=build_messages(f"{name}" * 20)) for name in "ab"]
         until(lambda: waiting(url) == 2)
         with pytest.raises(openai.RateLimitError, match="2 questions wait here already") as raised:
             client(url).chat.completions.create(model="fake", messages=HI)
         assert raised.value.response.headers["retry-after"] == "1" and raised.value.code == "rate_limit_exceeded"
-        assert connect(url, "fake", stream=False)("hi") == "1: hi" and pauses and set(pauses) == {1}
+        assert connect(url, "fake", stream=False)("hi") == "1: hi" and pauses == [1]
         said = [each.result().json()["choices"][0]["message"]["content"] for each in asked]
         assert said == ["1: " + "a" * 20, "1: " + "b" * 20]
 
