@@ -21,7 +21,7 @@ from ..errors import ChatmagicError
 from ..text import did_you_mean
 from .line import Full, Line
 from .protocol import NEUTRAL, Question, Written, error, event, thought
-from .reach import check_reach, is_here
+from .reach import check_reach, is_asked_here
 
 T = TypeVar("T")
 LEFT = Response(status_code=499)
@@ -58,7 +58,7 @@ def make_app(llms: Iterable[ChatLLM], key: str | None = None, longest: int = 32)
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key and not secrets.compare_digest(sent.encode(), key.encode()):
             raise HTTPException(401, "a key is wanted here: send it as Authorization: Bearer KEY (api_key=, key=)")
-        if not key and not is_here(request.url.hostname or ""):
+        if not key and not is_asked_here(request.headers.get("host", "")):
             words = "only this machine is answered, as localhost; for others start it with CHATMAGIC_KEY set"
             raise HTTPException(403, words)
 

@@ -379,6 +379,19 @@ def test_without_a_key_this_machine_alone_is_answered(url, fake):
     assert answer.status_code == 403 and "CHATMAGIC_KEY" in answer.json()["error"]["message"] and fake.asked == []
     for host in ("localhost:1", "127.0.0.1", "[::1]:8484"):
         assert httpx2.get(f"{url}/models", headers={"Host": host}).status_code == 200
+    for host in ("", "[::1", "evil.example:99999", "evil.example/@localhost"):  # no host is made of what is none
+        assert httpx2.get(f"{url}/models", headers={"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}])
+def test_a_page_in_a_browser_asks_nothing(url, fake, headers):
+    """What it may send to another address unasked names no JSON, nor may it read the answer."""
+    content = json.dumps({"model": "fake", "messages": HI})
+    answer = httpx2.post(
+        f"{url}/chat/completions", content=content, headers=headers | {"Origin": "http://evil.example"}
+    )
+    assert answer.status_code == 400 and fake.asked == []
+    assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "gpu-box"])
@@ -386,6 +399,12 @@ def test_nothing_listens_beyond_this_machine_without_a_key(host, monkeypatch):
     monkeypatch.setattr(socket, "create_server", lambda *_, **__: pytest.fail("it listens"))
     with pytest.raises(ChatmagicError, match="beyond this machine.*\n.*export CHATMAGIC_KEY"):
         serve(iter([]), host, 0)
+
+
+@pytest.mark.parametrize("key, words", [("secret\n", "ends with a newline"), ("口令", "'口' in it")])
+def test_a_key_that_nobody_can_send_is_refused(key, words):
+    with pytest.raises(ChatmagicError, match=f"the key from CHATMAGIC_KEY .*{words}"):
+        serve(iter([]), "0.0.0.0", 0, key)
 
 
 def test_an_address_that_is_taken_is_known_before_a_model_is_loaded():
