@@ -26,6 +26,8 @@ from .reach import check_reach, is_asked_here
 T = TypeVar("T")
 LEFT = Response(status_code=499)
 """nginx's word for an asker that left; nobody hears it."""
+LARGEST = 4 << 20
+"""Bytes of a request, which is read before its key is looked at: more than any context here holds."""
 
 
 def serve(llms: Iterable[ChatLLM], host: str = "127.0.0.1", port: int = 8484, key: str | None = None) -> None:
@@ -51,7 +53,7 @@ def make_app(llms: Iterable[ChatLLM], key: str | None = None, longest: int = 32)
     a forwarded port nor a page in a browser here (DNS rebinding) lets others in.
     """
     models, line = {llm.name: llm for llm in llms}, Line(longest)
-    app = FastAPI(openapi_url=None)
+    app = FastAPI(openapi_url=None, max_body_size=LARGEST)
     app.state.models = models
 
     def allowed(request: Request) -> None:

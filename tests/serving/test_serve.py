@@ -21,7 +21,7 @@ from chatmagic.conversation.pieces import Thought
 from chatmagic.course import start
 from chatmagic.models.load import load_trained
 from chatmagic.models.provenance import PROVENANCE
-from chatmagic.serving.app import serve
+from chatmagic.serving.app import LARGEST, serve
 from fake_model import FakeModel
 from generation import adapter
 from served import serving, until
@@ -196,6 +196,17 @@ def test_half_a_character_is_mended(url, fake):
     content = json.dumps({"model": "fake", "messages": build_messages("a\ud800b")})
     answer = httpx2.post(f"{url}/chat/completions", content=content, headers={"Content-Type": "application/json"})
     assert answer.json()["choices"][0]["message"]["content"] == "1: a\ufffdb"
+
+
+def test_a_body_beyond_all_measure_is_not_read(url, fake):
+    """Whether its length is told before or not, and before its key is looked at."""
+    body = json.dumps({"model": "fake", "messages": build_messages("x" * LARGEST)}).encode()
+    for content in (body, (body[at : at + 2**16] for at in range(0, len(body), 2**16))):
+        answer = httpx2.post(f"{url}/chat/completions", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+    with pytest.raises(ContextOverflow):
+        connect(url, "fake", stream=False)("x" * LARGEST)
+    assert fake.asked == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
