@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -111,7 +111,7 @@ def _described(llm: ChatLLM) -> dict[str, Any]:
     return {"id": llm.name, "object": "model", "owned_by": "chatmagic", "max_model_len": llm.backend.context}
 
 
-async def unless_left(request: Request, coming: Coroutine[Any, Any, T]) -> T | None:
+async def unless_left(request: Request, coming: Awaitable[T]) -> T | None:
     """What is coming; None, and it is cancelled, if the asker leaves before."""
 
     async def left() -> None:
@@ -144,8 +144,10 @@ async def _written(first: str, rest: AsyncIterator[str], written: Written, with_
                 elif not isinstance(piece, Notice):  # what a notice tells, the reason of the end tells too
                     yield written.piece({"content": piece})
                 piece = await anext(rest)
-        except ChatmagicError as problem:
-            yield event(error(str(problem), "server_error"))
+        except Exception as problem:  # after the head of the response, where no handler of the application can answer
+            yield event(error(_words(problem), "server_error"))
+            if not isinstance(problem, ChatmagicError):
+                raise  # for the log
             return
         for last in written.end(piece.stats, with_usage):
             yield last
@@ -194,4 +196,8 @@ def _refused(request: Request, problem: ChatmagicError) -> JSONResponse:
 
 
 def _failed(request: Request, problem: Exception) -> JSONResponse:
-    return _answer(500, f"{type(problem).__name__}: {problem}", "server_error")
+    return _answer(500, _words(problem), "server_error")
+
+
+def _words(problem: Exception) -> str:
+    return str(problem) if isinstance(problem, ChatmagicError) else f"{type(problem).__name__}: {problem}"
