@@ -94,8 +94,11 @@ def crowd(url, llm, server, askers, seed=0):
         return "answered" if stay(url, llm.name, asked[number], stream) == expected[number] else "answered wrongly"
 
     with ThreadPoolExecutor(16) as pool:
-        for _ in range(0, askers, 100):
-            drawn = [(rng.randrange(10), rng.random() < 0.5, rng.random() < 0.5, 2 * rng.random()) for _ in range(100)]
+        for begun in range(0, askers, 100):
+            drawn = [
+                (rng.randrange(10), rng.random() < 0.5, rng.random() < 0.5, 2 * rng.random())
+                for _ in range(min(100, askers - begun))
+            ]
             for each in [pool.submit(ask, *one) for one in drawn]:
                 try:
                     fared[each.result()] += 1
