@@ -7,11 +7,10 @@ Runs in a Jupyter kernel, where printing a token is not free. The default is the
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-from importlib.metadata import version
 
+from about import about
 from jupyter_client.manager import start_new_kernel
 
 SETUP = """
@@ -83,11 +82,6 @@ long = "a long prompt " * (llm.backend.context // 8)
 print("RESULT", [[stop("hello", 1 + n / 7) for n in range(7)], [stop(long, 0.2 + n / 7) for n in range(7)]])
 """
 
-DEVICE = """
-import json
-print("RESULT", json.dumps(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"))
-"""
-
 
 def run(client, code: str):
     """Execute `code` in the kernel; what it prints after RESULT."""
@@ -118,7 +112,6 @@ def main() -> None:
         wall_bare, wall_magic, cpu_bare, cpu_magic = run(client, COST.format(repeats=args.repeats))
         tokens, kept, fresh = run(client, TURNS)
         stop_decode, stop_prefill = run(client, STOP)
-        device = run(client, DEVICE)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
@@ -144,10 +137,7 @@ def main() -> None:
             "own_cost": dict(zip(("wall", "cpu"), costs)),
             "stop_while_decoding_s": stop_decode,
             "stop_in_a_prompt_s": stop_prefill,
-            "device": device,
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "ipykernel")},
+            **about("torch", "transformers", "ipykernel"),
         }
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)

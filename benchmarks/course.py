@@ -12,15 +12,13 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
+from about import about
 
 from chatmagic.course import GB, start
 from chatmagic.course.running import execute
@@ -95,14 +93,9 @@ def main() -> None:
     total = sum(each["seconds"] for each in found.values())
     print(f"{'all':20} {total:6.0f} s, {max(each['memory'] for each in found.values()) / GB:.1f} GB")
     if args.json:
-        about = {"date": str(date.today()), "machine": platform.machine(), "cores": os.cpu_count()}
-        about |= {"profile": args.profile, "beside": args.beside, "memory": args.memory, "bf16": not args.no_bf16}
-        about |= {name: version(name) for name in ("torch", "transformers", "peft")}
-        if gpu_memory():
-            import torch
-
-            about["device"] = torch.cuda.get_device_name()
-        args.json.write_text(json.dumps(about | {"notebooks": found}, indent=1))
+        result = {"profile": args.profile, "beside": args.beside, "memory": args.memory, "bf16": not args.no_bf16}
+        result |= {**about("torch", "transformers", "peft"), "notebooks": found}
+        args.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

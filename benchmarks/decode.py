@@ -19,16 +19,14 @@ kernels.py, 19 fewer a layer at some 1.3 us and a gap each, were expected to spa
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from about import about
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -191,12 +189,8 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     result = {
         "shape": "SmolLM2-135M" if args.embedded else args.shape,
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
         "threads": torch.get_num_threads(),
-        "date": str(date.today()),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
+        **about("torch", "transformers", "bitsandbytes"),
         "rows": {},
     }
     print(f"{'tokens/s':>10}{'limit':>8}{'first generate':>16}{'generate':>10}{'ours':>8}{'ratio':>7}", end="")

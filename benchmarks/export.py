@@ -11,12 +11,11 @@ import argparse
 import gc
 import json
 import os
-import platform
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
+from about import about
 from gguf import quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,9 +81,8 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        about = {"machine": platform.machine(), "cores": os.cpu_count(), "model": course.profile.name}
-        about |= {name: version(name) for name in ("torch", "transformers", "gguf", "xllamacpp")}
-        Path(args.json).write_text(json.dumps(about | {"kinds": results}, indent=1))
+        result = {"model": course.profile.name, **about("torch", "transformers", "gguf", "xllamacpp"), "kinds": results}
+        Path(args.json).write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ speak in the part's voice. Prints tables and writes benchmarks/results/own_data.
 import argparse
 import csv
 import json
-import os
-import platform
 import random
 import resource
 import subprocess
@@ -22,9 +20,9 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+
+from about import about
 
 RESULTS = Path(__file__).with_name("results") / "own_data.json"
 TEXT = (
@@ -177,12 +175,11 @@ def main() -> None:
     if args.file:
         return read(args.file)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    where = {"date": str(date.today()), "python": platform.python_version(), "cores": os.cpu_count()}
     if args.read:
-        results["read"] = reading(args.megabytes * 10**6) | {"where": where | {"pyarrow": version("pyarrow")}}
+        results["read"] = reading(args.megabytes * 10**6) | {"where": about("pyarrow")}
     if args.mix:
         with tempfile.TemporaryDirectory() as os.environ["CHATMAGIC_COURSE"]:  # the reader's own course stays as it is
-            results["mix"] = mixing(args.profile, args.epochs) | {"where": where | {"torch": version("torch")}}
+            results["mix"] = mixing(args.profile, args.epochs) | {"where": about("torch")}
     RESULTS.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,8 +8,6 @@ default is the embedded model of the tests.
 
 import argparse
 import json
-import os
-import platform
 import random
 import socket
 import statistics
@@ -18,10 +16,10 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 
 import httpx2
 import psutil
+from about import about
 
 import chatmagic
 from chatmagic import ChatLLM, build_messages, connect, load_model
@@ -94,8 +92,11 @@ def crowd(url, llm, server, askers, seed=0):
         return "answered" if stay(url, llm.name, asked[number], stream) == expected[number] else "answered wrongly"
 
     with ThreadPoolExecutor(16) as pool:
-        for _ in range(0, askers, 100):
-            drawn = [(rng.randrange(10), rng.random() < 0.5, rng.random() < 0.5, 2 * rng.random()) for _ in range(100)]
+        for begun in range(0, askers, 100):
+            drawn = [
+                (rng.randrange(10), rng.random() < 0.5, rng.random() < 0.5, 2 * rng.random())
+                for _ in range(min(100, askers - begun))
+            ]
             for each in [pool.submit(ask, *one) for one in drawn]:
                 try:
                     fared[each.result()] += 1
@@ -140,10 +141,7 @@ def main() -> None:
             "cpu_seconds": costs,
             "askers": fared,
             "memory_mib": memory,
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "fastapi", "uvicorn")},
+            **about("torch", "transformers", "fastapi", "uvicorn"),
         }
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)

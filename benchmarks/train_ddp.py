@@ -16,19 +16,17 @@ and conversations of random tokens, half of whose replies are replayed. Each row
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from about import about
 from accelerate import PartialState
 from peft import get_peft_model
 from torch.utils.data import DataLoader
@@ -219,13 +217,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder))
-    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     result |= {"arguments": {name: getattr(args, name) for name in ("gpus", "size", "batch", "length", "steps", "cpu")}}
-    result |= {
-        "date": str(date.today()),
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
+    result |= about("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
 

@@ -13,14 +13,13 @@ of rank 8 on the same base too.
 import argparse
 import gc
 import json
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
+from about import about
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import AdaLoraConfig, LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -319,16 +318,6 @@ def empty() -> None:
     torch.cuda.empty_cache()
 
 
-def versions() -> dict:
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
@@ -337,7 +326,7 @@ def main() -> None:
     result = beside_the_seed(args.steps)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(result | versions(), file, indent=1)
+            json.dump(result | about("torch", "transformers", "peft", "accelerate", "bitsandbytes"), file, indent=1)
 
 
 if __name__ == "__main__":

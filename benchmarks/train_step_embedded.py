@@ -14,8 +14,9 @@ import time
 from contextlib import ExitStack
 
 import torch
+from about import about
 from peft import get_peft_model
-from train_step import our_runner, versions
+from train_step import our_runner
 
 import chatmagic
 from chatmagic.accel.layers import fast_layers
@@ -118,7 +119,7 @@ def main() -> None:
     result = measure(args.folder, args.steps)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(result | versions(), file, indent=1)
+            json.dump(result | about("torch", "transformers", "peft", "accelerate", "bitsandbytes"), file, indent=1)
 
 
 if __name__ == "__main__":

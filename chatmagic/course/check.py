@@ -53,20 +53,22 @@ def find_answer(target: str, model: str | None = None) -> Answer:
     """Who answers there: the model or adapter in a folder, a GGUF file, or `model` at an address, by default its only
     one. Raises ChatmagicError for what is none of these, and what opening it raises."""
     path = Path(target).expanduser()
-    if path.is_dir():
-        from ..models.load import load_trained
-        from .evaluate import ask
-
-        return partial(ask, *load_trained(path), max_new_tokens=MOST)
-    if path.suffix == ".gguf":
-        from ..backends.gguf import open_gguf
-
-        llm = open_gguf(path)
-    elif "://" in target or target in SERVERS:
+    if "://" in target or target in SERVERS:  # before a folder of such a name: this package's own is one
         names = [model] if model else models_at(target)
         if len(names) > 1:
             raise ChatmagicError(f"Several models answer at {target}: choose with --model {' | '.join(names)}")
         llm = connect(target, names[0])
+    elif model:
+        raise ChatmagicError(f"--model chooses among those at an address, and {target} is none: leave it out")
+    elif path.is_dir():
+        from ..models.load import load_trained
+        from .evaluate import ask
+
+        return partial(ask, *load_trained(path), max_new_tokens=MOST)
+    elif path.suffix == ".gguf":
+        from ..backends.gguf import open_gguf
+
+        llm = open_gguf(path)
     else:
         raise ChatmagicError(f"{target} is no folder that is here, no GGUF file, and no address such as http://HOST/v1")
 

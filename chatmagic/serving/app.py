@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -21,11 +21,13 @@ from ..errors import ChatmagicError
 from ..text import did_you_mean
 from .line import Full, Line
 from .protocol import NEUTRAL, Question, Written, error, event, thought
-from .reach import check_reach, is_here
+from .reach import check_reach, is_asked_here
 
 T = TypeVar("T")
 LEFT = Response(status_code=499)
 """nginx's word for an asker that left; nobody hears it."""
+LARGEST = 4 << 20
+"""Bytes of a request, which is read before its key is looked at: more than any context here holds."""
 
 
 def serve(llms: Iterable[ChatLLM], host: str = "127.0.0.1", port: int = 8484, key: str | None = None) -> None:
@@ -51,14 +53,14 @@ def make_app(llms: Iterable[ChatLLM], key: str | None = None, longest: int = 32)
     a forwarded port nor a page in a browser here (DNS rebinding) lets others in.
     """
     models, line = {llm.name: llm for llm in llms}, Line(longest)
-    app = FastAPI(openapi_url=None)
+    app = FastAPI(openapi_url=None, max_body_size=LARGEST)
     app.state.models = models
 
     def allowed(request: Request) -> None:
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key and not secrets.compare_digest(sent.encode(), key.encode()):
             raise HTTPException(401, "a key is wanted here: send it as Authorization: Bearer KEY (api_key=, key=)")
-        if not key and not is_here(request.url.hostname or ""):
+        if not key and not is_asked_here(request.headers.get("host", "")):
             words = "only this machine is answered, as localhost; for others start it with CHATMAGIC_KEY set"
             raise HTTPException(403, words)
 
@@ -109,7 +111,7 @@ def _described(llm: ChatLLM) -> dict[str, Any]:
     return {"id": llm.name, "object": "model", "owned_by": "chatmagic", "max_model_len": llm.backend.context}
 
 
-async def unless_left(request: Request, coming: Coroutine[Any, Any, T]) -> T | None:
+async def unless_left(request: Request, coming: Awaitable[T]) -> T | None:
     """What is coming; None, and it is cancelled, if the asker leaves before."""
 
     async def left() -> None:
@@ -142,8 +144,10 @@ async def _written(first: str, rest: AsyncIterator[str], written: Written, with_
                 elif not isinstance(piece, Notice):  # what a notice tells, the reason of the end tells too
                     yield written.piece({"content": piece})
                 piece = await anext(rest)
-        except ChatmagicError as problem:
-            yield event(error(str(problem), "server_error"))
+        except Exception as problem:  # after the head of the response, where no handler of the application can answer
+            yield event(error(_words(problem), "server_error"))
+            if not isinstance(problem, ChatmagicError):
+                raise  # for the log
             return
         for last in written.end(piece.stats, with_usage):
             yield last
@@ -192,4 +196,8 @@ def _refused(request: Request, problem: ChatmagicError) -> JSONResponse:
 
 
 def _failed(request: Request, problem: Exception) -> JSONResponse:
-    return _answer(500, f"{type(problem).__name__}: {problem}", "server_error")
+    return _answer(500, _words(problem), "server_error")
+
+
+def _words(problem: Exception) -> str:
+    return str(problem) if isinstance(problem, ChatmagicError) else f"{type(problem).__name__}: {problem}"

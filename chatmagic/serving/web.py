@@ -6,7 +6,6 @@ Streamlit runs this file anew for every visitor and every click; what is to last
 import os
 import secrets
 import sys
-from urllib.parse import urlsplit
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -15,7 +14,7 @@ from chatmagic.backends.server import connect, models_at
 from chatmagic.conversation.messages import build_messages
 from chatmagic.conversation.pieces import Notice, Thought
 from chatmagic.errors import ChatmagicError
-from chatmagic.serving.reach import is_here
+from chatmagic.serving.reach import is_asked_here
 
 CHINESE = {"Models": "模型", "System text": "系统提示", "New conversation": "新对话", "Say something": "说点什么"}
 
@@ -33,7 +32,7 @@ def admit() -> None:
                 st.stop()
             st.session_state.admitted = True
             st.rerun()
-    elif not is_here(urlsplit(f"//{st.context.headers.get('Host', '')}").hostname or ""):
+    elif not is_asked_here(st.context.headers.get("Host", "")):
         st.error("Only localhost is answered; for others start this with CHATMAGIC_KEY set.")
         st.stop()
 

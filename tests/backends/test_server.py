@@ -239,7 +239,7 @@ def test_stop_ends_the_waiting_for_a_busy_server(server):
     start = time.perf_counter()
     with pytest.raises(Interrupted):
         ask(server, refuses(429, "slow down", Retry_After="60"))
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 30
 
 
 @pytest.mark.parametrize(
@@ -416,13 +416,12 @@ def test_an_option_no_server_has(server):
 
 
 def test_stop_ends_a_servers_reply(server):
-    server.moods = [says(delay=1.0), says()]
+    server.moods = [says(delay=10), says()]
     llm = connect(server.url, "parrot")
-    interrupt_after(0.5)
     start = time.perf_counter()
     with pytest.raises(Interrupted) as caught:
-        llm("hi")
-    assert time.perf_counter() - start < 0.7 and caught.value.reply == "你"
+        llm("hi", stream=lambda piece: interrupt_after(0.2))  # while the next is waited for
+    assert time.perf_counter() - start < 9 and caught.value.reply == "你"
     assert llm("hi") == "你好!"
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from chatmagic import build_messages, cli
+from chatmagic.backends.presets import SERVERS, Server
 from chatmagic.conversation.pieces import Thought
 from chatmagic.course.check import KINDS, examine, find_answer
 from chatmagic.course.persona import LANGUAGES, Persona, questions
@@ -101,6 +102,18 @@ def test_a_folder_and_a_gguf_file_are_asked_too(model, tokenizer, tmp_path):
         first, again = answer([build_messages("hi"), build_messages("ab")]), answer([build_messages("hi")])
         assert len(first) == 2 and first[:1] == again and all(isinstance(reply, str) for reply in first)
     assert run(str(tmp_path / "toy"), "--only", "trained") == 1
+
+
+def test_a_server_by_its_name_is_asked_where_a_folder_has_that_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chatmagic").mkdir()
+    with serving(Knowing()) as url:
+        monkeypatch.setitem(SERVERS, "chatmagic", Server(url))
+        assert run("chatmagic", "--only", "trained") == 0
+        assert run("./chatmagic", "--only", "trained") == 1
+        assert "no config.json" in capsys.readouterr().err
+        assert run("./chatmagic", "--model", "fake") == 1
+        assert "--model chooses among those at an address" in capsys.readouterr().err
 
 
 def test_what_is_nothing_to_ask(tmp_path, capsys):

@@ -21,7 +21,7 @@ from chatmagic.conversation.pieces import Thought
 from chatmagic.course import start
 from chatmagic.models.load import load_trained
 from chatmagic.models.provenance import PROVENANCE
-from chatmagic.serving.app import serve
+from chatmagic.serving.app import LARGEST, serve
 from fake_model import FakeModel
 from generation import adapter
 from served import serving, until
@@ -46,6 +46,18 @@ class Watched(FakeModel):
             raise
         finally:
             self.now.remove(query)
+
+
+class Held(FakeModel):
+    """Says nothing until it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.may = threading.Event()
+
+    def stream(self, messages, stats, **options):
+        self.may.wait(60)
+        yield from super().stream(messages, stats, **options)
 
 
 class Thoughtful(FakeModel):
@@ -173,9 +185,10 @@ def test_errors_have_openais_shape(url, fake):
     assert post(url).json()["error"] == {
         "message": "ZeroDivisionError: a bug", "type": "server_error", "param": None, "code": None
     }  # fmt: skip
-    fake.failure = ChatmagicError("out of memory")  # after three pieces: the stream has begun
-    with pytest.raises(openai.APIError, match="out of memory"):
-        list(client(url).chat.completions.create(model="fake", messages=HI, stream=True))
+    for failure in (ChatmagicError("out of memory"), ZeroDivisionError("a bug")):  # after three pieces
+        fake.failure = failure
+        with pytest.raises(openai.APIError, match=str(failure)):
+            list(client(url).chat.completions.create(model="fake", messages=HI, stream=True))
     assert post(url).status_code == 200
 
 
@@ -184,6 +197,17 @@ def test_half_a_character_is_mended(url, fake):
     content = json.dumps({"model": "fake", "messages": build_messages("a\ud800b")})
     answer = httpx2.post(f"{url}/chat/completions", content=content, headers={"Content-Type": "application/json"})
     assert answer.json()["choices"][0]["message"]["content"] == "1: a\ufffdb"
+
+
+def test_a_body_beyond_all_measure_is_not_read(url, fake):
+    """Whether its length is told before or not, and before its key is looked at."""
+    body = json.dumps({"model": "fake", "messages": build_messages("x" * LARGEST)}).encode()
+    for content in (body, (body[at : at + 2**16] for at in range(0, len(body), 2**16))):
+        answer = httpx2.post(f"{url}/chat/completions", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+    with pytest.raises(ContextOverflow):
+        connect(url, "fake", stream=False)("x" * LARGEST)
+    assert fake.asked == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -244,7 +268,8 @@ def ip(capsys):
 @contextmanager
 def asking(url, query, stream):
     """Asks, and hangs up at the end."""
-    body = json.dumps({"model": "fake", "messages": build_messages(query), "stream": stream}).encode()
+    body = {"model": "fake", "messages": build_messages(query), "stream": stream, "max_tokens": 10**6}
+    body = json.dumps(body).encode()
     host, port = url.split("/")[2].split(":")
     with socket.create_connection((host, int(port))) as asker:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
@@ -259,9 +284,9 @@ def waiting(url):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_reply_ends_when_its_asker_leaves(stream):
     """The one being answered ends, the one in the line is never asked, the others are answered."""
-    fake = Watched(delay=0.01)
+    fake, endless = Watched(delay=0.01), "a" * 30_000
     with serving(fake) as url, ThreadPoolExecutor() as askers:
-        with asking(url, "a" * 3000, stream):
+        with asking(url, endless, stream):
             until(lambda: fake.now)
             with asking(url, "b", stream):
                 until(lambda: waiting(url) == 2)
@@ -270,22 +295,27 @@ def test_a_reply_ends_when_its_asker_leaves(stream):
             until(lambda: waiting(url) == 2)
             assert fake.broken_off == []
         assert last.result().json()["choices"][0]["message"]["content"] == "1: c"
-        assert fake.broken_off == ["a" * 3000] and not fake.now
+        assert fake.broken_off == [endless] and not fake.now
         assert [messages[-1]["content"][0] for messages, _ in fake.asked] == ["a", "c"]
         until(lambda: waiting(url) == 0)
 
 
 def test_who_finds_the_line_too_long_is_told_when_to_come_back(monkeypatch):
-    pauses = []
-    monkeypatch.setattr("chatmagic.backends.server.sleep", lambda seconds: pauses.append(seconds) or time.sleep(0.3))
-    fake = Watched(delay=0.02)
+    fake, pauses = Held(), []
+
+    def wait(seconds):
+        pauses.append(seconds)
+        fake.may.set()
+        until(lambda: waiting(url) == 0)
+
+    monkeypatch.setattr("chatmagic.backends.server.sleep", wait)
     with serving(fake, longest=2) as url, ThreadPoolExecutor() as askers:
         asked = [askers.submit(post, url, messages=build_messages(f"{name}" * 20)) for name in "ab"]
         until(lambda: waiting(url) == 2)
         with pytest.raises(openai.RateLimitError, match="2 questions wait here already") as raised:
             client(url).chat.completions.create(model="fake", messages=HI)
         assert raised.value.response.headers["retry-after"] == "1" and raised.value.code == "rate_limit_exceeded"
-        assert connect(url, "fake", stream=False)("hi") == "1: hi" and pauses and set(pauses) == {1}
+        assert connect(url, "fake", stream=False)("hi") == "1: hi" and pauses == [1]
         said = [each.result().json()["choices"][0]["message"]["content"] for each in asked]
         assert said == ["1: " + "a" * 20, "1: " + "b" * 20]
 
@@ -361,6 +391,19 @@ def test_without_a_key_this_machine_alone_is_answered(url, fake):
     assert answer.status_code == 403 and "CHATMAGIC_KEY" in answer.json()["error"]["message"] and fake.asked == []
     for host in ("localhost:1", "127.0.0.1", "[::1]:8484"):
         assert httpx2.get(f"{url}/models", headers={"Host": host}).status_code == 200
+    for host in ("", "[::1", "evil.example:99999", "evil.example/@localhost"):  # no host is made of what is none
+        assert httpx2.get(f"{url}/models", headers={"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}])
+def test_a_page_in_a_browser_asks_nothing(url, fake, headers):
+    """What it may send to another address unasked names no JSON, nor may it read the answer."""
+    content = json.dumps({"model": "fake", "messages": HI})
+    answer = httpx2.post(
+        f"{url}/chat/completions", content=content, headers=headers | {"Origin": "http://evil.example"}
+    )
+    assert answer.status_code == 400 and fake.asked == []
+    assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "gpu-box"])
@@ -368,6 +411,12 @@ def test_nothing_listens_beyond_this_machine_without_a_key(host, monkeypatch):
     monkeypatch.setattr(socket, "create_server", lambda *_, **__: pytest.fail("it listens"))
     with pytest.raises(ChatmagicError, match="beyond this machine.*\n.*export CHATMAGIC_KEY"):
         serve(iter([]), host, 0)
+
+
+@pytest.mark.parametrize("key, words", [("secret\n", "ends with a newline"), ("口令", "'口' in it")])
+def test_a_key_that_nobody_can_send_is_refused(key, words):
+    with pytest.raises(ChatmagicError, match=f"the key from CHATMAGIC_KEY .*{words}"):
+        serve(iter([]), "0.0.0.0", 0, key)
 
 
 def test_an_address_that_is_taken_is_known_before_a_model_is_loaded():
