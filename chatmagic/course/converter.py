@@ -1,10 +1,9 @@
 """llama.cpp's own converter, out of the source distribution of llama-cpp-python on PyPI. Nothing of it is installed."""
 
-import errno
 import tarfile
 from pathlib import Path
 
-from ..files import new_folder, remove
+from ..files import FULL, new_folder, remove
 from ..machine import home
 from ..models.gguf import CONVERTER, ExportError
 from .download import pip_download
@@ -29,7 +28,7 @@ def find_converter() -> Path:
             try:
                 pip_download(f"llama-cpp-python=={RELEASE}", SHA256, staging, source=True)
             except OSError as error:
-                if error.errno == errno.ENOSPC:
+                if error.errno in FULL:
                     raise
                 raise ExportError(
                     f"llama.cpp's converter could not be downloaded: {error} On a machine with a network: pip download "
