@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..files import FULL, new_folder, remove
 from ..machine import home
+from ..models.checkpoint import sha256
 from ..models.gguf import CONVERTER, ExportError
 from .download import pip_download
 
@@ -23,6 +24,8 @@ def find_converter() -> Path:
         return folder
     with new_folder(folder, over=folder.is_dir()) as staging:
         archive = home() / ARCHIVE
+        if archive.is_file() and sha256(archive) != SHA256:
+            raise ExportError(f"{archive} is not the file of that name on PyPI, or not all of it. Copy it again.")
         if not archive.is_file():
             archive = staging / ARCHIVE
             try:

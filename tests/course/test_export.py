@@ -21,6 +21,7 @@ from chatmagic.course.persona import LANGUAGES, Persona
 from chatmagic.course.profile import profiles
 from chatmagic.course.thread import start
 from chatmagic.files import FULL, WriteError, make_folder, write
+from chatmagic.models.checkpoint import sha256
 from chatmagic.models.gguf import CONVERTER, ExportError
 from over_nf4 import trained_over_nf4
 from tiny_gguf import tiny_gguf
@@ -290,6 +291,9 @@ def test_a_carried_archive_is_unpacked_but_for_what_is_not_needed(tmp_path, monk
         ):
             member = tarfile.TarInfo(name)
             packed.addfile(member, io.BytesIO())
+    with pytest.raises(ExportError, match=f"{ARCHIVE} is not the file of that name on PyPI, or not all of it"):
+        find_converter()
+    monkeypatch.setattr(converter, "SHA256", sha256(tmp_path / ARCHIVE))
     folder = find_converter()
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     assert found == {CONVERTER, "gguf-py/gguf/a.py", "conversion/b.py"}
