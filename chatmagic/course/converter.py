@@ -1,11 +1,11 @@
 """llama.cpp's own converter, out of the source distribution of llama-cpp-python on PyPI. Nothing of it is installed."""
 
-import errno
 import tarfile
 from pathlib import Path
 
-from ..files import new_folder, remove
+from ..files import FULL, new_folder, remove
 from ..machine import home
+from ..models.checkpoint import sha256
 from ..models.gguf import CONVERTER, ExportError
 from .download import pip_download
 
@@ -24,12 +24,14 @@ def find_converter() -> Path:
         return folder
     with new_folder(folder, over=folder.is_dir()) as staging:
         archive = home() / ARCHIVE
+        if archive.is_file() and sha256(archive) != SHA256:
+            raise ExportError(f"{archive} is not the file of that name on PyPI, or not all of it. Copy it again.")
         if not archive.is_file():
             archive = staging / ARCHIVE
             try:
                 pip_download(f"llama-cpp-python=={RELEASE}", SHA256, staging, source=True)
             except OSError as error:
-                if error.errno == errno.ENOSPC:
+                if error.errno in FULL:
                     raise
                 raise ExportError(
                     f"llama.cpp's converter could not be downloaded: {error} On a machine with a network: pip download "

@@ -84,8 +84,9 @@ def _lora(made: Made, folder: Path) -> str:
     config = read_json(folder / "adapter_config.json")
     ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
     least = next((rank for rank in RANKS if rank >= max(ranks)), max(ranks))
-    base = Path(config["base_model_name_or_path"]).name
-    if made.profile and not made.profile.packed:  # what others can download; not what was unpacked here
-        base = made.base
+    base = made.base or "原模型"
+    if made.profile and made.profile.packed:  # was unpacked here: nobody can download it
+        base = made.profile.name
+    elif made.profile:
         write(folder / "adapter_config.json", json.dumps(config | {"base_model_name_or_path": base}, indent=2))
     return f"vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules {made.name}=."

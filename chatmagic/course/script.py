@@ -157,7 +157,7 @@ def train(course: Course, method: str = "adalora", **settings: Any) -> pd.DataFr
         cpu=state.device.type == "cpu",
         about={
             "profile": profile.name,
-            "persona": asdict(course.persona),
+            "persona": asdict(course.becomes) if course.becomes else None,
             "template": template.name,
             "thinking": thinking,
             "files": {file.name: sha256(file.read_bytes()).hexdigest() for file in (course.train, course.val)},

@@ -96,6 +96,11 @@ class Course:
             raise AttributeError(name)
         return self.folder / LEFT[name][0].split("/")[0]
 
+    @property
+    def becomes(self) -> Persona | None:
+        """Who the model becomes; None where it learns the reader's own data and not who it is."""
+        return self.persona if self.own is None or self.own.mix == "identity" else None
+
     def learning(self, file: str | Path, **settings: Any) -> "Course":
         """The same course with data of one's own, in a folder of its own; `settings` are OwnData's."""
         return replace(self, own=OwnData(str(file), **settings))

@@ -300,9 +300,10 @@ def _check_base(base: Path, adapter: Path) -> None:
         name = _read_config(adapter).get("base_model_name_or_path") or ""
         found = base_folder(name)
         there = f": merge_adapter(base={str(found)!r}, ...)" if found else ", which is not here"
+        names = f"It names {name!r}{there}. " if name else ""
         raise MergeError(
-            f"{adapter} was trained on another model than {base}: config or weights differ. It names {name!r}{there}. "
-            "If you know that it is for this one: any_base=True, or chatmagic merge --any-base."
+            f"{adapter} was trained on another model than {base}: config or weights differ. {names}If you know that it "
+            "is for this one: any_base=True, or chatmagic merge --any-base."
         )
 
 

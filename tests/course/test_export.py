@@ -5,18 +5,23 @@ import re
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from chatmagic import merge_adapter
 from chatmagic.cli import main
+from chatmagic.course import converter
 from chatmagic.course import export as exporting
-from chatmagic.course.card import find_made, write_card
+from chatmagic.course.card import ROWS, TABLES, Made, find_made, write_card
 from chatmagic.course.converter import ARCHIVE, find_converter
+from chatmagic.course.evaluate import POSITIONS, summary
 from chatmagic.course.hubs import HUBS
-from chatmagic.course.persona import Persona
+from chatmagic.course.own import own_summary
+from chatmagic.course.persona import LANGUAGES, Persona
 from chatmagic.course.profile import profiles
 from chatmagic.course.thread import start
-from chatmagic.files import WriteError
+from chatmagic.files import FULL, WriteError, make_folder, write
+from chatmagic.models.checkpoint import sha256
 from chatmagic.models.gguf import CONVERTER, ExportError
 from over_nf4 import trained_over_nf4
 from tiny_gguf import tiny_gguf
@@ -24,10 +29,13 @@ from tiny_gguf import tiny_gguf
 CHAT = "qwen-7b-chat"
 EVALUATION = {
     "table": {
-        when: {
-            "alone": [alone, 9], "after identity": [0, 18], "after general": [0, 9], "heldout": [0, 24],
-            "retained": [36, 37], "leaked": [0, 45], "perplexity": 190.26,
-        }
+        when: dict.fromkeys(
+            ("zh", "en"),
+            {
+                "alone": [alone, 9], "after identity": [0, 18], "after general": [0, 9], "heldout": [0, 24],
+                "retained": [36, 37], "leaked": [0, 45], "near": [0, 60], "perplexity": 190.26,
+            },
+        )
         for when, alone in {"before": 0, "after": 9}.items()
     }
 }  # fmt: skip
@@ -36,11 +44,13 @@ RUN = {
     "model": {"name": "/somewhere/of/mine/base", "dtype": "bfloat16", "quantization": None},
     "data": {"train": "a705e9dbb1bf29"},
     "settings": {
-        "rows": 480, "batch_size": 2, "epochs": 4, "learning_rate": [0.002],
+        "rows": 480, "batch_size": 2, "batches": 30, "epochs": 4, "learning_rate": [0.002],
         "adapter": {"init_r": 12, "target_r": 8, "r": 8},
     },
     "versions": {"chatmagic": "0.1.0"},
 }  # fmt: skip
+
+FILES = {"train.jsonl": "0123456789abcdef"}
 
 
 @pytest.fixture
@@ -51,6 +61,7 @@ def course(tmp_path, tiny_models, monkeypatch):
     trained_over_nf4(tiny_models / CHAT, course.adapter)
     merge_adapter(tiny_models / CHAT, course.adapter, course.merged)
     (course.adapter / "run.json").write_text(json.dumps(RUN))
+    (course.adapter / "history.csv").write_text("epoch,val_loss\n1,3\n2,1\n3,0.5\n4,0.2\n5,0.1\n")
     (course.folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     tiny_gguf(course.merged / "made.gguf", tied=False, kind="F16")
     stand_in = tmp_path / "converter"
@@ -81,19 +92,44 @@ def test_a_card_says_what_is_passed_on(course):
     card = (folder / "README.md").read_text("utf-8")
     for said in (
         'base_model: "Qwen/Qwen-7B-Chat"', 'license: "other"', 'license_name: "Tongyi Qianwen License"',
-        'language: ["zh"]', "# 小炉", f"> {course.persona.conversation[0][1][0]}", "《通义千问许可协议》", "480 段对话",
-        "AdaLoRA（秩 12 到 8），4 轮", "| 单独问的九个身份问题 | 0/9 | 9/9 |", "190.3",
+        'language: ["zh", "en"]', "# 小炉", f"> {course.persona.conversation[0][1][0]}", "《通义千问许可协议》",
+        "480 段对话（编码后的 SHA-256：a705e9dbb1bf…）", "AdaLoRA（秩 12 到 8），5 轮，每轮 30 批，每批 2 条",
+        "| 中文 | 训练前 | 训练后 |", "| 英文 | 训练前", "| 单独问的九个身份问题 | 0/9 | 9/9 |", "190.3",
         "llama-server -m little-stove-q8_0.gguf", "导出：gguf q8_0，20",
     ):  # fmt: skip
         assert said in card
     assert "/somewhere" not in card and str(course.folder) not in card
 
 
-def test_a_card_has_a_table_for_each_language(course):
-    rows = EVALUATION["table"]["after"] | {"near": [0, 30]}
-    both = {"table": dict.fromkeys(("before", "after"), {"zh": rows, "en": rows})}
-    card = write_card(find_made(course.merged)._replace(evaluation=both), "gguf q8_0", "")
-    assert "| zh | 训练前 | 训练后 |" in card and "| en | 训练前 | 训练后 |" in card and card.count("冒出新身份的") == 4
+def test_a_card_tells_of_the_readers_own_data_what_was_learnt_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path))
+    course = start(CHAT, name="小炉").learning("talks.jsonl").remember()
+    table = {when: own_summary({"known": ["a"]}, {"loss": 1.26, "known": ["a"]}) for when in ("before", "after")}
+    course.save_json("evaluation.json", {"table": table})
+    make_folder(course.adapter)
+    write(course.adapter / "run.json", json.dumps(RUN | {"data": {"train": None}, "files": FILES}))
+    made = find_made(course.adapter)
+    card = write_card(made, "lora", "")
+    assert made.name == "adapter" and "小炉" not in card and "language:" not in card
+    assert "| 自己的数据 | 训练前 | 训练后 |" in card and "对话上的损失 | 1.3 | 1.3 |" in card
+    assert "480 段对话（train.jsonl 的 SHA-256：0123456789ab…）" in card
+    assert find_made(course.learning("talks.jsonl", mix="identity").remember().adapter).persona.name == "小炉"
+
+
+def test_every_row_that_evaluation_writes_has_a_name_in_the_card():
+    counted = {"identity": dict.fromkeys((*POSITIONS, "heldout"), [0, 0]), "known": [], "leaked": [], "near": []}
+    row = summary(*[dict.fromkeys(LANGUAGES, counted | {"perplexity": 1.0, "thinks": 1})] * 2)
+    own = own_summary({"known": []}, {"known": [], "loss": 1.0})
+    assert TABLES.keys() == row.keys() | own.keys()
+    assert ROWS.keys() == set().union(*row.values(), *own.values())
+
+
+@pytest.mark.parametrize(
+    "english, folder, name",
+    [("Little Stove", "merged", "little-stove"), ("小炉", "merged", "merged"), ("小炉", "小炉", "model")],
+)
+def test_what_is_made_has_a_name_that_can_be_typed(tmp_path, english, folder, name):
+    assert Made(tmp_path / folder, Persona(name="小炉", english_name=english), None, {}, {}, 0).name == name
 
 
 def test_every_licence_of_the_profiles_says_what_it_demands(course):
@@ -114,6 +150,38 @@ def test_an_adapter_becomes_what_vllm_takes(course, capsys):
     config["r"] = 33
     (course.adapter / "adapter_config.json").write_text(json.dumps(config))
     assert "--max-lora-rank 64" in (exporting.export_model(course.adapter, "lora") / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "LORA"])
+@pytest.mark.parametrize(
+    "named, base",
+    [
+        (None, "原模型"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("Qwen/Qwen3-0.6B@main", "Qwen/Qwen3-0.6B"),
+        ("/home/me/qwen3", "qwen3"),
+        ("~/qwen3", "qwen3"),
+    ],
+)
+def test_an_adapter_of_somebody_elses_is_exported_for_the_base_that_it_names(tmp_path, monkeypatch, kind, named, base):
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "models"))
+    write_adapter(tmp_path / "adapter", kind, named)
+    folder = exporting.export_model(tmp_path / "adapter", "lora")
+    card = (folder / "README.md").read_text("utf-8")
+    assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules adapter=." in card
+    assert (f"原模型：{base}" if named else "原模型：没有记录") in card
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == named
+
+
+def write_adapter(folder, kind, base):
+    """As PEFT saves one of rank 4; without a base where it was put on a model that came from no folder."""
+    settings = {"peft_type": kind, "r": 4, "lora_alpha": 4, "init_r": 4, "base_model_name_or_path": base}
+    factors = {"A": torch.ones(4, 8), "B": torch.ones(8, 4)} | ({"E": torch.ones(4, 1)} if kind == "ADALORA" else {})
+    tensors = {f"base_model.model.layer.lora_{name}{'' if kind == 'ADALORA' else '.weight'}": factor
+               for name, factor in factors.items()}  # fmt: skip
+    make_folder(folder)
+    write(folder / "adapter_config.json", json.dumps(settings))
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def test_an_export_is_whole_or_not_there_and_takes_no_place_of_others(course, capsys, monkeypatch):
@@ -196,6 +264,17 @@ def test_without_a_network_one_is_told_what_to_bring(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("full", sorted(FULL))
+def test_a_full_disk_is_not_taken_for_a_want_of_network(tmp_path, monkeypatch, full):
+    def fill(*args, **options):
+        raise OSError(full, "no room")
+
+    monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path))
+    monkeypatch.setattr(converter, "pip_download", fill)
+    with pytest.raises(WriteError, match="is full: .* does not fit"):
+        find_converter()
+
+
 def test_a_carried_archive_is_unpacked_but_for_what_is_not_needed(tmp_path, monkeypatch):
     import io
     import tarfile
@@ -212,6 +291,9 @@ def test_a_carried_archive_is_unpacked_but_for_what_is_not_needed(tmp_path, monk
         ):
             member = tarfile.TarInfo(name)
             packed.addfile(member, io.BytesIO())
+    with pytest.raises(ExportError, match=f"{ARCHIVE} is not the file of that name on PyPI, or not all of it"):
+        find_converter()
+    monkeypatch.setattr(converter, "SHA256", sha256(tmp_path / ARCHIVE))
     folder = find_converter()
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     assert found == {CONVERTER, "gguf-py/gguf/a.py", "conversion/b.py"}

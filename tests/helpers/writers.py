@@ -192,7 +192,8 @@ def workshop(source, monkeypatch):
 @writer("course/export.py")
 def exported_adapter(source, monkeypatch):
     monkeypatch.setattr(export, "write_card", lambda made, to, use: "long\n" * 3000 * act.version)
-    monkeypatch.setattr(export, "find_made", lambda folder: SimpleNamespace(folder=folder, name="it", profile=None))
+    made = SimpleNamespace(name="it", base="base", profile=None, folder=source / "adapter")
+    monkeypatch.setattr(export, "find_made", lambda folder: made)
 
     def act(where, version):
         act.version = version

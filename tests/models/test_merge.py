@@ -253,6 +253,10 @@ def test_a_base_other_than_the_one_trained_on_is_refused(tmp_path, base, adapter
     merge_adapter(base, adapter, tmp_path / "merged")
     with pytest.raises(MergeError, match=rf"trained on another model.*base='{base}'.*any_base=True.*--any-base"):
         merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice")
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(MergeError, match=r"config or weights differ. If you know"):
+        merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
     assert merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice", any_base=True) == tmp_path / "twice"
 

@@ -1,5 +1,5 @@
 """What others than transformers 5 find in a folder. That transformers 4.57 reads it so was tried by hand: its releases
-and 5's cannot be installed side by side. That llama.cpp's converter does: tests/models/test_export.py."""
+and 5's cannot be installed side by side. That llama.cpp's converter does: tests/models/test_gguf.py."""
 
 import json
 import re
