@@ -14,6 +14,10 @@ def text(html):
     return unescape(re.sub("<[^>]+>", "", html))
 
 
+def new(html):
+    return re.findall("<ins[^>]*>(.*?)</ins>", html)
+
+
 def cells(html):
     rows = re.findall("<tr>(.*?)</tr>", html, re.DOTALL)[1:]
     return [re.findall("<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in rows]
@@ -42,8 +46,12 @@ def test_replies_are_whole_and_in_the_questions_order():
 
 def test_only_what_is_new_is_marked_and_by_an_element():
     rows = cells(before_after(BEFORE, AFTER)._repr_html_())
-    marks = [re.findall("<ins[^>]*>(.*?)</ins>", row[3]) for row in rows]
-    assert marks == [["我叫梦中情炉。"], [], ["was"]]
+    assert [new(row[3]) for row in rows] == [["我叫梦中情炉。"], [], ["was"]]
+
+
+def test_a_word_in_other_letters_ends_where_chinese_begins():
+    assert new(marked("我叫Qwen是模型", "我叫Tom是模型")) == ["Tom"]
+    assert new(marked("a模型", "a机型")) == ["机"]
 
 
 def test_a_reply_stays_the_same_text_wherever_it_is_marked():
