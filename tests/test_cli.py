@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from chatmagic import cli
+from chatmagic.course import running
 from chatmagic.course.persona import Persona
 from chatmagic.course.profile import get_profile
 from chatmagic.course.thread import Course, start
@@ -26,12 +27,10 @@ def notebook(code):
 
 
 def test_whoever_waits_hears_which_cell_runs_and_how_far_its_bar_is(tmp_path):
-    from chatmagic.course.running import execute
-
     code = "from chatmagic import progress\nprogress.DELAY = 0\nlist(progress.Bar(range(3), desc='work'))"
     two = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1"), nbformat.v4.new_code_cell(code)])
     heard = []
-    execute(two, tmp_path, dict(os.environ), heard.append)
+    running.execute(two, tmp_path, dict(os.environ), heard.append)
     assert heard[0].strip() == "cell 1 of 2" and any("cell 2 of 2  work: 3/3" in each for each in heard)
     shown, _ = two.cells[1].outputs
     assert shown.data["text/plain"].startswith("work: 3/3"), "the last picture of the bar, and nothing on stderr"
@@ -41,7 +40,7 @@ def test_whoever_waits_hears_which_cell_runs_and_how_far_its_bar_is(tmp_path):
 def run(tmp_path, monkeypatch, capsys):
     """Runs the tutorial, with more arguments if given, on notebooks given as {name: code}; returns (exit code, what it
     printed)."""
-    monkeypatch.setattr(cli, "_print_replies", lambda: print("TABLE"))
+    monkeypatch.setattr(running, "_print_replies", lambda: print("TABLE"))
 
     def tutorial(*more, **codes):
         folder = tmp_path / "notebooks"
@@ -115,7 +114,7 @@ def test_the_notebooks_themselves_are_never_taken_for_executed_copies(run, tmp_p
         folder.mkdir()
     (tmp_path / "link").symlink_to(notebooks)
     for name in ("00.ipynb", "01.ipynb"):
-        nbformat.write(cli._sealed(notebook("1")) if sealed else notebook("1"), notebooks / name)
+        nbformat.write(running._sealed(notebook("1")) if sealed else notebook("1"), notebooks / name)
     before = contents(notebooks)
     status, said = run("--executed", str(tmp_path / executed))
     assert status == 1 and "00.ipynb, 01.ipynb" in said and "--executed OTHER" in said
@@ -137,7 +136,7 @@ def test_an_executed_copy_that_the_reader_changed_is_left_alone(run, tmp_path, n
 def test_a_link_in_the_place_of_a_copy_is_left_alone(run, tmp_path):
     """To nowhere, or to a copy that was moved elsewhere."""
     (tmp_path / "work").mkdir()
-    nbformat.write(cli._sealed(notebook("1")), tmp_path / "moved.ipynb")
+    nbformat.write(running._sealed(notebook("1")), tmp_path / "moved.ipynb")
     (tmp_path / "work/00.ipynb").symlink_to(tmp_path / "nowhere")
     (tmp_path / "work/00.failed.ipynb").symlink_to(tmp_path / "moved.ipynb")
     status, said = run(_00=NOTE.format(0))
@@ -202,9 +201,9 @@ def test_the_tutorial_says_where_to_run_it(run):
 @pytest.mark.slow
 def test_the_tutorial_in_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     """The notebooks come with the package; what the reader has changed of them stays, and no notebook is run twice."""
-    monkeypatch.setattr(cli, "_print_replies", lambda: print("TABLE"))
+    monkeypatch.setattr(running, "_print_replies", lambda: print("TABLE"))
     (tmp_path / "shipped").mkdir()
-    monkeypatch.setattr(cli, "shipped", lambda name: tmp_path / "shipped")
+    monkeypatch.setattr(running, "shipped", lambda name: tmp_path / "shipped")
     for name in ("00", "01"):
         nbformat.write(notebook(NOTE.format(name)), tmp_path / f"shipped/{name}.ipynb")
     folder = tmp_path / "我的 course"
