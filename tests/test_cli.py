@@ -54,6 +54,12 @@ def run(tmp_path, monkeypatch, capsys):
     return tutorial
 
 
+def test_a_terminal_is_told_which_cell_runs_and_a_log_is_not(run, monkeypatch):
+    assert "cell 1 of 1" not in run(_00="1")[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "cell 1 of 1" in run(_00="1")[1]
+
+
 @pytest.mark.slow
 def test_the_tutorial_goes_on_from_the_notebook_that_failed(run, tmp_path, monkeypatch):
     monkeypatch.delenv("CHATMAGIC_RESUME", raising=False)

@@ -62,5 +62,7 @@ def test_a_reply_stays_the_same_text_wherever_it_is_marked():
 
 
 def test_text_of_a_model_is_text():
-    html = before_after({"<b>?": "x"}, {"<b>?": "<script>\x1b[31m"})._repr_html_()
-    assert "<script>" not in html and "<b>?" not in html and "\x1b" not in html
+    table = before_after({"<b>\x1b?": "<i>\x1b[1m"}, {"<b>\x1b?": "<script>\x1b[31m"})
+    html = table._repr_html_()
+    assert "<script>" not in html and "<b>\N{SYMBOL FOR ESCAPE}?" not in html and "<i>" not in html
+    assert "\x1b" not in html and "\x1b" not in repr(table)
