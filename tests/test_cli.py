@@ -3,10 +3,13 @@ the command line."""
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -247,3 +250,24 @@ def test_what_train_is_not_told_is_as_in_the_course_started_last(tmp_path, monke
     )
     with pytest.raises(SystemExit):
         chosen("--language", "fr")
+
+
+def test_every_command_in_the_pages_and_notebooks_is_one(capsys):
+    """Those in a code block or a table, and any with arguments: a name alone in a sentence is only a name."""
+    root = Path(__file__).parents[1]
+    pages = {path: path.read_text("utf-8") for path in [*root.glob("*.md"), *root.glob("docs/*.md")]}
+    for path in root.glob("notebooks/*.ipynb"):
+        pages[path] = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    told = r"(?:^ *(?:\w+=\S+ )?|launch .*-m |^\|.*`|`)(?:\.venv/bin/)?chatmagic(?:\.cli)? ([a-z][^`\n#|]*)"
+    checked, wrong = 0, []
+    for path, text in pages.items():
+        for found in re.finditer(told, text, re.MULTILINE):
+            if " " not in found[1] and found[0].startswith("`"):
+                continue
+            checked += 1
+            try:
+                cli.parser().parse_args(shlex.split(found[1]))
+            except SystemExit as ended:
+                if ended.code:
+                    wrong.append((path.name, found[0], capsys.readouterr().err.splitlines()[-1]))
+    assert checked > 40 and wrong == []
