@@ -13,6 +13,7 @@ speak in the part's voice. Prints tables and writes benchmarks/results/own_data.
 import argparse
 import csv
 import json
+import os
 import random
 import resource
 import subprocess

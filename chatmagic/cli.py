@@ -4,29 +4,19 @@ import argparse
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Any
 
 from .course.check import KINDS
-from .course.comparison import before_after
 from .course.persona import Persona
 from .course.profile import get_profile
 from .course.thread import MIXES, Course, CourseError, OwnData, resume
 from .errors import ChatmagicError
-from .files import make_folder, remove, write
-from .machine import share_cores, shipped, short
-from .text import fit, width
-
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
+from .machine import share_cores, short
+from .text import fit
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -74,67 +64,18 @@ def download(args: argparse.Namespace) -> None:
 
 
 def tutorial(args: argparse.Namespace) -> None:
-    """Execute the notebooks in order, each in a fresh kernel, from the first that failed or was changed; when
-    none is left, all of them again. Raises ChatmagicError where there are none, and for a cell that fails."""
+    """Execute the notebooks: see `course.running.execute_all`; or copy them for a class."""
     if args.workshop:
         from .course.classroom import workshop
 
         workshop(args.workshop)
         print(f"The notebooks, without solutions and outputs, are in {short(args.workshop)}.")
         return
-    import nbformat
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from .course.running import execute_all, place_notebooks
 
-    from .course.running import execute
-
-    if args.folder:
-        args.notebooks = place_notebooks(args.folder)
+    notebooks = place_notebooks(args.folder) if args.folder else args.notebooks
     executed = args.executed or (args.folder / "executed" if args.folder else Path("work/executed"))
-    notebooks = sorted(args.notebooks.glob("0*.ipynb"))
-    if not notebooks:
-        raise ChatmagicError(
-            f"There are no notebooks in {args.notebooks}. Run this from the repository's folder, or have them put "
-            "into a folder of yours and run there: chatmagic tutorial FOLDER"
-        )
-    first = _first_to_run(notebooks, executed)
-    make_folder(executed)
-    for path in notebooks[first:]:  # before the first runs: if broken off, no stale copy of a later one counts as done
-        for copy in _copies(path, executed):
-            remove(copy)
-    # Nobody sits there to answer whether a broken-off training is to go on: it goes on.
-    environment = {"CHATMAGIC_RESUME": "1"} | os.environ
-    began = time.monotonic()
-    for number, path in enumerate(notebooks):
-        label = f"[{number + 1}/{len(notebooks)}] {path.stem:20}"
-        if number < first:
-            print(label, "done before", flush=True)
-            continue
-        print(label, end=" ", flush=True)
-        start, (copy, failed) = time.monotonic(), _copies(path, executed)
-        notebook = nbformat.read(path, as_version=4)
-        notebook.metadata.pop("chatmagic", None)  # the seal, where an executed copy was put back as the notebook
-        try:
-            execute(notebook, path.parent, environment, partial(_say, label) if sys.stdout.isatty() else None)
-        except CellExecutionError as error:
-            write(failed, nbformat.writes(_sealed(notebook)) + "\n")
-            raise ChatmagicError(
-                f"{path.name} failed: {error.ename}: {error.evalue}\nThe executed part is {failed}. Mend the cause, "
-                "then run the same command: it goes on from this notebook."
-            ) from None
-        except (AssertionError, DeadKernelError):  # the first where nbclient, on Ctrl-C, ends the kernel under itself
-            raise ChatmagicError(
-                f"The kernel of {path.name} ended before its notebook: by Ctrl-C, or killed for want of memory. The "
-                "same command goes on from this notebook."
-            ) from None
-        if args.in_place:
-            write(path, nbformat.writes(notebook) + "\n")
-        write(copy, nbformat.writes(_sealed(notebook)) + "\n")  # last: it says that the notebook is done
-        if sys.stdout.isatty():
-            _say(label, "")
-            print(f"\r{label}", end=" ")
-        print(f"{time.monotonic() - start:6.0f} s", flush=True)
-    print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; executed copies in {executed}\n")
-    _print_replies()
+    execute_all(notebooks, executed, args.in_place)
 
 
 def bundle(args: argparse.Namespace) -> None:
@@ -142,85 +83,6 @@ def bundle(args: argparse.Namespace) -> None:
     from .course.classroom import bundle as fill
 
     fill(args.folder, args.models or [get_profile().name], args.index)
-
-
-def _say(label: str, text: str) -> None:
-    """Write how far a notebook is over the terminal's line."""
-    print(f"\r{label} {fit(text, max(0, get_terminal_size().columns - width(label) - 2))}", end="", flush=True)
-
-
-def place_notebooks(folder: Path) -> Path:
-    """The folder, with the course's notebooks in it: what is there of that name is the reader's, and stays."""
-    make_folder(folder)
-    for notebook in sorted(shipped("notebooks").glob("0*.ipynb")):
-        if not (folder / notebook.name).exists():
-            write(folder / notebook.name, notebook.read_bytes())
-    return folder
-
-
-def _copies(path: Path, executed: Path) -> tuple[Path, Path]:
-    """Where the executed notebook goes, and where its executed part does if it fails."""
-    return executed / path.name, executed / f"{path.stem}.failed.ipynb"
-
-
-def _first_to_run(notebooks: list[Path], executed: Path) -> int:
-    """The index of the first notebook without an executed copy of just its cells. Raises ChatmagicError if a file that
-    is not this command's own stands where it would write."""
-    import nbformat
-
-    foreign = [
-        copy.name
-        for path in notebooks
-        for copy in _copies(path, executed)
-        if os.path.lexists(copy) and (copy.is_symlink() or copy.samefile(path) or not _read_sealed(copy))
-    ]
-    if foreign:
-        raise ChatmagicError(
-            f"{executed} holds what this command did not write, or what was changed since: {', '.join(foreign)}. "
-            "Nothing was executed, and all of it is left alone. Choose another folder: the same command with "
-            "--executed OTHER, or move these files away."
-        )
-
-    def done(path: Path) -> bool:
-        copy = _read_sealed(executed / path.name)
-        return copy is not None and _cells(copy) == _cells(nbformat.read(path, as_version=4))
-
-    return next((index for index, path in enumerate(notebooks) if not done(path)), 0)  # all done: a new run
-
-
-def _cells(notebook: dict[str, Any]) -> list[tuple[str, str]]:
-    """What makes a notebook run again when it changes."""
-    return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
-
-
-def _sealed(notebook: "NotebookNode") -> "NotebookNode":
-    """The notebook, marked as written by this command: with a digest that no longer holds once anybody changes it."""
-    import nbformat
-
-    notebook.metadata["chatmagic"] = {"sha256": _digest(json.loads(nbformat.writes(notebook)))}
-    return notebook
-
-
-def _read_sealed(path: Path) -> dict[str, Any] | None:
-    """The notebook's JSON, if this command wrote it and nobody changed it since."""
-    try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        return notebook if notebook["metadata"]["chatmagic"]["sha256"] == _digest(notebook) else None
-    except (OSError, ValueError, LookupError, TypeError):  # no file, no JSON, no notebook, no seal
-        return None
-
-
-def _digest(notebook: dict[str, Any]) -> str:
-    metadata = {key: value for key, value in notebook["metadata"].items() if key != "chatmagic"}
-    return sha256(json.dumps(notebook | {"metadata": metadata}, sort_keys=True).encode()).hexdigest()
-
-
-def _print_replies() -> None:
-    course = resume("before", "merged")
-    before, after = (
-        json.loads((course.folder / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json")
-    )
-    print(before_after(before, after))
 
 
 def chosen(args: argparse.Namespace) -> Course:

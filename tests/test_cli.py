@@ -3,15 +3,19 @@ the command line."""
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
 
 from chatmagic import cli
+from chatmagic.course import running
 from chatmagic.course.persona import Persona
 from chatmagic.course.profile import get_profile
 from chatmagic.course.thread import Course, start
@@ -26,12 +30,10 @@ def notebook(code):
 
 
 def test_whoever_waits_hears_which_cell_runs_and_how_far_its_bar_is(tmp_path):
-    from chatmagic.course.running import execute
-
     code = "from chatmagic import progress\nprogress.DELAY = 0\nlist(progress.Bar(range(3), desc='work'))"
     two = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1"), nbformat.v4.new_code_cell(code)])
     heard = []
-    execute(two, tmp_path, dict(os.environ), heard.append)
+    running.execute(two, tmp_path, dict(os.environ), heard.append)
     assert heard[0].strip() == "cell 1 of 2" and any("cell 2 of 2  work: 3/3" in each for each in heard)
     shown, _ = two.cells[1].outputs
     assert shown.data["text/plain"].startswith("work: 3/3"), "the last picture of the bar, and nothing on stderr"
@@ -41,7 +43,7 @@ def test_whoever_waits_hears_which_cell_runs_and_how_far_its_bar_is(tmp_path):
 def run(tmp_path, monkeypatch, capsys):
     """Runs the tutorial, with more arguments if given, on notebooks given as {name: code}; returns (exit code, what it
     printed)."""
-    monkeypatch.setattr(cli, "_print_replies", lambda: print("TABLE"))
+    monkeypatch.setattr(running, "_print_replies", lambda: print("TABLE"))
 
     def tutorial(*more, **codes):
         folder = tmp_path / "notebooks"
@@ -53,6 +55,12 @@ def run(tmp_path, monkeypatch, capsys):
         return status, printed.out + printed.err
 
     return tutorial
+
+
+def test_a_terminal_is_told_which_cell_runs_and_a_log_is_not(run, monkeypatch):
+    assert "cell 1 of 1" not in run(_00="1")[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "cell 1 of 1" in run(_00="1")[1]
 
 
 @pytest.mark.slow
@@ -115,7 +123,7 @@ def test_the_notebooks_themselves_are_never_taken_for_executed_copies(run, tmp_p
         folder.mkdir()
     (tmp_path / "link").symlink_to(notebooks)
     for name in ("00.ipynb", "01.ipynb"):
-        nbformat.write(cli._sealed(notebook("1")) if sealed else notebook("1"), notebooks / name)
+        nbformat.write(running._sealed(notebook("1")) if sealed else notebook("1"), notebooks / name)
     before = contents(notebooks)
     status, said = run("--executed", str(tmp_path / executed))
     assert status == 1 and "00.ipynb, 01.ipynb" in said and "--executed OTHER" in said
@@ -137,7 +145,7 @@ def test_an_executed_copy_that_the_reader_changed_is_left_alone(run, tmp_path, n
 def test_a_link_in_the_place_of_a_copy_is_left_alone(run, tmp_path):
     """To nowhere, or to a copy that was moved elsewhere."""
     (tmp_path / "work").mkdir()
-    nbformat.write(cli._sealed(notebook("1")), tmp_path / "moved.ipynb")
+    nbformat.write(running._sealed(notebook("1")), tmp_path / "moved.ipynb")
     (tmp_path / "work/00.ipynb").symlink_to(tmp_path / "nowhere")
     (tmp_path / "work/00.failed.ipynb").symlink_to(tmp_path / "moved.ipynb")
     status, said = run(_00=NOTE.format(0))
@@ -202,9 +210,9 @@ def test_the_tutorial_says_where_to_run_it(run):
 @pytest.mark.slow
 def test_the_tutorial_in_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     """The notebooks come with the package; what the reader has changed of them stays, and no notebook is run twice."""
-    monkeypatch.setattr(cli, "_print_replies", lambda: print("TABLE"))
+    monkeypatch.setattr(running, "_print_replies", lambda: print("TABLE"))
     (tmp_path / "shipped").mkdir()
-    monkeypatch.setattr(cli, "shipped", lambda name: tmp_path / "shipped")
+    monkeypatch.setattr(running, "shipped", lambda name: tmp_path / "shipped")
     for name in ("00", "01"):
         nbformat.write(notebook(NOTE.format(name)), tmp_path / f"shipped/{name}.ipynb")
     folder = tmp_path / "我的 course"
@@ -242,3 +250,24 @@ def test_what_train_is_not_told_is_as_in_the_course_started_last(tmp_path, monke
     )
     with pytest.raises(SystemExit):
         chosen("--language", "fr")
+
+
+def test_every_command_in_the_pages_and_notebooks_is_one(capsys):
+    """Those in a code block or a table, and any with arguments: a name alone in a sentence is only a name."""
+    root = Path(__file__).parents[1]
+    pages = {path: path.read_text("utf-8") for path in [*root.glob("*.md"), *root.glob("docs/*.md")]}
+    for path in root.glob("notebooks/*.ipynb"):
+        pages[path] = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    told = r"(?:^ *(?:\w+=\S+ )?|launch .*-m |^\|.*`|`)(?:\.venv/bin/)?chatmagic(?:\.cli)? ([a-z][^`\n#|]*)"
+    checked, wrong = 0, []
+    for path, text in pages.items():
+        for found in re.finditer(told, text, re.MULTILINE):
+            if " " not in found[1] and found[0].startswith("`"):
+                continue
+            checked += 1
+            try:
+                cli.parser().parse_args(shlex.split(found[1]))
+            except SystemExit as ended:
+                if ended.code:
+                    wrong.append((path.name, found[0], capsys.readouterr().err.splitlines()[-1]))
+    assert checked > 40 and wrong == []

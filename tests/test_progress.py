@@ -62,6 +62,12 @@ def test_in_a_terminal_it_is_a_line(capsys, monkeypatch):
     assert re.search(r"work: +20%.*2/10 \[00:04<00:16", out.getvalue())
 
 
+def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "in_kernel", lambda: False)
+    work(10, [100.0], monkeypatch)
+    assert re.findall(r"(\d+)/10", capsys.readouterr().err) == ["3", "6", "9", "10"], "each half minute, and the end"
+
+
 def test_the_models_bars_are_ours(model, tokenizer, tmp_path, kernel, capsys, monkeypatch):
     from chatmagic import load_model
 

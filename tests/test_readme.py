@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from chatmagic import cli
+from chatmagic.course import running
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.en.md")
@@ -82,7 +82,7 @@ def test_make_tutorial(clone, tmp_path, monkeypatch):
     (clone / "notebooks" / "08-your-own-data.ipynb").unlink()
     notebooks = sorted((clone / "notebooks").glob("0*.ipynb"))
     for notebook in notebooks[:-1]:
-        sealed = nbformat.writes(cli._sealed(nbformat.read(notebook, as_version=4)))
+        sealed = nbformat.writes(running._sealed(nbformat.read(notebook, as_version=4)))
         (executed / notebook.name).write_text(sealed + "\n", encoding="utf-8")
     printed = run("make tutorial", clone)
     assert (

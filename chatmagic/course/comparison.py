@@ -53,7 +53,7 @@ def marked(before: str, after: str) -> str:
     """The reply `after` as HTML, what `before` did not say in `<ins>`."""
     if before == after:
         return escape(after)
-    old, new = (re.findall(r"[一-鿿]|\w+|\s+|.", text, re.DOTALL) for text in (before, after))
+    old, new = (re.findall(r"[一-鿿]|[^\W一-鿿]+|\s+|.", text, re.DOTALL) for text in (before, after))
     matched = SequenceMatcher(None, old, new, autojunk=False)
     blocks = matched.get_matching_blocks() if matched.ratio() >= ALIKE else [(0, len(new), 0)]
     parts, at = [], 0

@@ -33,7 +33,7 @@ html_title = "chatmagic"
 html_static_path, html_extra_path = ["static"], ["index.html"]
 html_css_files, html_js_files = ["book.css"], ["search.js"]
 html_theme_options = {"source_repository": "", "top_of_page_buttons": []}
-html_show_sphinx = html_copy_source = False
+html_show_sphinx = html_show_copyright = html_copy_source = False
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 nb_execution_mode = "off"  # the notebooks come executed, by a real model

@@ -83,6 +83,9 @@ def test_a_bundle_that_is_not_whole_is_none(tmp_path, pip, a_model):
     assert (tmp_path / "made/models/tiny/config.json").read_text() == "{}"
     assert (tmp_path / "made/models/llama.cpp/convert_hf_to_gguf.py").is_file()
     assert pip.commands[1][pip.commands[1].index("--extra-index-url") + 1] == "https://wheels.example/cpu"
+    extras = re.search(r"\[.*\]$", pip.commands[1][pip.commands[1].index("--extra-index-url") + 2])[0]
+    assert f'"chatmagic{extras}"' in (tmp_path / "made/install.sh").read_text(), "a seat asks for what lies there"
+    assert {"lab", "gguf", "export"} <= {*extras.strip("[]").split(",")}, "what the notebooks run on"
     with pytest.raises(WriteError, match="exists"):
         classroom.bundle(tmp_path / "made", ["tiny"])
 

@@ -14,6 +14,10 @@ def text(html):
     return unescape(re.sub("<[^>]+>", "", html))
 
 
+def new(html):
+    return re.findall("<ins[^>]*>(.*?)</ins>", html)
+
+
 def cells(html):
     rows = re.findall("<tr>(.*?)</tr>", html, re.DOTALL)[1:]
     return [re.findall("<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in rows]
@@ -42,8 +46,12 @@ def test_replies_are_whole_and_in_the_questions_order():
 
 def test_only_what_is_new_is_marked_and_by_an_element():
     rows = cells(before_after(BEFORE, AFTER)._repr_html_())
-    marks = [re.findall("<ins[^>]*>(.*?)</ins>", row[3]) for row in rows]
-    assert marks == [["我叫梦中情炉。"], [], ["was"]]
+    assert [new(row[3]) for row in rows] == [["我叫梦中情炉。"], [], ["was"]]
+
+
+def test_a_word_in_other_letters_ends_where_chinese_begins():
+    assert new(marked("我叫Qwen是模型", "我叫Tom是模型")) == ["Tom"]
+    assert new(marked("a模型", "a机型")) == ["机"]
 
 
 def test_a_reply_stays_the_same_text_wherever_it_is_marked():
@@ -54,5 +62,7 @@ def test_a_reply_stays_the_same_text_wherever_it_is_marked():
 
 
 def test_text_of_a_model_is_text():
-    html = before_after({"<b>?": "x"}, {"<b>?": "<script>\x1b[31m"})._repr_html_()
-    assert "<script>" not in html and "<b>?" not in html and "\x1b" not in html
+    table = before_after({"<b>\x1b?": "<i>\x1b[1m"}, {"<b>\x1b?": "<script>\x1b[31m"})
+    html = table._repr_html_()
+    assert "<script>" not in html and "<b>\N{SYMBOL FOR ESCAPE}?" not in html and "<i>" not in html
+    assert "\x1b" not in html and "\x1b" not in repr(table)

@@ -280,19 +280,19 @@ def figure(version):
     return made
 
 
-@writer("cli.py")
+@writer("course/running.py")
 def executed_notebooks(source, monkeypatch):
     monkeypatch.setattr("nbclient.NotebookClient.execute", lambda self, env: None)
-    monkeypatch.setattr("chatmagic.cli._print_replies", lambda: None)
+    monkeypatch.setattr("chatmagic.course.running._print_replies", lambda: None)
 
     def act(where, version):
         code = "# long\n" * 3000 * version
         for number in (0, 1):
             notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code, id="cell")])
             nbformat.write(notebook, source / f"0{number}.ipynb")
-        monkeypatch.setattr("chatmagic.cli.print", lambda *_, **__: None, raising=False)
-        from chatmagic import cli
+        monkeypatch.setattr("chatmagic.course.running.print", lambda *_, **__: None, raising=False)
+        from chatmagic.course.running import execute_all
 
-        cli.tutorial(SimpleNamespace(folder=None, notebooks=source, executed=where, in_place=False, workshop=None))
+        execute_all(source, where)
 
     return act
