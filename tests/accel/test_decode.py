@@ -108,7 +108,7 @@ def test_sampling_over_a_captured_forward(cuda, model, tokenizer):
     assert first == second and fake_cuda.Graph.replays
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("call", first(1, [2, 1, 3, 4]))
 def test_an_interrupt_between_two_graphs(cuda, model, tokenizer, monkeypatch, call):
     llm = chat(model, tokenizer)
     llm("hi", greedy=True, remember=False)
@@ -144,7 +144,7 @@ def test_an_interrupt_of_the_capture(cuda, model, tokenizer, monkeypatch):
     assert new_ids(llm, llm("hi", greedy=True)) == expected(model, tokenizer) and fake_cuda.Graph.replays
 
 
-@pytest.mark.parametrize("change", [adapter, trained, lambda model: model.double()])
+@pytest.mark.parametrize("change", first(1, [adapter, trained, lambda model: model.double()]))
 def test_new_weights_are_captured_anew(cuda, model, tokenizer, change):
     llm = chat(model, tokenizer)
     llm("hi", greedy=True, remember=False)

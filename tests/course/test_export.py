@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,17 +54,25 @@ RUN = {
 FILES = {"train.jsonl": "0123456789abcdef"}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_models):
+    """A folder with an adapter and what it was merged into, as a course leaves them."""
+    folder = tmp_path_factory.mktemp("trained")
+    trained_over_nf4(tiny_models / CHAT, folder / "adapter")
+    merge_adapter(tiny_models / CHAT, folder / "adapter", folder / "merged")
+    tiny_gguf(folder / "merged" / "made.gguf", tied=False, kind="F16")
+    return folder
+
+
 @pytest.fixture
-def course(tmp_path, tiny_models, monkeypatch):
+def course(tmp_path, trained, monkeypatch):
     """A course that has an adapter, a merged model and an evaluation, and a converter that copies a made file."""
     monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path / "models"))
     course = start(CHAT, name="小炉", english_name="Little Stove", author="张三")
-    trained_over_nf4(tiny_models / CHAT, course.adapter)
-    merge_adapter(tiny_models / CHAT, course.adapter, course.merged)
+    shutil.copytree(trained, course.folder, dirs_exist_ok=True)
     (course.adapter / "run.json").write_text(json.dumps(RUN))
     (course.adapter / "history.csv").write_text("epoch,val_loss\n1,3\n2,1\n3,0.5\n4,0.2\n5,0.1\n")
     (course.folder / "evaluation.json").write_text(json.dumps(EVALUATION))
-    tiny_gguf(course.merged / "made.gguf", tied=False, kind="F16")
     stand_in = tmp_path / "converter"
     stand_in.mkdir()
     (stand_in / CONVERTER).write_text(

