@@ -156,22 +156,22 @@ def main() -> None:
     there = {(run["row"], run["seed"]) for run in found["runs"]}
     snapshot_download(args.profile)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        todo = {
+        running = {
             pool.submit(results, row, args.profile, seed): seed
             for row in args.rows
             for seed in args.seeds
             if (row, seed) not in there
         }
-        for done in as_completed(todo):
+        for done in as_completed(running):
             before, after = done.result()
             found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
             for result in [*before.values(), *(each["after"] for each in after.values())]:
                 for language in LANGUAGES:
                     del result[language]["replies"]  # megabytes
             found["bases"] |= before
-            found["runs"] += [{"row": row, "seed": todo[done], **each} for row, each in after.items()]
+            found["runs"] += [{"row": row, "seed": running[done], **each} for row, each in after.items()]
             file.write_text(json.dumps(found, ensure_ascii=False, indent=0), encoding="utf-8")
-            print(", ".join(after), "with seed", todo[done], flush=True)
+            print(", ".join(after), "with seed", running[done], flush=True)
     print(found["device"], table(found), sep="\n")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..accel.attention import without_cudnn_attention
-from ..backends.generate import TextStream
+from ..backends.streaming import TextStream
 from ..conversation.messages import build_messages
 from ..machine import short
 from ..models.load import load_model

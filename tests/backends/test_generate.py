@@ -8,10 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages, encode_prompt, load_model
-from chatmagic.backends.generate import StopStrings, TextStream
 from chatmagic.backends.weights import WHOLE
 from chatmagic.conversation.llm import Interrupted
-from chatmagic.conversation.pieces import Thought
 from generation import (
     adapter,
     column_written_through_data,
@@ -56,16 +54,6 @@ def test_the_published_greedy_tokens(family, monkeypatch):
         reply = llm.chat(case["messages"], greedy=True, repetition_penalty=1.0)
         assert reply.stats.tokens_in == len(case["prompt_ids"])
         assert new_ids(llm, reply) == case["greedy"][:-1]
-
-
-def test_pieces_join_to_the_text_of_every_family(family):
-    _, tokenizer, _ = family
-    text = "你好，世界！ Two  spaces,\n\n　１２３ 🙂🏳️‍🌈 café ꧁ def f(x):\n\treturn x"
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    stream = TextStream(tokenizer, [])
-    pieces = [stream.push(token) for token in ids] + [stream.flush()]
-    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
-    assert "\ufffd" not in "".join(pieces)
 
 
 def test_an_explicit_model_type_wins(model, tokenizer):
@@ -223,25 +211,6 @@ def test_a_stop_string_ends_a_reply_even_without_stop_ids(model, tokenizer):
     assert reply == whole[: whole.index(whole[12:15])] and reply.stats.stop_reason == "stop"
 
 
-def test_characters_and_stop_strings_arrive_whole(tokenizer):
-    ids = tokenizer.encode("你好🙂 a#b ##c\n##END and more", add_special_tokens=False)
-    stream = TextStream(tokenizer, ["##END", "</s>"])
-    pieces = []
-    for token in ids:
-        pieces.append(stream.push(token))
-        if stream.stop.found:
-            break
-    assert stream.flush() == "" and stream.stop.found
-    assert [piece for piece in pieces if piece] == [*"你好🙂", " ", "a", "#b", " ", "##c", "\n"]
-
-
-def test_an_unfinished_character_or_stop_string_is_shown_in_the_end(tokenizer):
-    stream = TextStream(tokenizer, ["##END"])
-    ids = tokenizer.encode("a##E你", add_special_tokens=False)
-    pieces = [stream.push(token) for token in ids[:-1]]
-    assert "".join(pieces) == "a" and stream.flush() == "##E\ufffd"
-
-
 def test_a_reply_ends_before_a_stop_string_of_the_askers(model, tokenizer):
     llm = ChatLLM(model, tokenizer, stream=False, max_new_tokens=30)
     whole = llm("hi", greedy=True, remember=False)
@@ -255,13 +224,6 @@ def test_a_reply_ends_before_a_stop_string_of_the_askers(model, tokenizer):
     for wrong in ("x", [""], [], [3]):
         with pytest.raises(ChatmagicError, match="stop must be"):
             llm("hi", stop=wrong)
-
-
-def test_a_stop_string_ends_words_and_no_thought():
-    stop = StopStrings(["\n\n"])
-    pieces = [Thought("let me\n\n"), Thought("see"), "a", "\n", "b\n", "\nc", "d"]
-    assert [stop.push(piece) for piece in pieces] == [Thought("let me\n\n"), Thought("see"), "a", "", "\nb", "", ""]
-    assert stop.found and stop.flush() == ""
 
 
 def test_messages_beyond_the_context(model, tokenizer):
