@@ -20,7 +20,8 @@ tutorial: kernel
 	$(BIN)/python -m chatmagic.cli tutorial
 
 test: $(READY)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks tests
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks/*.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not browser and not gpu" tests
