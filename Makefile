@@ -4,10 +4,13 @@
 # make lab        JupyterLab on the repository, at the first notebook
 # make docs       the book: pages, executed notebooks and API as a site in work/book, with no network
 #
+# LANGUAGE=en  takes the notebooks in English, for tutorial, lab and notebooks; the environment, where gettext has a
+# variable of that name, is not asked.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu  takes torch from PyTorch's own CPU index.
 # PYTHON=python3.12  is the Python that the environment is made of.
 # Where the image brings a torch that sees a GPU, that one is kept. What was broken off is begun again by the same command.
 
+LANGUAGE := zh
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +20,7 @@ FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 .PHONY: tutorial test quick lab kernel notebooks docs clean
 
 tutorial: kernel
-	$(BIN)/python -m chatmagic.cli tutorial
+	$(BIN)/python -m chatmagic.cli tutorial --language $(LANGUAGE)
 
 test: $(READY)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks/*.ipynb
@@ -27,13 +30,13 @@ quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not browser and not gpu" tests
 
 lab: kernel
-	$(BIN)/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00-setup.ipynb
+	$(BIN)/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/$(addsuffix /,$(filter-out zh,$(LANGUAGE)))00-setup.ipynb
 
 kernel: $(READY)
 	$(BIN)/python -m ipykernel install --user --name chatmagic --display-name chatmagic --env OMP_WAIT_POLICY PASSIVE
 
 notebooks: $(READY)
-	$(BIN)/python -m chatmagic.cli tutorial --in-place
+	$(BIN)/python -m chatmagic.cli tutorial --language $(LANGUAGE) --in-place
 
 docs: $(READY)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -c docs/book . work/book

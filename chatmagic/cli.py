@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from .course.check import KINDS
-from .course.persona import Persona
+from .course.persona import LANGUAGES, Persona
 from .course.profile import get_profile
 from .course.thread import MIXES, Course, CourseError, OwnData, resume
 from .errors import ChatmagicError
@@ -69,13 +69,14 @@ def tutorial(args: argparse.Namespace) -> None:
         from .course.classroom import workshop
 
         workshop(args.workshop)
-        print(f"The notebooks, without solutions and outputs, are in {short(args.workshop)}.")
+        print(f"The notebooks in both languages, without solutions and outputs, are in {short(args.workshop)}.")
         return
-    from .course.running import execute_all, place_notebooks
+    from .course.running import execute_all, in_language, place_notebooks
 
-    notebooks = place_notebooks(args.folder) if args.folder else args.notebooks
-    executed = args.executed or (args.folder / "executed" if args.folder else Path("work/executed"))
-    execute_all(notebooks, executed, args.in_place)
+    if args.folder:
+        place_notebooks(args.folder, args.language)
+    executed = args.executed or in_language((args.folder or Path("work")) / "executed", args.language)
+    execute_all(in_language(args.folder or Path("notebooks"), args.language), executed, args.in_place)
 
 
 def bundle(args: argparse.Namespace) -> None:
@@ -284,9 +285,17 @@ def parser() -> argparse.ArgumentParser:
     added = command("tutorial", tutorial, "execute the notebooks in order, from the first that failed or was changed")
     which = added.add_mutually_exclusive_group()
     which.add_argument("folder", type=Path, nargs="?", help="put the notebooks there, if they are not, and run these")
-    which.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     which.add_argument(
-        "--workshop", type=Path, metavar="DIR", help="execute nothing: copy them there for a class, without solutions"
+        "--workshop",
+        type=Path,
+        metavar="DIR",
+        help="execute nothing: copy those in both languages there for a class, without solutions",
+    )
+    added.add_argument(
+        "--language",
+        choices=LANGUAGES,
+        default="zh",
+        help="of the notebooks: Chinese, or English, which have folders en of their own; default: %(default)s",
     )
     added.add_argument("--executed", type=Path, help="default: FOLDER/executed, or work/executed")
     added.add_argument("--in-place", action="store_true", help="also keep the outputs in the notebooks themselves")
@@ -331,7 +340,7 @@ def parser() -> argparse.ArgumentParser:
     for added in (training, evaluation, checking):
         who = added.add_argument_group("who the model becomes", "what is left out is as in the course started last")
         for field in (each for each in fields(Persona) if each.type is str):  # answers and facts are tables
-            languages = ("zh", "en") if field.name == "language" else None
+            languages = LANGUAGES if field.name == "language" else None
             flag = f"--{field.name.replace('_', '-')}"
             who.add_argument(flag, default=argparse.SUPPRESS, choices=languages)
     added = command("merge", merge, "write an adapter into its 16-bit base")

@@ -43,6 +43,7 @@ def test_whoever_waits_hears_which_cell_runs_and_how_far_its_bar_is(tmp_path):
 def run(tmp_path, monkeypatch, capsys):
     """Runs the tutorial, with more arguments if given, on notebooks given as {name: code}; returns (exit code, what it
     printed)."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(running, "_print_replies", lambda: print("TABLE"))
 
     def tutorial(*more, **codes):
@@ -50,7 +51,7 @@ def run(tmp_path, monkeypatch, capsys):
         folder.mkdir(exist_ok=True)
         for name, code in codes.items():
             nbformat.write(notebook(code), folder / f"{name.strip('_')}.ipynb")
-        status = cli.main(["tutorial", "--notebooks", str(folder), "--executed", str(tmp_path / "work"), *more])
+        status = cli.main(["tutorial", "--executed", str(tmp_path / "work"), *more])
         printed = capsys.readouterr()
         return status, printed.out + printed.err
 
@@ -224,8 +225,43 @@ def test_the_tutorial_in_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     assert cli.main(["tutorial", str(folder), "--executed", str(tmp_path / "other")]) == 0
     assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["00.ipynb", "01.ipynb"]
     with pytest.raises(SystemExit):
-        cli.main(["tutorial", str(folder), "--notebooks", str(tmp_path / "shipped")])
+        cli.main(["tutorial", str(folder), "--workshop", str(tmp_path / "class")])
     assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_each_language_has_its_notebooks_and_its_executed_copies(tmp_path, monkeypatch):
+    """In the repository, and in one's own folder, where neither comes into the other's way."""
+    monkeypatch.setattr(running, "_print_replies", lambda: print("TABLE"))
+    monkeypatch.setattr(running, "shipped", lambda name: tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks/en").mkdir(parents=True)
+    for name, said in (("00", "zh"), ("en/00", "en")):
+        nbformat.write(notebook(f"print('{said}')"), tmp_path / f"notebooks/{name}.ipynb")
+    for command in (["tutorial"], ["tutorial", "mine"]):
+        for language in ([], ["--language", "en"]):
+            assert cli.main([*command, *language]) == 0
+    for name, said in (("00", "zh"), ("en/00", "en")):
+        for executed in ("work/executed", "mine/executed"):
+            (cell,) = nbformat.read(tmp_path / executed / f"{name}.ipynb", as_version=4).cells
+            assert cell.outputs[0].text == f"{said}\n"
+        assert contents(tmp_path / "mine")[f"{name}.ipynb"] == contents(tmp_path / "notebooks")[f"{name}.ipynb"]
+    with pytest.raises(SystemExit):
+        cli.main(["tutorial", "--language", "fr"])
+
+
+@pytest.mark.slow
+def test_the_tutorial_does_not_go_on_in_another_course(run, tmp_path):
+    """Such as that of the notebooks in the other language, which were run in between."""
+    begin = "from chatmagic.course import start\ncourse = start('smollm2-135m', name='小炉')"
+    assert run(_00=begin, _01="raise ValueError")[0] == 1
+    assert "done before" in run()[1], "nothing has come in between"
+    start("smollm2-135m", name="Stove", language="en")
+    asks = "from chatmagic.course import resume\nprint(resume().persona.name)"
+    status, said = run(_01=asks)
+    assert status == 0 and "done before" not in said
+    (cell,) = nbformat.read(tmp_path / "work/01.ipynb", as_version=4).cells
+    assert cell.outputs[0].text == "小炉\n"
 
 
 def test_errors_are_one_paragraph_and_a_failing_exit_code():
@@ -256,7 +292,7 @@ def test_every_command_in_the_pages_and_notebooks_is_one(capsys):
     """Those in a code block or a table, and any with arguments: a name alone in a sentence is only a name."""
     root = Path(__file__).parents[1]
     pages = {path: path.read_text("utf-8") for path in [*root.glob("*.md"), *root.glob("docs/*.md")]}
-    for path in root.glob("notebooks/*.ipynb"):
+    for path in root.glob("notebooks/**/*.ipynb"):
         pages[path] = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
     told = r"(?:^ *(?:\w+=\S+ )?|launch .*-m |^\|.*`|`)(?:\.venv/bin/)?chatmagic(?:\.cli)? ([a-z][^`\n#|]*)"
     checked, wrong = 0, []

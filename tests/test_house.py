@@ -217,7 +217,7 @@ def test_every_public_name_tells_what_it_is_and_what_it_raises():
 
 def test_what_a_text_tells_to_run_as_a_module_is_one():
     """`python -m` and `accelerate launch -m`, in messages and in documents."""
-    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *PACKAGE.rglob("*.py"), *ROOT.glob("notebooks/*.ipynb")]
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *PACKAGE.rglob("*.py"), *NOTEBOOKS]
     found = {path.name: re.findall(r"-m (chatmagic[\w.]*\w)", path.read_text("utf-8")) for path in texts}
     told = {(name, file) for file, names in found.items() for name in names}
     assert {name for name, _ in told} >= {"chatmagic.cli", "chatmagic.course.replies"}

@@ -131,6 +131,19 @@ def test_the_other_commands_run_in_the_environment(tmp_path, folder, goal):
     assert asked(tmp_path)[-1] == last
 
 
+@pytest.mark.parametrize("arguments, spoken", [([], "zh"), (["LANGUAGE=en"], "en")], ids=["by itself", "in English"])
+def test_the_language_is_what_make_is_told_and_not_that_of_the_environment(tmp_path, folder, arguments, spoken):
+    """LANGUAGE is gettext's, too: it says what the desktop speaks, such as de:en."""
+    python(tmp_path)
+    told = environment(tmp_path) | {"LANGUAGE": "de:en"}
+    for goal in ("tutorial", "notebooks", "lab"):
+        subprocess.run(["make", goal, *arguments], cwd=folder, env=told, check=True, capture_output=True)
+    said = (tmp_path / "log").read_text()
+    assert said.count(f"chatmagic.cli tutorial --language {spoken}") == 2
+    first = {"zh": "notebooks/00-setup.ipynb", "en": "notebooks/en/00-setup.ipynb"}[spoken]
+    assert f"/lab/tree/{first}\n" in said
+
+
 @pytest.mark.parametrize("version, fits", [((3, 10), False), ((3, 11), True), ((3, 13), True), ((3, 14), False)])
 def test_what_make_asks_of_a_python(version, fits):
     (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("FITS := ")]

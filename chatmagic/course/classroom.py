@@ -33,8 +33,8 @@ def without_solutions(notebook: dict[str, Any]) -> dict[str, Any]:
 
 
 def workshop(folder: Path) -> None:
-    """Write the notebooks without solutions and outputs, and the pages that they lead to, into the new `folder`. Raises
-    WriteError where it exists."""
+    """Write the notebooks in both languages, without solutions and outputs, and the pages that they lead to, into the
+    new `folder`. Raises WriteError where it exists."""
     with new_folder(folder) as staging:
         place(staging, without_solutions)
 

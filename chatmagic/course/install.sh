@@ -17,7 +17,8 @@ cp -R "$here/notebooks" "$here/docs" "$target"
     --env OMP_WAIT_POLICY PASSIVE --env CHATMAGIC_HOME "$here/models" --env CHATMAGIC_COURSE "$target/course" >/dev/null
 cat > "$target/lab.sh" <<END
 #!/bin/sh
+if [ "\$1" = en ]; then at=notebooks/en; shift; else at=notebooks; fi
 export CHATMAGIC_HOME="$here/models" CHATMAGIC_COURSE="$target/course" PATH="$bin:\$PATH"
-cd "$target" && exec "$bin/python" -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00-setup.ipynb "\$@"
+cd "$target" && exec "$bin/python" -m jupyterlab --LabApp.default_url=/lab/tree/\$at/00-setup.ipynb "\$@"
 END
-echo "To begin: sh $target/lab.sh"
+echo "To begin: sh $target/lab.sh; in English: sh $target/lab.sh en"

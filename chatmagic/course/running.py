@@ -24,14 +24,14 @@ from ..machine import shipped
 from ..progress import MARK
 from ..text import fit, width
 from .comparison import before_after
-from .thread import resume
+from .thread import resume, started
 
 
 def execute_all(folder: Path, executed: Path, in_place: bool = False) -> None:
     """Execute the notebooks in the folder in order, each in a fresh kernel, from the first that failed or was changed;
-    when none is left, all of them again. Copies go into `executed`, and with in_place the outputs into the notebooks
-    as well. Raises ChatmagicError where there are none, where `executed` holds what is not this function's own, and for
-    a cell that fails."""
+    when none is left, or another course was started since, all of them again. Copies go into `executed`, and with
+    in_place the outputs into the notebooks as well. Raises ChatmagicError where there are none, where `executed` holds
+    what is not this function's own, and for a cell that fails."""
     notebooks = sorted(folder.glob("0*.ipynb"))
     if not notebooks:
         raise ChatmagicError(
@@ -111,13 +111,19 @@ class Watched(NotebookClient):  # type: ignore[misc]  # which brings no types
         return super().process_message(msg, cell, cell_index)
 
 
-def place_notebooks(folder: Path) -> Path:
-    """The folder, with the course's notebooks in it: what is there of that name is the reader's, and stays."""
-    make_folder(folder)
-    for notebook in sorted(shipped("notebooks").glob("0*.ipynb")):
-        if not (folder / notebook.name).exists():
-            write(folder / notebook.name, notebook.read_bytes())
-    return folder
+def in_language(folder: Path, language: str) -> Path:
+    """Where what is in that language lies in a folder: Chinese at its top, another language in a folder of its own."""
+    return folder if language == "zh" else folder / language
+
+
+def place_notebooks(folder: Path, language: str) -> None:
+    """Put the course's notebooks in that language into the folder, each where none of its name is: those that are there
+    are the reader's, and stay."""
+    target = in_language(folder, language)
+    make_folder(target)
+    for notebook in sorted(in_language(shipped("notebooks"), language).glob("0*.ipynb")):
+        if not (target / notebook.name).exists():
+            write(target / notebook.name, notebook.read_bytes())
 
 
 def _say(label: str, text: str) -> None:
@@ -150,7 +156,9 @@ def _first_to_run(notebooks: list[Path], executed: Path) -> int:
         copy = _read_sealed(executed / path.name)
         return copy is not None and _cells(copy) == _cells(nbformat.read(path, as_version=4))
 
-    return next((index for index, path in enumerate(notebooks) if not done(path)), 0)  # all done: a new run
+    first = next((index for index, path in enumerate(notebooks) if not done(path)), 0)  # all done: a new run
+    last = _read_sealed(executed / notebooks[first - 1].name) if first else None
+    return first if last and last["metadata"]["chatmagic"].get("course") == _started() else 0
 
 
 def _cells(notebook: dict[str, Any]) -> list[tuple[str, str]]:
@@ -159,9 +167,15 @@ def _cells(notebook: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _sealed(notebook: NotebookNode) -> NotebookNode:
-    """The notebook, marked as written by this command: with a digest that no longer holds once anybody changes it."""
-    notebook.metadata["chatmagic"] = {"sha256": _digest(json.loads(nbformat.writes(notebook)))}
+    """The notebook, marked as written by this command, in the course that is started: with a digest that no longer
+    holds once anybody changes it."""
+    notebook.metadata["chatmagic"] = {"sha256": _digest(json.loads(nbformat.writes(notebook))), "course": _started()}
     return notebook
+
+
+def _started() -> str | None:
+    """A digest of which course that is; None without one."""
+    return sha256(started().read_bytes()).hexdigest() if started().is_file() else None
 
 
 def _read_sealed(path: Path) -> dict[str, Any] | None:

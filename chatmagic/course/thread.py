@@ -135,7 +135,7 @@ class Course:
         make_folder(self.folder)
         chosen = {"profile": self.profile.name, "auto": self.auto, "persona": asdict(self.persona)}
         chosen |= {"own": asdict(self.own)} if self.own else {}
-        write(courses() / "course.json", json.dumps(chosen, ensure_ascii=False, indent=1))
+        write(started(), json.dumps(chosen, ensure_ascii=False, indent=1))
         return self
 
     def shown(self) -> list[str]:
@@ -165,6 +165,11 @@ class Course:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def started() -> Path:
+    """The file that says which course was started last."""
+    return courses() / "course.json"
 
 
 def start(profile: str = "auto", **persona: Any) -> Course:
@@ -198,7 +203,7 @@ def fetch(course: Course) -> Course:
 def resume(*needs: str) -> Course:
     """The course that 00-setup started. Raises CourseError, naming the notebook to run, if one of `needs` (names
     in LEFT) is not there yet."""
-    chosen = courses() / "course.json"
+    chosen = started()
     if not chosen.is_file():
         raise CourseError(f"No course is started: there is no {chosen}. Run 00-setup.ipynb first, from its first cell.")
     saved = json.loads(chosen.read_text(encoding="utf-8"))

@@ -40,6 +40,7 @@ def test_a_workshop_is_the_course_and_its_pages(tmp_path, capsys):
     assert cli.main(["tutorial", "--workshop", str(tmp_path / "class")]) == 0
     made = {path.relative_to(tmp_path / "class/notebooks") for path in (tmp_path / "class").rglob("*.ipynb")}
     assert made == {path.relative_to(shipped("notebooks")) for path in shipped("notebooks").rglob("*.ipynb")}
+    assert {path.parts[0] for path in made if len(path.parts) > 1} <= {"en"}
     assert (tmp_path / "class/docs/data.md").is_file()
     cells = [cell for path in (tmp_path / "class").rglob("*.ipynb") for cell in json.loads(path.read_text())["cells"]]
     assert not any(cell.get("outputs") or "solution" in cell["metadata"].get("tags", []) for cell in cells)
@@ -100,6 +101,31 @@ def test_a_seat_with_another_python_is_told_which(tmp_path, pip, a_model):
     version = "{}.{}".format(*sys.version_info)
     assert done.returncode == 1 and f"for Python {version}. Type: PYTHON=" in done.stdout
     assert not (tmp_path / "seat").exists()
+
+
+STUB = """#!/bin/sh
+# Answers as Python would, makes an environment of itself, and notes what it was asked to run.
+if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+echo "$*" >> "{log}"
+"""
+
+
+def test_a_seat_begins_in_either_language(tmp_path, pip, a_model):
+    classroom.bundle(tmp_path / "made", ["tiny"])
+    other, log, seat = tmp_path / "python", tmp_path / "log", tmp_path / "a seat"
+    other.write_text(STUB.format(log=log))
+    other.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(other)}
+    command = ["sh", tmp_path / "made/install.sh", seat]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for language, first in (("", "notebooks/00-setup.ipynb"), (" en", "notebooks/en/00-setup.ipynb")):
+        assert f"sh {seat}/lab.sh{language}" in done.stdout
+        subprocess.run(f"sh '{seat}/lab.sh'{language} --port 6006", shell=True, check=True)
+        ran = log.read_text().splitlines()[-1]
+        assert ran.startswith("-m jupyterlab ") and ran.endswith(f"/lab/tree/{first} --port 6006")
+    assert sorted(path.name for path in seat.rglob("*.ipynb")) == sorted(
+        path.name for path in shipped("notebooks").rglob("*.ipynb")
+    )
 
 
 FLAT = {"alone": [9, 9], "perplexity": 18.5}
