@@ -1,11 +1,12 @@
 """What the course costs: time and peak memory of each notebook, each in a kernel of its own, whose start counts.
 
-    python benchmarks/course.py [--notebooks 00 01 ...] [--profile NAME] [--beside 0] [--memory GB] [--no-bf16]
-                                [--json FILE]
+    python benchmarks/course.py [--notebooks 00 01 ...] [--language en] [--profile NAME] [--beside 0] [--memory GB]
+                                [--no-bf16] [--executed FOLDER] [--json FILE]
 
 The model is fetched first, and not timed. beside: so many processes that are busy. On a GPU, memory holds PyTorch to
 so many GB of it, and --no-bf16 lets it be one without bfloat16, as a T4 is. Memory is the kernel's largest resident
-set and what PyTorch reserved of the GPU. What the notebooks leave lies in a temporary folder.
+set and what PyTorch reserved of the GPU. executed: where the notebooks go, with their outputs; what they leave lies
+where a reader's would then, and otherwise in a temporary folder.
 """
 
 import argparse
@@ -47,28 +48,34 @@ def first_cell(memory: float | None, bf16: bool) -> str:
     return "\n".join(lines)
 
 
-def run(path: Path, environment: dict[str, str], before: str | None, answer: multiprocessing.Queue) -> None:
+def run(path: Path, before: str | None, executed: Path | None, answer: multiprocessing.Queue) -> None:
     """In a process of its own, whose one child is the kernel."""
     notebook = nbformat.read(path, as_version=4)
     if before is not None:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(before))
         notebook.cells.append(nbformat.v4.new_code_cell(ASK))
     began = time.perf_counter()
-    execute(notebook, path.parent, environment)
+    execute(notebook, path.parent, dict(os.environ))
     seconds = time.perf_counter() - began
     found = {"seconds": seconds, "memory": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}
     if before is not None:
         found["gpu"] = int(notebook.cells[-1].outputs[0].text.split()[-1])
+        notebook.cells = notebook.cells[1:-1]
+    if executed:
+        executed.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, executed / path.name)
     answer.put(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--notebooks", nargs="+", default=["00", "01", "02", "03", "04", "05", "06"])
+    parser.add_argument("--language", default="zh", choices=("zh", "en"))
     parser.add_argument("--profile", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--beside", type=int, default=0)
     parser.add_argument("--memory", type=float)
     parser.add_argument("--no-bf16", action="store_true")
+    parser.add_argument("--executed", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     beside = [multiprocessing.Process(target=busy, daemon=True) for _ in range(args.beside)]
@@ -76,13 +83,15 @@ def main() -> None:
         process.start()
     before = first_cell(args.memory, not args.no_bf16) if gpu_memory() else None
     found = {}
+    notebooks = NOTEBOOKS if args.language == "zh" else NOTEBOOKS / args.language
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"CHATMAGIC_COURSE": folder, "CHATMAGIC_PROFILE": args.profile}
-        os.environ["CHATMAGIC_COURSE"] = folder
+        os.environ["CHATMAGIC_PROFILE"] = args.profile
+        if not args.executed:
+            os.environ["CHATMAGIC_COURSE"] = folder
         fetch(start(args.profile))
-        for path in (path for name in args.notebooks for path in sorted(NOTEBOOKS.glob(f"{name}-*.ipynb"))):
+        for path in (path for name in args.notebooks for path in sorted(notebooks.glob(f"{name}-*.ipynb"))):
             answer = multiprocessing.Queue()
-            process = multiprocessing.Process(target=run, args=(path, environment, before, answer))
+            process = multiprocessing.Process(target=run, args=(path, before, args.executed, answer))
             process.start()
             process.join()
             if process.exitcode:
@@ -93,7 +102,13 @@ def main() -> None:
     total = sum(each["seconds"] for each in found.values())
     print(f"{'all':20} {total:6.0f} s, {max(each['memory'] for each in found.values()) / GB:.1f} GB")
     if args.json:
-        result = {"profile": args.profile, "beside": args.beside, "memory": args.memory, "bf16": not args.no_bf16}
+        result = {
+            "language": args.language,
+            "profile": args.profile,
+            "beside": args.beside,
+            "memory": args.memory,
+            "bf16": not args.no_bf16,
+        }
         result |= {**about("torch", "transformers", "peft"), "notebooks": found}
         args.json.write_text(json.dumps(result, indent=1))
 
