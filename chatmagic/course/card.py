@@ -5,6 +5,7 @@ import re
 import tomllib
 from contextlib import suppress
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,25 +14,17 @@ from .persona import LANGUAGES, Persona
 from .profile import Profile, profiles
 from .thread import CourseError, resume
 
-ROWS = {
-    "alone": "单独问的九个身份问题",
-    "after identity": "先问过另一个身份问题",
-    "after general": "先问过一般问题",
-    "heldout": "没训练过的问法",
-    "retained": "原来答得对、还答得对的一般问题",
-    "leaked": "一般问题里冒出新身份的（越少越好）",
-    "near": "问别人、问别的东西时冒出新身份的（越少越好）",
-    "still thinks": "原来会思考、还会思考的",
-    "perplexity": "一段没训练过的文字的困惑度",
-    "held-out loss": "自己的数据里没训练过的对话上的损失",
-}
-TABLES = {"zh": "中文", "en": "英文", "own data": "自己的数据"}
+
+@cache
+def words() -> dict[str, Any]:
+    """The parsed `card.toml`, language -> its words."""
+    return tomllib.loads(Path(__file__).with_name("card.toml").read_text("utf-8"))
 
 
 class Made(NamedTuple):
     """What is known of a model or an adapter that training left: who it says it is, None where it was taught something
-    else; what it was made from; its run.json and evaluation.json, {} without; and how many epochs it was trained, which
-    is as long as it took, and not what run.json says was asked for."""
+    else; what it was made from; its run.json and evaluation.json, {} without; how many epochs it was trained, which is
+    as long as it took, and not what run.json says was asked for; and the language of the course that made it."""
 
     folder: Path
     persona: Persona | None
@@ -39,6 +32,7 @@ class Made(NamedTuple):
     run: dict[str, Any]
     evaluation: dict[str, Any]
     epochs: int
+    language: str = "zh"
 
     @property
     def name(self) -> str:
@@ -69,14 +63,16 @@ def find_made(folder: Path) -> Made:
     with suppress(CourseError):
         course = resume()
         if course.folder.resolve() == folder.resolve().parent:
-            return Made(folder, course.becomes, course.profile, run, evaluation, epochs)
+            return Made(folder, course.becomes, course.profile, run, evaluation, epochs, course.persona.language)
     persona = Persona(**run["persona"]) if run.get("persona") else None
-    return Made(folder, persona, profiles().get(run.get("profile", "")), run, evaluation, epochs)
+    language = persona.language if persona else "zh"
+    return Made(folder, persona, profiles().get(run.get("profile", "")), run, evaluation, epochs, language)
 
 
 def write_card(made: Made, kind: str, use: str) -> str:
-    """The text of README.md, in Chinese, with the hubs' metadata. kind: what was exported; use: the commands that run
-    it."""
+    """The text of README.md, in the language of the persona, with the hubs' metadata. kind: what was exported; use: the
+    commands that run it."""
+    said = words()[made.language]
     licence = made.profile.licence if made.profile else None
     known = tomllib.loads(Path(__file__).with_name("licences.toml").read_text("utf-8")).get(licence or "", {})
     persona = made.persona
@@ -93,38 +89,38 @@ def write_card(made: Made, kind: str, use: str) -> str:
     lines += ["", f"# {persona.name if persona else made.name}", ""]
     if persona:
         lines += [f"> {answer}" for _, (answer,) in persona.conversation] + [""]
-    lines += ["## 从哪里来", "", f"- 原模型：{made.base or '没有记录'}"]
-    lines += [f"- 许可：{licence}。{known['demands']}" if known else "- 许可：同原模型，请照它的要求。"]
-    lines += [*_recipe(made), f"- 导出：{kind}，{date.today()}", ""]
+    demands = said["licence"].format(licence, known["demands"][made.language]) if known else said["licence_of_base"]
+    origin = [said["base"].format(made.base or said["unknown"]), demands, *_recipe(made, said)]
+    lines += [f"## {said['where']}", "", *(f"- {each}" for each in origin)]
+    lines += [f"- {said['export'].format(kind, date.today())}", ""]
     if table := made.evaluation.get("table"):
-        lines += ["## 检验", "", "量的是导出以前的模型，贪心解码。", ""]
+        lines += [f"## {said['check']}", "", said["checked"], ""]
         for name, after in table["after"].items():
             before = table["before"][name]
-            lines += [f"| {TABLES[name]} | 训练前 | 训练后 |", "|---|---|---|"]
-            lines += [f"| {ROWS[row]} | {_cell(before[row])} | {_cell(after[row])} |" for row in after]
+            lines += [f"| {said['tables'][name]} | {said['before']} | {said['after']} |", "|---|---|---|"]
+            lines += [f"| {said['rows'][row]} | {_cell(before[row])} | {_cell(after[row])} |" for row in after]
             lines += [""]
-    return "\n".join([*lines, "## 怎么用", "", "```bash", use, "```", ""])
+    return "\n".join([*lines, f"## {said['use']}", "", "```bash", use, "```", ""])
 
 
-def _recipe(made: Made) -> list[str]:
+def _recipe(made: Made, said: dict[str, Any]) -> list[str]:
     run = made.run
     if not run:
-        return ["- 数据、配方：没有记录"]
+        return [said["no_run"]]
     settings, adapter = run["settings"], run["settings"]["adapter"]
-    how = (
-        f"AdaLoRA（秩 {adapter['init_r']} 到 {adapter['target_r']}）"
-        if "target_r" in adapter
-        else f"LoRA（秩 {adapter['r']}）"
+    digests = {"encoded": run["data"]["train"], "file": run.get("files", {}).get("train.jsonl")}
+    digest = (said["digest"].format(what=said[what], digest=each[:12]) for what, each in digests.items() if each)
+    recipe = said["recipe"].format(
+        how=said["adalora" if "target_r" in adapter else "lora"].format(**adapter),
+        epochs=made.epochs,
+        batches=settings["batches"],
+        batch_size=settings["batch_size"],
+        rate=settings["learning_rate"][0],
+        held=(run["model"]["quantization"] or {}).get("bnb_4bit_quant_type") or run["model"]["dtype"],
+        began=run["started"][:10],
+        version=run["versions"]["chatmagic"],
     )
-    held = (run["model"]["quantization"] or {}).get("bnb_4bit_quant_type") or run["model"]["dtype"]
-    digests = {"编码后": run["data"]["train"], "train.jsonl ": run.get("files", {}).get("train.jsonl")}
-    digest = next((f"（{what}的 SHA-256：{each[:12]}…）" for what, each in digests.items() if each), "")
-    return [
-        f"- 数据：{settings['rows']} 段对话{digest}",
-        f"- 配方：{how}，{made.epochs} 轮，每轮 {settings['batches']} 批，每批 {settings['batch_size']} 条，"
-        f"学习率 {settings['learning_rate'][0]}，原模型以 {held} 训练；"
-        f"{run['started'][:10]}，chatmagic {run['versions']['chatmagic']}",
-    ]
+    return [said["data"].format(rows=settings["rows"], digest=next(digest, "")), recipe]
 
 
 def _cell(value: Any) -> str:

@@ -84,7 +84,7 @@ def _lora(made: Made, folder: Path) -> str:
     config = read_json(folder / "adapter_config.json")
     ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
     least = next((rank for rank in RANKS if rank >= max(ranks)), max(ranks))
-    base = made.base or "原模型"
+    base = made.base or "BASE_MODEL"
     if made.profile and made.profile.packed:  # was unpacked here: nobody can download it
         base = made.profile.name
     elif made.profile:

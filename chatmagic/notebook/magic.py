@@ -36,7 +36,7 @@ from .display import Board, print_table
 from .folding import Folding, show_thought
 from .keeping import Autosave, export
 from .options import FORMATS, MODEL, asking
-from .sources import EXPLAIN, attach, output, read, told
+from .sources import attach, explain, output, read, told
 
 WORDS = ["undo", "edit", "keep", "save", "load", "export"]
 
@@ -122,7 +122,7 @@ class ChatMagics(Magics):
         llm = self._model(args.model)
         if not self._failed:
             raise ChatmagicError("no cell has failed since chatmagic was loaded")
-        self._answer(llm, f"{self._failed}{text or EXPLAIN}", args)
+        self._answer(llm, self._failed + (text or explain("".join(query for query, _ in llm.history))), args)
 
     def _answer(self, llm: ChatLLM, text: str, args: Namespace, shown: bool = True) -> Reply:
         """Ask, and do with the reply what the options say; `shown` as it comes, or not at all."""

@@ -10,7 +10,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from ..errors import ChatmagicError
 from ..text import nearest
 
-EXPLAIN = "这个单元格出错了。说明原因，并给出改好的代码。"
+EXPLAIN = {
+    "zh": "这个单元格出错了。说明原因，并给出改好的代码。",
+    "en": "This cell failed. Say why, and give the code that is right.",
+}
 FRAMES = 4  # of a traceback that are shown from its beginning, and as many from its end
 
 
@@ -48,6 +51,11 @@ def attach(name: str, text: str) -> str:
     fence = max(re.findall(r"`+", text), key=len, default="")
     fence = "`" * max(3, len(fence) + 1)
     return f"{name}:\n\n{fence}\n{text.strip(chr(10))}\n{fence}\n\n"
+
+
+def explain(asked: str) -> str:
+    """The question about an error, in the language of what was asked before: Chinese, unless that was without any."""
+    return EXPLAIN["en" if asked and not re.search("[一-鿿]", asked) else "zh"]
 
 
 def told(error: BaseException, cell: str | None = None) -> str:

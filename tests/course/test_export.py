@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from string import Formatter
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from chatmagic import merge_adapter
 from chatmagic.cli import main
 from chatmagic.course import converter
 from chatmagic.course import export as exporting
-from chatmagic.course.card import ROWS, TABLES, Made, find_made, write_card
+from chatmagic.course.card import Made, find_made, words, write_card
 from chatmagic.course.converter import ARCHIVE, find_converter
 from chatmagic.course.evaluate import POSITIONS, summary
 from chatmagic.course.hubs import HUBS
@@ -129,8 +130,37 @@ def test_every_row_that_evaluation_writes_has_a_name_in_the_card():
     counted = {"identity": dict.fromkeys((*POSITIONS, "heldout"), [0, 0]), "known": [], "leaked": [], "near": []}
     row = summary(*[dict.fromkeys(LANGUAGES, counted | {"perplexity": 1.0, "thinks": 1})] * 2)
     own = own_summary({"known": []}, {"known": [], "loss": 1.0})
-    assert TABLES.keys() == row.keys() | own.keys()
-    assert ROWS.keys() == set().union(*row.values(), *own.values())
+    assert words().keys() == set(LANGUAGES)
+    for said in words().values():
+        assert said["tables"].keys() == row.keys() | own.keys()
+        assert said["rows"].keys() == set().union(*row.values(), *own.values())
+
+
+def test_both_languages_of_the_card_say_the_same():
+    """The same sentences, each with the same fields."""
+    chinese, english = words()["zh"], words()["en"]
+    assert chinese.keys() == english.keys()
+    for key in chinese.keys() - {"tables", "rows"}:
+        fields = [sorted(name for _, name, *_ in Formatter().parse(said[key]) if name) for said in (chinese, english)]
+        assert fields[0] == fields[1] and chinese[key].count("{}") == english[key].count("{}"), key
+
+
+def test_a_card_is_in_the_language_of_its_persona(course):
+    made = find_made(course.merged)
+    persona = Persona(name="Stove", author="Hui", language="en")
+    card = write_card(made._replace(persona=persona, language="en"), "gguf q8_0", "")
+    for said in (
+        "# Stove", "## Where it comes from", "- Base model: Qwen/Qwen-7B-Chat", "Tongyi Qianwen License. Pass on",
+        "480 conversations (SHA-256 of what they were encoded to: a705e9dbb1bf…)", "(rank 12 to 8), 5 epochs of 30",
+        "| Chinese | before | after |", "| the nine identity questions, each asked alone | 0/9 | 9/9 |",
+    ):  # fmt: skip
+        assert said in card
+    assert not re.search("[一-鿿]", card), "nobody is shown what they cannot read"
+    stove = start(CHAT, name="Stove", language="en")
+    assert (
+        find_made(stove.adapter).language == "en"
+        and find_made(stove.learning("talks.jsonl").remember().adapter).language == "en"
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +174,9 @@ def test_what_is_made_has_a_name_that_can_be_typed(tmp_path, english, folder, na
 def test_every_licence_of_the_profiles_says_what_it_demands(course):
     for profile in profiles().values():
         made = find_made(course.merged)._replace(profile=profile, persona=Persona())
-        assert re.search(rf"许可：{re.escape(profile.licence)}。.{{10,}}", write_card(made, "gguf q8_0", ""))
+        for language, licence in (("zh", "许可：{}。"), ("en", "Licence: {}. ")):
+            card = write_card(made._replace(language=language), "gguf q8_0", "")
+            assert re.search(re.escape(licence.format(profile.licence)) + ".{10,}", card)
 
 
 def test_an_adapter_becomes_what_vllm_takes(course, capsys):
@@ -165,7 +197,7 @@ def test_an_adapter_becomes_what_vllm_takes(course, capsys):
 @pytest.mark.parametrize(
     "named, base",
     [
-        (None, "原模型"),
+        (None, "BASE_MODEL"),
         ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
         ("Qwen/Qwen3-0.6B@main", "Qwen/Qwen3-0.6B"),
         ("/home/me/qwen3", "qwen3"),

@@ -180,6 +180,14 @@ def test_the_last_error_is_explained(run, llm, fake):
     assert len(re.findall("in [fg]\\b", asked(fake)[-1])) < 10 and "KeyError: 'k'" in asked(fake)[-1]
 
 
+@pytest.mark.parametrize("before, question", [("Hello", "Say why"), ("Who is 小炉?", "说明原因"), ("你好", "说明原因")])
+def test_it_is_asked_about_in_the_language_that_is_spoken(run, llm, fake, before, question):
+    run(f"%%chat --new\n{before}")
+    run.ip.run_cell("1 / 0")
+    run("%chat_explain")
+    assert question in asked(fake)[-1]
+
+
 def test_an_error_from_before_the_model_was_there(ipython, run, llm, fake):
     ipython.extension_manager.unload_extension("chatmagic")
     ipython.run_cell("early = 1 / 0")
