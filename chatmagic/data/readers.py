@@ -13,12 +13,14 @@ class Summary:
     """What was read of a file, and what was not: `str` is one line of it.
 
     rows, conversations, answers: how many. left_out: {why: the lines}. unused: {key: in how many rows it stood}.
+    unfilled: {a place to be filled in that stayed as it was: how often}.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.rows, self.conversations, self.answers, self.masked = name, 0, 0, 0, 0
         self.left_out: dict[str, list[int]] = {}
         self.unused: dict[str, int] = {}
+        self.unfilled: dict[str, int] = {}
         self.unanswered = 0
 
     def leave_out(self, reason: str, line: int) -> None:
@@ -37,6 +39,9 @@ class Summary:
             parts.append(f"{out:,} left out: {'; '.join(kinds)}")
         if self.unanswered:
             parts.append(f"{_count(self.unanswered, 'last question')} without an answer not used")
+        if self.unfilled:
+            shown = ", ".join(list(self.unfilled)[:3]) + (", ..." if len(self.unfilled) > 3 else "")
+            parts.append(f"{_count(sum(self.unfilled.values()), 'place')} to be filled in left as they are: {shown}")
         if self.unused:
             parts.append(f"keys not used: {', '.join(self.unused)}")
         return f"{self.name}: {', '.join(parts)}."
@@ -54,7 +59,7 @@ class Conversations(Iterator[Conversation]):
 
     def _read(self, path: Path, encoding: str | None, on_error: str, forms: Forms) -> Iterator[Conversation]:
         summary, first = self.summary, None
-        summary.unused = forms.unused
+        summary.unused, summary.unfilled = forms.unused, forms.unfilled
         for line, row in read_rows(path, encoding):
             summary.rows += 1
             place = path.name, line, summary.rows
@@ -82,6 +87,8 @@ class Conversations(Iterator[Conversation]):
             raise DataError(
                 f"{path.name}: nothing to train in {_count(summary.rows, 'row')}. {first or 'It is empty'}."
             )
+        if missing := forms.unseen():
+            raise DataError(f"{path.name}: {missing}")
         print(summary, flush=True)
 
 

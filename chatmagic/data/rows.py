@@ -9,7 +9,8 @@ import json
 import lzma
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -71,8 +72,8 @@ def read_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
         opened = next((open_ for sign, open_ in _PACKED.items() if magic.startswith(sign)), None)
         if magic[:4] == b"PAR1":
             yield from _parquet(path)
-        elif magic[:6] == b"ARROW1":
-            yield from _arrow(path)
+        elif magic[:6] == b"ARROW1" or magic[:4] == b"\xff\xff\xff\xff":
+            yield from _arrow(path, streamed=magic[:1] == b"\xff")
         elif magic[:4] == b"PK\x03\x04":
             yield from _excel(path)
         else:
@@ -93,6 +94,8 @@ def _text_rows(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Row
         codecs.lookup(encoding or "utf-8")
     except LookupError:
         raise DataError(f'No encoding is called {encoding!r}. Give "utf-8", "gbk", "utf-16" or another.') from None
+    if head[257:262] == b"ustar":
+        raise DataError(f"{path.name} is a tar archive. Unpack it: tar xf {path.name}")
     if encoding is None and (wide := _wide(head)):
         raise DataError(
             f"{path.name} is not UTF-8 but {wide[:6].upper()}, which Windows calls Unicode. Save it as UTF-8, "
@@ -247,7 +250,7 @@ def _lines(file: BinaryIO, encoding: str) -> Iterator[Row]:
             else:
                 yield number, DataError(_explained(error))
         except (ValueError, RecursionError, DataError) as error:
-            yield number, DataError(str(error))
+            yield number, DataError(_NESTED if isinstance(error, RecursionError) else str(error))
         else:
             yield number, row
 
@@ -281,6 +284,7 @@ def _explained(error: json.JSONDecodeError) -> str:
     return f"not JSON: {error.msg} ({place}), at {after[:20]!r}."
 
 
+_NESTED = "not JSON that can be read: brackets within brackets, thousands deep."
 _NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
@@ -353,7 +357,7 @@ def _values(file: BinaryIO, encoding: str) -> Iterator[Row]:
                     if text.find("\\u", at, end) > 0:
                         _check_halves(row, text[at:end])
                 except (ValueError, RecursionError, DataError) as error:
-                    place, said = line, str(error)
+                    place, said = line, _NESTED if isinstance(error, RecursionError) else str(error)
                     if isinstance(error, json.JSONDecodeError):
                         if (error.pos >= len(text) - 12 or error.msg.startswith("Unterminated")) and more():
                             continue
@@ -381,7 +385,7 @@ def _values(file: BinaryIO, encoding: str) -> Iterator[Row]:
 
 def _is_turn(row: object) -> bool:
     """Whether it is a message, so that the array that begins with it is one conversation."""
-    keys = row.keys() if isinstance(row, dict) else set()
+    keys = {key.lower() for key in row} if isinstance(row, dict) else set()
     return bool({"role", "from"} & keys and {"content", "value"} & keys)
 
 
@@ -390,18 +394,46 @@ def _table(file: io.TextIOWrapper, name: str) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
     try:
         first = file.readline()
-        delimiter = max(",\t;", key=first.count)
-        reader = csv.DictReader(chain([first], file), delimiter=delimiter)
-        for row in reader:
+        said = re.fullmatch("sep=(.)", first.strip("\ufeff\r\n"))  # by Excel, for itself
+        first = file.readline() if said else first
+        delimiter = said[1] if said else max(",\t;", key=first.count)
+        spaced = f"{delimiter} " in first
+        lines = chain([first], file)
+        reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
+        before = bool(said)  # a line that the reader does not count
+        _check_twice(name, reader.fieldnames or ())
+        while True:
+            begun = reader.line_num + before + 1
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                yield begun, DataError(_not_csv(error, delimiter))
+                continue
+            if row is None:
+                return
             if None in row:
                 error = f"{len(row[None])} fields more than there are columns. A text with {delimiter!r} wants quotes."
-                yield reader.line_num, DataError(error)
+                yield reader.line_num + before, DataError(error)
             else:
-                yield reader.line_num, {key: value or None for key, value in row.items()}
+                yield reader.line_num + before, {key: value or None for key, value in row.items()}
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: {_undecodable(error, file.encoding, False)}") from None
-    except csv.Error as error:
-        yield reader.line_num, DataError(f"not CSV: {error}.")
+
+
+def _check_twice(name: str, columns: Iterable[object]) -> None:
+    """Raise DataError for two columns of one name, of which the last would be read."""
+    twice = [column for column, count in Counter(columns).items() if count > 1 and column not in (None, "")]
+    if twice:
+        raise DataError(f"{name} has more than one column that is called {twice[0]!r}. Rename or remove one.")
+
+
+def _not_csv(error: csv.Error, delimiter: str) -> str:
+    """What is wrong with a row of a table, and what to do."""
+    if "unexpected end" in str(error):
+        return "not CSV: a quote is opened in this row and never closed; what follows it is one text. Close it."
+    if "expected after" in str(error):
+        return f'not CSV: a quote inside a quoted text ({error}). Write it twice: "".'
+    return f"not CSV: {error}."
 
 
 @contextmanager
@@ -424,30 +456,41 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path.name} is a Parquet file that is damaged: {error}. Fetch it again.") from error
 
 
-def _arrow(path: Path) -> Iterator[Row]:
+def _arrow(path: Path, streamed: bool) -> Iterator[Row]:
+    """A file of Arrow's, or a stream of it, as `datasets` saves."""
     with _from_extra(path.name):
-        from pyarrow import ipc
-    with ipc.open_file(str(path)) as file:
-        batches = (file.get_batch(index) for index in range(file.num_record_batches))
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        from pyarrow import ipc, memory_map
+    try:
+        with memory_map(str(path)) as source, (ipc.open_stream if streamed else ipc.open_file)(source) as file:
+            batches = file if streamed else (file.get_batch(index) for index in range(file.num_record_batches))
+            pieces = (batch.slice(at, 256) for batch in batches for at in range(0, batch.num_rows, 256))
+            yield from enumerate((row for piece in pieces for row in piece.to_pylist()), 1)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path.name} is an Arrow file that is damaged: {error}. Fetch it again.") from error
 
 
 def _excel(path: Path) -> Iterator[Row]:
     """The first sheet; a second that holds anything is refused."""
-    with zipfile.ZipFile(path) as archive:
-        held = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            held = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path.name} is packed and broken off, or damaged: {error}. Fetch it again.") from error
     if "xl/workbook.xml" not in held:
         raise DataError(f"{path.name} is a zip archive. Unpack it; it holds {', '.join(held[:5])}.")
     with _from_extra(path.name):
         from openpyxl import load_workbook
     book = load_workbook(path, read_only=True, data_only=True)
     try:
+        for sheet in book.worksheets:
+            sheet.reset_dimensions()  # what some programs write there is too small
         filled = [sheet for sheet in book.worksheets if any(map(any, sheet.iter_rows(max_row=2, values_only=True)))]
         if len(filled) > 1:
             names = ", ".join(sheet.title for sheet in filled)
             raise DataError(f"{path.name} has more than one sheet ({names}). Save the one to read as CSV.")
         for sheet in filled:
             names, *_ = sheet.iter_rows(max_row=1, values_only=True)
+            _check_twice(path.name, names)
             for number, row in enumerate(sheet.iter_rows(min_row=2, values_only=True), 2):
                 if any(cell is not None for cell in row):
                     yield number, {str(name): cell for name, cell in zip(names, row) if name is not None}

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import sys
+import tarfile
 import tomllib
 import tracemalloc
 import zipfile
@@ -145,6 +146,145 @@ def test_the_good_answer_can_be_read_as_is_told(tmp_path, row):
     assert messages[-1]["content"] == "b"
 
 
+ANSWERED = [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]
+TWICE = [*ANSWERED, {"role": "user", "content": "丙"}, {"role": "assistant", "content": "丁"}]
+PAIR = {"question": "甲", "answer": "乙"}
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [{"weight": 0}, {"Weight": "0"}, {"train": False}, {"training": False}, {"train_on_turn": False}, {"masked": True}],
+)
+def test_an_answer_that_is_marked_is_not_trained_however_the_mark_is_called(tmp_path, capsys, marks):
+    """axolotl, torchtune, and what a spreadsheet makes of a name's case."""
+    (tmp_path / "a.jsonl").write_text(json.dumps([TWICE[0], TWICE[1] | marks, *TWICE[2:]]))
+    check(tmp_path / "a.jsonl", {"read": ["问 甲 不学 乙 问 丙 答 丁"], "summary": "1 answer and 1 not to be"}, capsys)
+
+
+@pytest.mark.parametrize("marks", [{"output_with_loss": False}, {"loss": False}, {"mask": True}])
+def test_a_round_that_is_marked_is_not_trained_and_the_others_are(tmp_path, capsys, marks):
+    """output_with_loss is xtuner's."""
+    rounds = [{"input": "甲", "output": "乙"} | marks, {"input": "丙", "output": "丁", "output_with_loss": True}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversation": rounds}))
+    check(tmp_path / "a.jsonl", {"read": ["问 甲 不学 乙 问 丙 答 丁"]}, capsys)
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{"is_safe": False}, {"is_correct": 0}, {"accepted": "no"}, {"Label": False}, {"label": "bad"}, {"label": -1}]
+    + [{"is_response_safe": "false"}, {"toxic": True}, {"deleted": True}, {"thumbs_down": 1}],
+)
+def test_what_is_labelled_bad_is_not_learnt_however_the_label_is_called(tmp_path, capsys, mark):
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR | mark) + "\n" + json.dumps({"question": "丙", "answer": "丁"}))
+    check(tmp_path / "a.jsonl", {"read": ["问 丙 答 丁"], "summary": r"1 left out: 1 labelled bad \("}, capsys)
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        (PAIR | {"image_file": "1.jpg"}, "it has 'image_file': pictures"),
+        (PAIR | {"Images": ["1.jpg"]}, "it has 'Images': pictures"),
+        (PAIR | {"video_path": "1.mp4"}, "it has 'video_path': pictures"),
+        (PAIR | {"question": "图 1：<img>1.jpg</img>\n这是？"}, "it has '<img>1.jpg</img>' in a text: pictures"),
+        (PAIR | {"question": "这是？\n<image>"}, "it has '<image>' in a text: pictures"),
+        (PAIR | {"Tools": ["now"]}, "it has 'Tools'. Tool calls"),
+        (PAIR | {"function_description": "now()"}, "it has 'function_description'. Tool calls"),
+        (
+            {"messages": ANSWERED, "chat_template_kwargs": {"xml_tools": ["now"]}},
+            r"what a template is to write \(xml_to",
+        ),
+        ([ANSWERED[0], ANSWERED[1] | {"train_detail": [{"train": False}]}], "trained .1. or not .0., nothing between"),
+        ({"input": ANSWERED[:1], "preferred_output": "乙", "non_preferred_output": "丁"}, "preference data .*_output"),
+        (PAIR | {"passage": "很长"}, r"'passage' stands beside the question. .*columns=\{'passage': \"input\"\}"),
+        (PAIR | {"A": "一", "B": "二"}, "'A' stands beside the question"),
+        ({"instruction": "甲", "context": "很长", "output": "乙"}, "'context' stands beside the question"),
+        ({"task": "译", "input": "甲", "output": "乙"}, r"'task' stands .*columns=\{'task': \"instruction\"\}"),
+        (
+            {"instruction": "扮一个人", "messages": ANSWERED},
+            r"in none of them. .*columns=\{'instruction': \"system\"\}",
+        ),
+        ({"conversations": [{"id": 1, "conversations": ANSWERED}] * 2}, "the rows seem to lie under 'conversations'"),
+        (ANSWERED[0], "the row is one message .content, role.; expected a whole conversation"),
+        ({str(number): PAIR for number in range(500)}, "104, 105, .* and 488 more"),
+        (PAIR | {"answer": "我是{{名字}}。"}, "a place to be filled in, {{名字}}"),
+    ],
+)
+def test_what_changes_the_meaning_is_refused_however_it_is_called(tmp_path, capsys, row, says):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    check(tmp_path / "a.jsonl", {"stops": f"line 1: .*{says}"}, capsys)
+
+
+@pytest.mark.parametrize(
+    "row, shown",
+    [
+        (
+            PAIR | {"tools": "[]", "num_images": 0, "is_safe": True, "toxic": False, "parallel_tool_calls": True},
+            "问 甲 答 乙",
+        ),
+        (PAIR | {"options": [], "passage": None, "history": float("nan"), "weight": None}, "问 甲 答 乙"),
+        (PAIR | {"question": "<video> 怎么用？ `<img>a</img>`"}, "问 <video> 怎么用？ `<img>a</img>` 答 乙"),
+        (PAIR | {"part_of_speech": "n", "body_weight": 70, "correct": "B"}, "问 甲 答 乙"),
+        ({"System Prompt": "短答。", "User": "甲", "Assistant": "乙"}, "系统 短答。 问 甲 答 乙"),
+        ({"系统提示": "短答。", "问题": "甲", "答案": "乙"}, "系统 短答。 问 甲 答 乙"),
+        ([{"Role": "User", "Content": "甲"}, {"Role": "Chatbot", "Content": "乙"}], "问 甲 答 乙"),
+        ({"dialog": [{"speaker": "患者", "text": "甲"}, {"speaker": "医生", "text": "乙"}]}, "问 甲 答 乙"),
+        (
+            {
+                "systemInstruction": {"role": "system", "parts": [{"text": "短答。"}]},
+                "contents": [{"role": "user", "parts": [{"text": "甲"}]}, {"role": "model", "parts": [{"text": "乙"}]}],
+            },
+            "系统 短答。 问 甲 答 乙",
+        ),
+        ({"messages": ANSWERED[:1], "response": "乙"}, "问 甲 答 乙"),
+        ({"messages": ANSWERED, "reasoning_content": "想想"}, "问 甲 想 想想 答 乙"),
+        ({"instruction": "甲", "messages": ANSWERED}, "问 甲 答 乙"),
+        ({"prompt": {"messages": ANSWERED[:1]}, "completion": ANSWERED[1:]}, "问 甲 答 乙"),
+        ({"instruction": "Human:甲\nAssistant:乙\nHuman: 丙\nAssistant:", "output": "丁"}, "问 甲 不学 乙 问 丙 答 丁"),
+        (PAIR | {"answer": "单号 {{Order Number}}"}, "问 甲 答 单号 {{Order Number}}"),
+    ],
+)
+def test_what_says_the_same_in_other_words_is_read(tmp_path, capsys, row, shown):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    check(tmp_path / "a.jsonl", {"read": [shown]}, capsys)
+
+
+def test_a_place_that_nobody_knows_is_counted_or_filled(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR | {"answer": "单号 {{Order Number}}"}))
+    left = "1 place to be filled in left as they are: {{Order Number}}"
+    check(tmp_path / "a.jsonl", {"read": ["问 甲 答 单号 {{Order Number}}"], "summary": left}, capsys)
+    check(tmp_path / "a.jsonl", {"read": ["问 甲 答 单号 17"], "persona": {"Order Number": "17"}}, capsys)
+
+
+@pytest.mark.parametrize(
+    "columns, says",
+    [
+        ({"anwser_2": "response"}, "there is no column 'anwser_2'; did you mean 'answer_2'"),
+        ({"persona": "system"}, "there is no column 'persona'"),
+        (("question",), "is neither two names"),
+        ("question", "is neither two names"),
+        ({"x": "input", "y": "input"}, "more than one column could be the input: x, y"),
+    ],
+)
+def test_columns_that_name_what_is_not_there_are_refused(tmp_path, capsys, columns, says):
+    """They were passed over, and another column was trained for the one that was meant."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR | {"answer_2": "丁", "x": "一", "y": "二"}))
+    check(tmp_path / "a.jsonl", {"stops": says, "columns": columns}, capsys)
+
+
+def test_a_table_is_read_as_it_was_written_or_not_at_all(tmp_path, capsys):
+    path, bad = tmp_path / "a.csv", '"甲","他说 \\"好\\" 的"\n'
+    path.write_text(f"question,answer\n{bad}丙,丁\n")
+    check(path, {"stops": "line 2 .*a quote inside a quoted text", "read": ["问 丙 答 丁"]}, capsys)
+    path.write_text('question,answer\n丙,丁\n甲,"乙\n戊,己\n')  # the rest of the file was one answer
+    check(path, {"stops": "line 3 .*a quote is opened in this row and never closed", "read": ["问 丙 答 丁"]}, capsys)
+    path.write_text("question,answer,answer\n甲,乙,丁\n")
+    check(path, {"stops": "more than one column that is called 'answer'"}, capsys)
+    path.write_text('question, answer\n甲, "乙"\n')
+    check(path, {"read": ["问 甲 答 乙"]}, capsys)
+    path.write_text("sep=;\nquestion;answer\n甲;乙\n丙;\n")
+    check(path, {"read": ["问 甲 答 乙"], "summary": "an empty answer .line 4."}, capsys)
+
+
 @pytest.mark.parametrize("blank", ["\u200b", "\ufeff \u3000", "\u00a0\u2060"])
 def test_what_no_reader_sees_is_no_answer(tmp_path, blank):
     write_jsonl([build_messages(None, [("a", blank)]), build_messages(None, [("a", "b")])], tmp_path / "a.jsonl")
@@ -180,11 +320,17 @@ def test_parquet_and_arrow(tmp_path, capsys):
     parquet.write_table(table, tmp_path / "a.parquet")
     with ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
         file.write_table(table)
-    for name in "a.parquet", "a.arrow":
+    with ipc.new_stream(tmp_path / "saved.arrow", table.schema) as file:  # as `datasets` saves it
+        file.write_table(table)
+    for name in "a.parquet", "a.arrow", "saved.arrow":
         check(tmp_path / name, {"read": ["问 春天来了吗？ 答 来了。", "问 甲 答 乙"]}, capsys)
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     check(tmp_path / "a.parquet", {"stops": "a.parquet is a Parquet file that is damaged"}, capsys)
+    for name in "a.arrow", "saved.arrow":
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
+        check(tmp_path / name, {"stops": f"{name} is an Arrow file that is damaged"}, capsys)
 
 
 def test_excel(tmp_path, capsys):
@@ -203,6 +349,22 @@ def test_excel(tmp_path, capsys):
     book.create_sheet("more").append(("问题", "答案"))
     book.save(tmp_path / "a.xlsx")
     check(tmp_path / "a.xlsx", {"stops": r"more than one sheet .Sheet, more."}, capsys)
+    (tmp_path / "a.xlsx").write_bytes((tmp_path / "a.xlsx").read_bytes()[:2000])
+    check(tmp_path / "a.xlsx", {"stops": "a.xlsx is packed and broken off"}, capsys)
+
+
+def test_excel_whose_size_is_told_wrongly(tmp_path, capsys):
+    """Some programs write a dimension of one cell; openpyxl would read no more."""
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in ("question", "answer"), ("甲", "乙"), ("丙", "丁"):
+        book.active.append(row)
+    book.save(tmp_path / "whole.xlsx")
+    with zipfile.ZipFile(tmp_path / "whole.xlsx") as whole, zipfile.ZipFile(tmp_path / "a.xlsx", "w") as told:
+        for name in whole.namelist():
+            told.writestr(name, re.sub(rb'<dimension ref="[^"]*"', b'<dimension ref="A1"', whole.read(name)))
+    check(tmp_path / "a.xlsx", {"read": ["问 甲 答 乙", "问 丙 答 丁"]}, capsys)
 
 
 def test_a_missing_extra_is_told(tmp_path, monkeypatch):
@@ -226,6 +388,10 @@ def test_an_archive_is_told_to_be_unpacked(tmp_path):
         archive.writestr("train.jsonl", "{}")
     with pytest.raises(DataError, match="a zip archive. Unpack it; it holds train.jsonl"):
         list(read_conversations(tmp_path / "a.zip"))
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "a.zip", "a.zip")
+    with pytest.raises(DataError, match="a tar archive. Unpack it: tar xf a.tar.gz"):
+        list(read_conversations(tmp_path / "a.tar.gz"))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"query": "a", "response": "b"}\n' * 9)[:-12])
     with pytest.raises(DataError, match="packed and broken off"):
         list(read_conversations(tmp_path / "a.jsonl.gz"))
