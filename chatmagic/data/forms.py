@@ -212,9 +212,8 @@ class Forms:
     def _asked(self, keys: dict[str, str], read: dict[str, Any]) -> list[Message]:
         """The history and the question."""
         talk = [] if _is_empty(read.get("history")) else self._turns(_unpacked("history", read["history"]))
-        if isinstance(read["question"], list | dict):  # a prompt of messages, whose answers TRL does not train
-            asked = read["question"]
-            turns = self._turns(asked if isinstance(asked, list) else [asked])
+        if isinstance(prompt := read["question"], list | dict):  # messages, whose answers TRL does not train
+            turns = self._turns(prompt if isinstance(prompt, list) else [prompt])
             return talk + [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
         asked, more = _text(read["question"], keys["question"]), read.get("input")
         if not more and (said := _transcribed(asked)):

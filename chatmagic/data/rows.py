@@ -412,8 +412,8 @@ def _table(file: io.TextIOWrapper, name: str) -> Iterator[Row]:
             if row is None:
                 return
             if None in row:
-                error = f"{len(row[None])} fields more than there are columns. A text with {delimiter!r} wants quotes."
-                yield reader.line_num + before, DataError(error)
+                told = f"{len(row[None])} fields more than there are columns. A text with {delimiter!r} wants quotes."
+                yield reader.line_num + before, DataError(told)
             else:
                 yield reader.line_num + before, {key: value or None for key, value in row.items()}
     except UnicodeDecodeError as error:
