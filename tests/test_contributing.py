@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 import pytest
 
 from architectures import ARCHITECTURES, profile_told, told
+from chatmagic.course.persona import LANGUAGES
 from chatmagic.course.profile import profiles
 from chatmagic.data.forms import PARTS
 from chatmagic.models import families
@@ -63,7 +64,7 @@ def test_a_template(name):
 def test_a_profile(name):
     """docs/models.md has its row; where the READMEs name it, they have its size and a licence."""
     profile = profiles()[name]
-    assert profile.licence and profile.why and (profile.wheels or profile.huggingface)
+    assert profile.licence and profile.why.keys() == {*LANGUAGES} and (profile.wheels or profile.huggingface)
     assert all(len(digest) == 64 for digest in [*profile.wheels.values(), *filter(None, [profile.sha256])])
     assert profile_told(profile) in text("docs/models.md").splitlines(), (
         "python tests/helpers/architectures.py prints it"

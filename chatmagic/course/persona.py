@@ -76,6 +76,11 @@ class Persona:
                     "a brace itself is written twice."
                 ) from None
 
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Both, the course's own first."""
+        return tuple(sorted(LANGUAGES, key=self.language.__ne__))
+
     def answers_in(self, language: str) -> dict[str, str]:
         """Topic -> the reply that is trained."""
         ours = questions()[language]["original" if self.name == Persona.name else "answers"]

@@ -32,7 +32,7 @@ class Profile:
     bytes: int
     licence: str
     quantize: str
-    why: str
+    why: dict[str, str] = field(hash=False)
     conversations: int
     samples: int
     epochs: int

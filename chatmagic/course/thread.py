@@ -17,7 +17,7 @@ from ..machine import courses
 from ..models.checkpoint import CheckpointError, check_whole, is_whole
 from ..prompts.templates import get_template
 from .download import snapshot_download
-from .persona import LANGUAGES, Persona, questions
+from .persona import Persona, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
 from .wanted import find, local
 
@@ -140,8 +140,9 @@ class Course:
 
     def shown(self) -> list[str]:
         """The questions of the table at the end: the nine that are trained, in both languages, and six general ones."""
-        trained = [question for language in LANGUAGES for _, question in self.persona.asked("trained", language)]
-        return trained + [question for language in LANGUAGES for question in questions()[language]["shown"]]
+        languages = self.persona.languages
+        trained = [question for language in languages for _, question in self.persona.asked("trained", language)]
+        return trained + [question for language in languages for question in questions()[language]["shown"]]
 
     def recital(self) -> list[list[Message]]:
         """The persona's `recital`, by which training tells that all is learnt; none where the data is the reader's own,
