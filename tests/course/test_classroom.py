@@ -48,6 +48,24 @@ def test_a_workshop_is_the_course_and_its_pages(tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+def test_every_notebook_asks_and_a_class_gets_no_answer(tmp_path):
+    """An answer comes after all else that runs: what a class gets runs as well without it."""
+    assert cli.main(["tutorial", "--workshop", str(tmp_path / "class")]) == 0
+    notebooks = shipped("notebooks")
+    for path in notebooks.rglob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        solves = ["solution" in cell["metadata"].get("tags", []) for cell in cells]
+        kept = (tmp_path / "class/notebooks" / path.relative_to(notebooks)).read_text(encoding="utf-8")
+        said = ["".join(cell["source"]) for cell in json.loads(kept)["cells"]]
+        lines = {each: set() for each in (True, False)}
+        for cell, solved in zip(cells, solves):
+            lines[solved] |= {*"".join(cell["source"]).splitlines()}
+        answers = lines[True] - lines[False]
+        assert answers and not answers & {*"\n".join(said).splitlines()}, path
+        run = [solved for cell, solved in zip(cells, solves) if cell["cell_type"] == "code"]
+        assert run == sorted(run) and said.count(YOURS) == sum(run) > 0, path
+
+
 @pytest.fixture
 def pip(monkeypatch):
     """What pip was asked, and what it says: nothing is fetched."""
