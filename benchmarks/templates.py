@@ -1,6 +1,6 @@
 """Real chat templates, a folder of them: what is learnt of each, and whether it trains rightly.
 
-Prints the table of docs/templates.md:
+Prints the second table of docs/template-list.md:
 
     python benchmarks/templates.py FOLDER [--speed] [--tokenizer MODEL]
 

@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -10,6 +11,7 @@ from pkgutil import iter_modules
 import pytest
 
 from architectures import ARCHITECTURES, profile_told, told
+from chatmagic import get_template
 from chatmagic.course.persona import LANGUAGES
 from chatmagic.course.profile import profiles
 from chatmagic.data.forms import PARTS
@@ -19,6 +21,7 @@ from published import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README.en.md"]
+FOR_BOTH = {"template-list", "terms"}  # pages of docs/ that readers of both languages share
 DOCUMENTS = [
     path for where in ("*.md", "docs/*.md", "benchmarks/*.md", "tests/golden/*.md") for path in ROOT.glob(where)
 ]
@@ -35,9 +38,14 @@ def text(name: str) -> str:
     return (ROOT / name).read_text("utf-8")
 
 
-def rows(document: str) -> list[list[str]]:
+def both(page: str) -> list[str]:
+    """The page in Chinese and in English."""
+    return [text(f"docs/{page}{ending}") for ending in (".md", ".en.md")]
+
+
+def rows(said: str) -> list[list[str]]:
     """The cells of every row of every table."""
-    lines = [line.strip()[1:-1] for line in text(document).splitlines() if line.startswith("| ")]
+    lines = [line.strip()[1:-1] for line in said.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
 
 
@@ -49,37 +57,47 @@ def test_a_family(name, tiny_models):
     read = [model for model in MODELS if families.find_family(configs[model], tiny_models / model) is module]
     assert read, "tests/helpers/published.py makes no checkpoint of it"
     assert {MODELS[model].template for model in read} <= TEMPLATES.keys()
-    told = " ".join(cells[0] for cells in rows("docs/families.md")).lower()
-    assert [model for model in read if model not in told] == []
+    for page in both("families"):
+        told = " ".join(cells[0] for cells in rows(page)).lower()
+        assert [model for model in read if model not in told] == []
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template(name):
     expected = golden("fastchat")["templates"].keys() | golden("publishers")["prompts"].keys()
     assert name in expected, "tests/golden has no prompts to compare with"
-    assert f"`{name}`" in " ".join(cell for cells in rows("docs/templates.md") for cell in cells[:2])
+    listed = {cells[0]: cells[1:4] for cells in rows(text("docs/template-list.md"))}
+    if f"`{name}`" not in listed:
+        assert all(f"`{name}`" in [cells[1] for cells in rows(page)] for page in both("templates"))
+        return
+    row = get_template(name)
+    texts = [row.user.replace("{}", "Q") + row.prompt + row.answer.replace("{}", "A") + row.end + row.gap]
+    texts += [row.end.strip() or row.end, *row.stop_strings]
+    one, end, *stops = [f"`{each}`".replace("\n", "↵").replace("|", "\\|") for each in texts]
+    stops += map(str, row.stop_ids)
+    assert listed[f"`{name}`"] == [one, end if row.end else "eos", ", ".join(stops) or "—"]
 
 
 @pytest.mark.parametrize("name", profiles())
 def test_a_profile(name):
-    """docs/models.md has its row; where the READMEs name it, they have its size and a licence."""
+    """docs/models.md has its row, in both languages; where the READMEs name it, they have its size and a licence."""
     profile = profiles()[name]
     assert profile.licence and profile.why.keys() == {*LANGUAGES} and (profile.wheels or profile.huggingface)
     assert all(len(digest) == 64 for digest in [*profile.wheels.values(), *filter(None, [profile.sha256])])
-    assert profile_told(profile) in text("docs/models.md").splitlines(), (
-        "python tests/helpers/architectures.py prints it"
-    )
+    row = profile_told(profile)
+    assert all(row in page.splitlines() for page in both("models")), "python tests/helpers/architectures.py prints it"
     if profile.architecture:
         assert {profile.architecture, profile.architecture.removesuffix("_text")} & ARCHITECTURES.keys()
     for readme in READMES:
-        for cells in [cells for cells in rows(readme) if f"`{name}`" in cells[0]]:
+        for cells in [cells for cells in rows(text(readme)) if f"`{name}`" in cells[0]]:
             sizes = dict(zip(re.findall("`([^`]+)`", cells[0]), re.findall(r"([\d.]+) GB", cells[1]), strict=True))
             assert float(sizes[name]) == round(profile.bytes / 1e9, len(sizes[name].partition(".")[2])) and cells[2]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture(name):
-    assert told(name) in text("docs/models.md").splitlines(), "python tests/helpers/architectures.py prints it"
+    row = told(name)
+    assert all(row in page.splitlines() for page in both("models")), "python tests/helpers/architectures.py prints it"
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -88,16 +106,43 @@ def test_a_data_format(part):
     every case."""
     cases = b"".join(path.read_bytes() for path in (ROOT / "tests/data/cases").iterdir())
     assert any(f'"{name}"'.encode() in cases for name in PARTS[part])
-    assert any(re.search(f'[`"]{name}[`"]', text("docs/data.md")) for name in PARTS[part])
+    assert all(any(re.search(f'[`"]{name}[`"]', page) for name in PARTS[part]) for page in both("data"))
 
 
 @pytest.mark.parametrize("notebook", [path.name for path in NOTEBOOKS])
 def test_a_notebook(notebook):
     for readme in READMES:
-        assert f"[{notebook.removesuffix('.ipynb')}](notebooks/{notebook})" in [cells[0] for cells in rows(readme)]
+        assert f"[{notebook.removesuffix('.ipynb')}](notebooks/{notebook})" in [
+            cells[0] for cells in rows(text(readme))
+        ]
     assert re.search(r"^test:.*\n\t.*--nbval-lax .*\bnotebooks/", text("Makefile"), re.MULTILINE)
     assert "make test" in text(".ci/run"), "CI executes it"
     assert [path.name[:2] for path in NOTEBOOKS].count(notebook[:2]) == 1, "the tutorial goes by the numbers"
+
+
+def stated(page: str) -> dict[str, object]:
+    """What a page says in any language."""
+    return {
+        "headings": re.findall(r"^#+(?= )", page, re.MULTILINE),
+        "items": len(re.findall(r"^ *(?:-|\d+\.) ", page, re.MULTILINE)),
+        "blocks": re.findall(r"^ *```\w*", page, re.MULTILINE),
+        "cells": [len(cells) for cells in rows(page)],
+        "figures": Counter(re.findall(r"\d+(?:[.,]\d+)*", page)),
+    }
+
+
+@pytest.mark.parametrize("page", sorted({path.name.split(".")[0] for path in ROOT.glob("docs/*.md")} - FOR_BOTH))
+def test_a_page_is_there_in_both_languages(page):
+    """Each leads to the other at its top and states what the other does; English leads to English."""
+    chinese, english = both(page)
+    assert f"[English]({page}.en.md)" in chinese.splitlines()[:3]
+    assert f"[中文]({page}.md)" in english.splitlines()[:3]
+    assert stated(english) == stated(chinese)
+    codes, known = (re.findall("`([^`\n]+)`", said) for said in (chinese, english))
+    assert [code for code in codes if code.isascii() and code not in known] == []
+    links = {*re.findall(r"\]\((?!http)([^)#]+)", english)} - {f"{page}.md"}
+    twins = {link: link.replace("notebooks/", "notebooks/en/").replace(".md", ".en.md") for link in links}
+    assert [link for link, twin in twins.items() if (ROOT / "docs" / twin).exists()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

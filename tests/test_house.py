@@ -18,7 +18,7 @@ import chatmagic.course
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "chatmagic"
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
-DOC = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+DOCS = [(ROOT / "docs" / name).read_text("utf-8") for name in ("architecture.md", "architecture.en.md")]
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
 LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 
@@ -55,16 +55,15 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-def drawn(arrow: str) -> set[tuple[str, str]]:
+def drawn(doc: str, arrow: str) -> set[tuple[str, str]]:
     """The arrows of that kind in the picture."""
-    lines = re.findall(rf"^ +(\w+) {re.escape(arrow)} (.+)$", DOC, re.MULTILINE)
+    lines = re.findall(rf"^ +(\w+) {re.escape(arrow)} (.+)$", doc, re.MULTILINE)
     return {(start, end) for start, ends in lines for end in ends.split(" & ")}
 
 
 def test_the_picture_is_of_the_real_imports():
     files = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
     rooms = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in files}
-    assert set(re.findall(r"^\| `(\w+)` \|", DOC, re.MULTILINE)) == rooms
     pairs = [
         (file.relative_to(PACKAGE).parts[0].removesuffix(".py"), room(module))
         for file in files
@@ -73,15 +72,18 @@ def test_the_picture_is_of_the_real_imports():
     ]
     real = {(start, end) for start, end in pairs if start != end and end not in ("errors", "files", "text", "progress")}
     upward = {tuple(map(room, each.split(" -> "))) for each in CONTRACTS[0]["ignore_imports"]}
-    assert drawn("-->") == real - upward
-    assert drawn("-.->") == upward
+    for doc in DOCS:
+        assert set(re.findall(r"^\| `(\w+)` \|", doc, re.MULTILINE)) == rooms
+        assert drawn(doc, "-->") == real - upward
+        assert drawn(doc, "-.->") == upward
 
 
 @pytest.mark.parametrize("room", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
 def test_who_lives_in_a_room_is_told(room):
-    (told,) = re.findall(rf"^\| `{room}` \|.*", DOC, re.MULTILINE)
     lives = {path.name for path in (PACKAGE / room).glob("*.py")} - {"__init__.py"}
-    assert set(re.findall(r"`(\w+\.py)`", told)) == lives, "docs/architecture.md names each module of a room"
+    for doc in DOCS:
+        (told,) = re.findall(rf"^\| `{room}` \|.*", doc, re.MULTILINE)
+        assert set(re.findall(r"`(\w+\.py)`", told)) == lives, "docs/architecture.md names each module of a room"
 
 
 def test_the_contracts_name_every_package_that_is_not_pythons_own():

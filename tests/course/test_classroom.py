@@ -17,7 +17,6 @@ from chatmagic.course.classroom import YOURS, without_solutions
 from chatmagic.files import WriteError
 from chatmagic.machine import shipped
 
-CLASS = shipped("docs") / "class.md"
 SOLVED = {"tags": ["solution"]}
 
 
@@ -150,14 +149,15 @@ FLAT = {"alone": [9, 9], "perplexity": 18.5}
 BY_LANGUAGE = {"zh": {"alone": [9, 9]}, "en": {"perplexity": 18.5}}
 
 
+@pytest.mark.parametrize("page", ["class.md", "class.en.md"])
 @pytest.mark.parametrize("table", [FLAT, BY_LANGUAGE])
-def test_the_table_of_a_class(tmp_path, monkeypatch, table):
-    """The cell of docs/class.md, on what three have handed in."""
-    cells = re.findall(r"```python\n(.*?)```", CLASS.read_text("utf-8"), re.DOTALL)
+def test_the_table_of_a_class(tmp_path, monkeypatch, table, page):
+    """The cell of the page, on what three have handed in."""
+    cells = re.findall(r"```python\n(.*?)```", (shipped("docs") / page).read_text("utf-8"), re.DOTALL)
     (cell,) = [each for each in cells if "evaluation" in each]
     assert len([line for line in cell.splitlines() if line]) <= 10
     for name in ("甲", "乙", "丙"):
-        folder = tmp_path / "交上来的" / name
+        folder = tmp_path / re.search(r'Path\("(.*?)"\)', cell)[1] / name
         folder.mkdir(parents=True)
         (folder / "evaluation.json").write_text(json.dumps({"table": {"before": table, "after": table}}))
     monkeypatch.chdir(tmp_path)

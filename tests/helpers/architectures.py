@@ -168,30 +168,29 @@ def write(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTra
 
 
 def told(name: str) -> str:
-    """The row of docs/models.md on an architecture: what the package makes of it."""
+    """The row of docs/models.md, and of its English twin, on an architecture: what the package makes of it."""
     config = config_of(name, 300).get_text_config()
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     own = {name, config.model_type} - (ARCHITECTURES.keys() - {name})
     users = [each.name for each in profiles().values() if each.architecture in own]
     layers = {type(layer) for layer in DynamicCache(config=config).layers}
-    kept = "从第一个不同的 token 起"
+    kept = "prefix"
     if layers != {DynamicLayer}:
-        kept = f"{kept}；窗口满了以后，" if layers <= {DynamicLayer, DynamicSlidingWindowLayer} else ""
-        kept += "接着说的只算新的，改了前文的全部重算"
+        kept = "window" if layers <= {DynamicLayer, DynamicSlidingWindowLayer} else "append"
     cells = [
         f"`{name}`",
-        type(model).__name__ + ("（只用它的语言模型）" if is_composite(name) else ""),
-        "、".join(users) or "—",
-        "拒绝" if experts(model) else "能",
-        " ".join(f"`{layer}`" for layer in find_all_linear_names(model)) + ("；专家没有" if experts(model) else ""),
+        type(model).__name__ + (" †" if is_composite(name) else ""),
+        ", ".join(users) or "—",
+        "✗" if experts(model) else "✓",
+        " ".join(f"`{layer}`" for layer in find_all_linear_names(model)) + (" ‡" if experts(model) else ""),
         kept,
-        "不" if why_padded(SimpleNamespace(get_base_model=lambda: model)) else "能",
+        "✗" if why_padded(SimpleNamespace(get_base_model=lambda: model)) else "✓",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def profile_told(profile: Profile) -> str:
-    """The row of docs/models.md on a model that the course can be run with."""
+    """The row of docs/models.md, and of its English twin, on a model that the course can be run with."""
     needs = [f"{size / GB:.1f} GB" for size in (profile.bytes, profile.memory, profile.memory_merged)]
     cells = [
         f"`{profile.name}`",
@@ -200,7 +199,7 @@ def profile_told(profile: Profile) -> str:
         f"`{profile.architecture}`" if profile.architecture else "—",
         *needs,
         smallest_card(max(profile.memory, profile.memory_merged)),
-        {"no": "不", "told": "听吩咐", "always": "总是"}[profile.thinks],
+        {"no": "—", "told": "on, off", "always": "always"}[profile.thinks],
         profile.licence,
     ]
     return f"| {' | '.join(cells)} |"

@@ -353,9 +353,10 @@ def test_help_lists_every_option(run):
         assert f"{option} " in text
 
 
-def test_the_docs_have_every_option_default_and_test():
+@pytest.mark.parametrize("page", ["chat.md", "chat.en.md"])
+def test_the_docs_have_every_option_default_and_test(page):
     root = Path(__file__).parents[2]
-    text = (root / "docs" / "chat.md").read_text("utf-8")
+    text = (root / "docs" / page).read_text("utf-8")
     options = [option for action in ChatMagics.chat.parser._actions for option in action.option_strings]
     for name in [*options, *ChatMagics.class_own_traits(config=True)]:
         assert f" `{name}" in text, name
