@@ -1,5 +1,6 @@
 """The book, as `make docs` makes it: with no network and no warning, every page and public name in it, nothing from
-another host, every link to something that is there, and a search that finds Chinese words."""
+another host, every link to something that is there, contents for readers of either language, and a search that finds
+Chinese words."""
 
 import os
 import re
@@ -21,6 +22,7 @@ PAGES = [
     for path in ROOT.glob(pattern)
     if ".ipynb_checkpoints" not in path.parts
 ]
+FOR_BOTH = {"benchmarks/README", "docs/template-list", "docs/terms", "docs/book/api", "CONTRIBUTING", "CHANGELOG"}
 CHROMIUM = "/usr/bin/chromium"
 OFFLINE = """
 import sys
@@ -72,13 +74,36 @@ def pages(book):
     return {file: Page(file) for file in book.rglob("*.html")}
 
 
+def spoken(page: str) -> str:
+    """The language that a page is in."""
+    if page in FOR_BOTH:
+        return "both"
+    return "en" if page.endswith(".en") or page.startswith("notebooks/en/") else "zh"
+
+
+def contents(book: Path, page: str) -> set[str]:
+    """The pages that the contents beside a page lead to."""
+    _, _, tree = (book / f"{page}.html").read_text("utf-8").partition('<div class="sidebar-tree">')
+    return {*re.findall(r'href="([^"#]+)\.html"', tree.partition("</aside>")[0])}
+
+
 @pytest.mark.slow
 def test_every_page_is_in_it_and_in_its_contents(book, pages):
-    assert len(PAGES) > 15
-    first = pages[book / "README.html"]
-    led = {link.split("#")[0] for link in first.links}
-    for page in PAGES:
-        assert book / f"{page}.html" in pages and (f"{page}.html" in led or str(page) == "README"), page
+    """Of each language, which those for both are in, too; and it leads to the other language."""
+    assert len(PAGES) > 15 and {book / f"{page}.html" for page in PAGES} <= pages.keys()
+    listed = {str(page) for page in PAGES} | {"docs/book/api"}
+    for language, first, other in (("zh", "README", "README.en"), ("en", "README.en", "README")):
+        theirs = {page for page in listed if spoken(page) in (language, "both")}
+        assert contents(book, first) == theirs - {first} | {other}
+    assert contents(book, "CHANGELOG") == listed - {"CHANGELOG"}
+
+
+@pytest.mark.slow
+def test_the_words_of_the_theme_are_in_the_language_of_the_page(book):
+    for page in map(str, PAGES):
+        language, search = ("zh-CN", "搜索") if spoken(page) == "zh" else ("en", "Search")
+        said = (book / f"{page}.html").read_text("utf-8")
+        assert re.search("<html[^>]*>", said)[0].count(f'lang="{language}"') == 1 and f'placeholder="{search}"' in said
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from gettext import NullTranslations
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from docutils.parsers.rst import Directive
 from pygments.lexers import PythonLexer
 from pygments.token import Name, String
 from sphinx.application import Sphinx
+from sphinx.locale import get_translator
 from sphinx.search.zh import SearchChinese
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,52 +48,54 @@ autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 
-CONTENTS = """
-```{toctree}
-:hidden:
-:caption: 教程
-:glob:
+MANUAL = ("chat", "data", "training", "deploy", "models", "families", "templates", "autodl", "class", "architecture")
 
-notebooks/*
-```
-```{toctree}
-:hidden:
-:caption: 手册
 
-docs/chat
-docs/data
-docs/training
-docs/deploy
-docs/models
-docs/families
-docs/templates
-docs/autodl
-docs/class
-```
-```{toctree}
-:hidden:
-:caption: 这套房子
+def pages(*patterns: str) -> list[str]:
+    """Sphinx' names of the pages that there are of these."""
+    paths = [path.relative_to(ROOT) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    return [path.with_suffix("").as_posix() for path in paths]
 
-benchmarks/README
-docs/architecture
-docs/book/api
-CONTRIBUTING
-CHANGELOG
-```
-```{toctree}
-:hidden:
-:caption: English
 
-README.en
-docs/autodl.en
-```
-"""
+CHINESE, ENGLISH = (pages(*(f"docs/{name}{end}.md" for name in MANUAL)) for end in ("", ".en"))
+BOTH = [page for page in pages("docs/*.md") if page not in (*CHINESE, *ENGLISH)]
+PARTS = {  # of the contents: whose they are, and the pages
+    "教程": ("zh", pages("notebooks/*.ipynb")),
+    "手册": ("zh", CHINESE),
+    "English": ("zh en", ["README.en"]),
+    "Course": ("en", pages("notebooks/en/*.ipynb")),
+    "Manual": ("en", ENGLISH),
+    "关于 About": ("zh en", ["benchmarks/README", *BOTH, "docs/book/api", "CONTRIBUTING", "CHANGELOG"]),
+    "中文": ("en", ["self"]),
+}
 
 
 def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
     """The first page is the README; what lies beside it is for this site alone."""
     if docname == root_doc:
-        source[0] += CONTENTS
+        for caption, (_, listed) in PARTS.items():
+            source[0] += "\n".join(["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *listed, "```", ""])
+
+
+def in_one_language(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """The contents and the theme's own words are in the language of the page; a page for both has both contents."""
+    whose = {each: whose for whose, listed in PARTS.values() for each in listed} | {"README": "zh", "README.en": "en"}
+    spoken = whose.get(page, "zh en" if doctree else "zh")  # search and index are none of ours
+    english, whole = spoken != "zh", context.get("toctree")
+    app.builder.templates.environment.install_gettext_translations(NullTranslations() if english else get_translator())
+    if english:
+        context |= {"language": "en", "master_doc": "README.en"}
+
+    def contents(**options: Any) -> str:
+        """Sphinx' own, less the parts that are for readers of the other language."""
+        captions = [caption for caption, (whose, _) in PARTS.items() if set(whose.split()) & set(spoken.split())]
+        parts = re.split('(?=<p class="caption")', whole(**options))
+        return "".join(part for part in parts if re.sub("<[^>]+>", "", part.partition("</p>")[0]).strip() in captions)
+
+    if whole:
+        context["toctree"] = contents
 
 
 def as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -158,13 +162,14 @@ class Mermaid(Directive):
             for start in rooms
         ]
         head = "".join(f"<th><span>{end}</span></th>" for end in rooms)
-        table = f'<table class="rooms"><tr><td>引入 ↓ 被引入 →</td>{head}</tr>{"".join(rows)}</table>'
+        table = f'<table class="rooms"><tr><td>引入 imports ↓ 被引入 imported →</td>{head}</tr>{"".join(rows)}</table>'
         return [nodes.raw("", table, format="html")]
 
 
 def setup(app: Sphinx) -> None:
     """What Sphinx calls."""
     app.connect("source-read", add_contents)
+    app.connect("html-page-context", in_one_language, priority=400)  # before furo, which draws the contents
     app.connect("autodoc-process-docstring", as_rst)
     app.add_directive("mermaid", Mermaid)
     app.add_search_language(Pairs)
