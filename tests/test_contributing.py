@@ -3,7 +3,6 @@
 import json
 import re
 import tomllib
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -21,6 +20,7 @@ from published import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README.en.md"]
+FIGURE = re.compile(r"\d+(?:[.,]\d+)*")
 FOR_BOTH = {"template-list", "terms"}  # pages of docs/ that readers of both languages share
 DOCUMENTS = [
     path for where in ("*.md", "docs/*.md", "benchmarks/*.md", "tests/golden/*.md") for path in ROOT.glob(where)
@@ -126,8 +126,8 @@ def stated(page: str) -> dict[str, object]:
         "headings": re.findall(r"^#+(?= )", page, re.MULTILINE),
         "items": len(re.findall(r"^ *(?:-|\d+\.) ", page, re.MULTILINE)),
         "blocks": re.findall(r"^ *```\w*", page, re.MULTILINE),
-        "cells": [len(cells) for cells in rows(page)],
-        "figures": Counter(re.findall(r"\d+(?:[.,]\d+)*", page)),
+        "rows": [(len(cells), sorted(FIGURE.findall(" ".join(cells)))) for cells in rows(page)],
+        "figures": {*FIGURE.findall(page)},
     }
 
 
