@@ -111,10 +111,11 @@ def test_a_data_format(part):
 
 @pytest.mark.parametrize("notebook", [path.name for path in NOTEBOOKS])
 def test_a_notebook(notebook):
-    for readme in READMES:
-        assert f"[{notebook.removesuffix('.ipynb')}](notebooks/{notebook})" in [
-            cells[0] for cells in rows(text(readme))
-        ]
+    """In both languages, each in the table of its README."""
+    for readme, folder in zip(READMES, ("notebooks", "notebooks/en")):
+        assert (ROOT / folder / notebook).is_file()
+        told = [cells[0] for cells in rows(text(readme))]
+        assert f"[{notebook.removesuffix('.ipynb')}]({folder}/{notebook})" in told
     assert re.search(r"^test:.*\n\t.*--nbval-lax .*\bnotebooks/", text("Makefile"), re.MULTILINE)
     assert "make test" in text(".ci/run"), "CI executes it"
     assert [path.name[:2] for path in NOTEBOOKS].count(notebook[:2]) == 1, "the tutorial goes by the numbers"

@@ -56,7 +56,9 @@ def run(command: str, folder: Path, **more) -> str:
 
 
 def test_both_readmes_show_the_same_commands_and_all_are_run_here():
-    assert commands(READMES[0]) == commands(READMES[1])
+    """The English one its own notebooks'."""
+    in_english = {command: f"{command} LANGUAGE=en" for command in ("make tutorial", "make lab")}
+    assert [in_english.get(command, command) for command in commands(READMES[0])] == commands(READMES[1])
     assert sorted(commands(READMES[0])) == sorted(
         [
             "make tutorial",
@@ -93,13 +95,32 @@ def test_make_tutorial(clone, tmp_path, monkeypatch):
     assert len(list(executed.glob("*.ipynb"))) == len(notebooks)
 
 
+@pytest.mark.network
+@pytest.mark.slow
+def test_make_tutorial_in_english(clone, tmp_path, monkeypatch):
+    """The second notebook as if the first were done, and no more of them, for the time that they take."""
+    monkeypatch.delenv("CHATMAGIC_COURSE")
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
+    setup, download, *rest = sorted((clone / "notebooks" / "en").glob("0*.ipynb"))
+    for notebook in rest:
+        notebook.unlink()
+    executed = clone / "work" / "executed" / "en"
+    executed.mkdir(parents=True)
+    (executed / setup.name).write_text(nbformat.writes(running._sealed(nbformat.read(setup, as_version=4))), "utf-8")
+    printed = run("make tutorial LANGUAGE=en", clone)
+    assert "[1/2] 00-setup             done before" in printed and "[2/2] 01-download" in printed
+    copy = nbformat.read(executed / download.name, as_version=4)
+    assert copy.cells[0].source.startswith("# 01 · Download") and any(cell.get("outputs") for cell in copy.cells)
+
+
 def test_make_test_is_what_runs_these_tests(clone):
     planned = run("make --dry-run test", clone)
     assert re.search(r"pytest --nbval-lax .* notebooks/\*\.ipynb\n.*pytest .* tests\n", planned)
 
 
 @pytest.mark.slow
-def test_make_lab(clone, tmp_path):
+@pytest.mark.parametrize("command, first", [("make lab", "notebooks"), ("make lab LANGUAGE=en", "notebooks/en")])
+def test_make_lab(clone, tmp_path, command, first):
     environment = os.environ | {
         "JUPYTER_RUNTIME_DIR": str(tmp_path),
         "JUPYTER_DATA_DIR": str(tmp_path),
@@ -107,11 +128,11 @@ def test_make_lab(clone, tmp_path):
     }
     with (tmp_path / "log").open("w+") as file:
         lab = subprocess.Popen(
-            ["make", "lab"], cwd=clone, env=environment, stdout=file, stderr=file, start_new_session=True
+            command.split(), cwd=clone, env=environment, stdout=file, stderr=file, start_new_session=True
         )
         try:
             deadline = time.monotonic() + 60
-            while "/lab/tree/notebooks/00-setup.ipynb?token=" not in (tmp_path / "log").read_text():
+            while f"/lab/tree/{first}/00-setup.ipynb?token=" not in (tmp_path / "log").read_text():
                 assert lab.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.5)
             log = (tmp_path / "log").read_text()
@@ -156,3 +177,7 @@ def test_pictures_and_links_exist(readme):
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     assert [target for target in targets if target not in anchors and not (ROOT / target).exists()] == []
+    if readme == "README.en.md":
+        twins = [re.sub(r"^notebooks/", "notebooks/en/", target.replace(".md", ".en.md")) for target in targets]
+        led = [target for target, twin in zip(targets, twins) if target != twin and (ROOT / twin).exists()]
+        assert set(led) == {"README.md"}, "to an English page, where there is one"
