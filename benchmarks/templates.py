@@ -115,7 +115,7 @@ def result(base, source: str) -> tuple[str, str]:
                     system = False
                 except ChatmagicError as error:
                     found.add(str(error))
-    rows = "one row" if template._joint(False, template.thinking_for([])) else "a row an answer"
+    rows = "one row" if template._joint(False, template.thinking_for([])) is not None else "a row an answer"
     thinks = f"thoughts: prompt {habits.states[None]}" + (", can be told" if habits.off else "") if habits.knows else ""
     facts = [rows, thinks, "" if system else "no system", "" if habits.ending else "ends by eos"]
     return "; ".join(filter(None, facts)), "; ".join(sorted(found - {None})) or "ok"

@@ -79,7 +79,7 @@ class Habits:
 
     def switches(self, thinking: bool | None) -> dict[str, Any]:
         """What to give the template. Raises TemplateError where it cannot be told so."""
-        if thinking and not self.knows:
+        if thinking and not self.knows and not self.on:
             raise TemplateError("thinking=True: this chat template knows no thoughts. Leave thinking out.")
         if thinking is False and self.states[False] == "opened":
             raise TemplateError(
@@ -108,6 +108,8 @@ def learn_habits(jinja: Renderer) -> Habits:
         habits.states[thinking] = _state(habits, jinja, switches) if habits.knows else "free"
         prompt, text = jinja(_talk(jinja)[:1], True, **switches), jinja(_talk(jinja), False, **switches)
         habits.begun.add(prompt[jinja.common(prompt, text) :])
+    if habits.states[False] == "opened":
+        habits.off = {}  # it says something else then, and lets the model think all the same
     return habits
 
 
@@ -135,6 +137,8 @@ def _learn_endings(habits: Habits, jinja: Renderer) -> None:
     behind_last, behind = last[in_last.end() :], middle[in_middle.end() :].partition(_NEXT)[0]
     # A user's turn begins as the first one does; what ends the turn before that one is no part of it.
     opening = commonprefix([before[::-1], behind[::-1]])[::-1]
+    start = len(behind) - len(opening)  # inside a token where two end alike, <|a_end|> and <|b_end|>
+    opening = behind[next((m.end() for m in jinja.control.finditer(behind) if m.start() < start < m.end()), start) :]
     tokens = [token.strip() for token in jinja.control.findall(header)]
     if tokens and opening.lstrip().startswith(tokens[0]):
         opening = opening.lstrip()[len(tokens[0]) :]
@@ -181,6 +185,8 @@ def _learn_switches(habits: Habits, jinja: Renderer) -> None:
             continue
         if prompts[0] == prompts[1] or isinstance(off, str) and prompts[1].count(off) > plain.count(off):
             continue
+        if name == "reasoning_effort" and prompts[1] == plain and not re.search(rf"['\"]{off}['\"]", jinja.source):
+            continue  # it knows efforts, but not this one
         habits.off[name] = off
         if on is not None:
             habits.on[name] = on
@@ -219,7 +225,22 @@ def _learn_thoughts(habits: Habits, jinja: Renderer) -> None:
     else:
         if tagged:
             habits.open, habits.close = "<think>\n", "\n</think>\n\n"
+        elif habits.on:
+            habits.open, habits.close = _beside_a_call(habits, jinja)
     habits.knows = bool(habits.close)
+
+
+def _beside_a_call(habits: Habits, jinja: Renderer) -> tuple[str, str]:
+    """What stands around a thought where a template shows it in no answer but one that calls a tool, as Gemma 4's."""
+    plain, talk = jinja(_talk(jinja), False, **habits.on), _talk(jinja, "key")
+    talk[1]["tool_calls"] = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+    try:
+        text = jinja(talk, False, **habits.on)
+    except TemplateError:
+        return "", ""
+    before, _, behind = text.partition(THOUGHT)
+    closing = habits.control.search(behind := behind.partition(THOUGHT_END)[2])
+    return (before[jinja.common(plain, before) :], behind[: closing.end()]) if closing else ("", "")
 
 
 def _opening(habits: Habits, jinja: Renderer) -> str:
@@ -245,32 +266,29 @@ def _state(habits: Habits, jinja: Renderer, switches: dict[str, Any]) -> str:
     return "free" if opened == closed == -1 else "opened" if opened > closed else "closed"
 
 
-def learn_appending(jinja: Renderer, habits: Habits, system: bool, thinking: bool | None) -> tuple[str, bool] | None:
-    """What stands between prompts and their answers, and whether whitespace before an answer is kept; None if the
-    template does more than append, or writes the last answer otherwise than earlier ones.
+def learn_appending(
+    jinja: Renderer, habits: Habits, system: bool, thinking: bool | None, space: str = ""
+) -> str | None:
+    """What stands between prompts and the words of their answers, which begin with that whitespace, `space`; None if
+    the template does more than append, or writes the last answer otherwise than earlier ones.
 
     Learnt from the renderings of a growing conversation: each of its prompts must be how the whole begins.
     """
     roles = ["system"] * system + ["user", "assistant"] * 3
-    turns = [{"role": role, "content": f"{role}."} for role in roles]
-    turns[-1]["content"] = " " + turns[-1]["content"]
+    turns = [{"role": role, "content": space * (role == "assistant") + f"{role}."} for role in roles]
     hidden, switches = jinja.hide(turns).messages, habits.switches(thinking)
     full = jinja(hidden, False, **switches)
     prompts = [jinja(hidden[:end], True, **switches) for end in range(system + 1, len(turns), 2)]
     answers = list(ANSWER.finditer(full))
     if len(answers) != 3 or not all(map(full.startswith, prompts)):
         return None
-    first, second, spaced = (
-        full[len(prompt) : answer.start()] for prompt, answer in zip(prompts, answers, strict=True)
-    )
+    first, second, third = (full[len(prompt) : answer.start()] for prompt, answer in zip(prompts, answers, strict=True))
     ended = all(full.startswith(habits.ending.rstrip(), answer.end()) for answer in answers[:2])
     alone = jinja(hidden[: system + 2], False, **switches)
     after = ANSWER.search(alone)
     behind = alone[after.end() :] if after else ""
     ended &= after is not None and (behind.startswith(habits.ending.rstrip()) or not behind.strip())
-    if first[:1].isspace() and prompts[0][-1:].isspace():
+    if first[:1].isspace() and prompts[0][-1:].isspace() and not space:
         return None  # whitespace that the publisher encodes as one: no row of several answers has it like the prompts
     unclosed = habits.knows and habits.states[thinking] == "opened" and habits.closing() not in first
-    if first != second or spaced not in (first, first + " ") or not ended or unclosed:
-        return None
-    return first, spaced != first
+    return first if first == second == third and ended and not unclosed else None

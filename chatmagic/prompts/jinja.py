@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..conversation.messages import Message
@@ -45,6 +46,27 @@ class Renderer:
 
     def __call__(self, conversation: Sequence[Message], add_generation_prompt: bool, **switches: Any) -> str:
         """The text. Raises TemplateError for whatever goes wrong in the template, endless loops included."""
+        if self._parts:
+            conversation = [_in_parts(message) for message in conversation]
+        return self._render(conversation, add_generation_prompt, **switches)
+
+    @cached_property
+    def _parts(self) -> bool:
+        """Whether the template reads words only in a list of parts, as some of models that see too."""
+        message = {"role": "user", "content": QUESTION}
+        return (
+            re.search(r"\btype\b", self.source) is not None
+            and not self._shows(message)
+            and self._shows(_in_parts(message))
+        )
+
+    def _shows(self, message: Message) -> bool:
+        try:
+            return QUESTION in self._render([message], True)
+        except TemplateError:
+            return False
+
+    def _render(self, conversation: Sequence[Message], add_generation_prompt: bool, **switches: Any) -> str:
         try:
             with time_limit(SECONDS):
                 text: str = self._tokenizer.apply_chat_template(
@@ -106,6 +128,10 @@ class Hidden(NamedTuple):
     messages: list[Message]
     thoughts: list[str | None]
     shown: dict[str, str]
+
+
+def _in_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _stripped(text: str) -> tuple[str, str, str]:

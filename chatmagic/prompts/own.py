@@ -91,7 +91,7 @@ class OwnTemplate:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._jinja = Renderer(tokenizer)
-        self._joints: dict[tuple[bool, bool | None], tuple[str, bool] | None] = {}
+        self._joints: dict[tuple[bool, bool | None, str], str | None] = {}
         self._earlier: dict[tuple[bool | None, ...], Earlier | None] = {}
 
     @cached_property
@@ -124,7 +124,7 @@ class OwnTemplate:
     def thinking_for(self, messages: Sequence[Message]) -> bool | None:
         """How a conversation is trained where nobody says: thinking if it holds a thought, else not; None where the
         template cannot be told."""
-        if not self.habits.knows or not self.habits.off:
+        if not self.habits.off:
             return None
         return any(KEY in message for message in split_thoughts(messages))
 
@@ -162,7 +162,7 @@ class OwnTemplate:
         last = len(messages) - 1
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         taught = [turn for turn in turns if (multi_rounds or turn == last) and messages[turn].get("weight", 1)]
-        if not any(hidden.thoughts) and self._joint(messages[0]["role"] == "system", thinking):
+        if not any(hidden.thoughts) and self._joint(messages[0]["role"] == "system", thinking) is not None:
             text = self._text(hidden.messages, messages[-1]["role"] == "user", switches)
             if row := self._cut(text, hidden, thinking, taught):
                 return [row]
@@ -200,14 +200,18 @@ class OwnTemplate:
         knows = self.habits.knows
         return self._jinja.hide(parted if knows else split_thoughts(messages, tagged=False), self.habits.style)
 
-    def _joint(self, system: bool, thinking: bool | None) -> tuple[str, bool] | None:
-        if (system, thinking) not in self._joints:
+    def _joint(self, system: bool, thinking: bool | None, space: str = "") -> str | None:
+        """What `learn_appending` learns; whitespace before an answer matters only where one without it is appended."""
+        key = system, thinking, space
+        if key not in self._joints:
             try:
-                learnt = learn_appending(self._jinja, self.habits, system, thinking)
+                learnt = None
+                if not space or self._joint(system, thinking) is not None:
+                    learnt = learn_appending(self._jinja, self.habits, *key)
             except TemplateError:
                 learnt = None
-            self._joints[system, thinking] = learnt
-        return self._joints[system, thinking]
+            self._joints[key] = learnt
+        return self._joints[key]
 
     def _text(self, hidden: Sequence[Message], add_generation_prompt: bool, switches: dict[str, Any]) -> str:
         """The rendering, the system text in it."""
@@ -232,17 +236,15 @@ class OwnTemplate:
         more than append, or did not write these answers as learnt."""
         messages, shown = hidden.messages, hidden.shown
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns or any(hidden.thoughts) or not (joint := self._joint(messages[0]["role"] == "system", thinking)):
+        if not turns or any(hidden.thoughts):
             return None
         answers = list(ANSWER.finditer(text))
         if len(answers) != len(turns):
             return None
-        spans, start = [], 0
+        spans, start, system = [], 0, messages[0]["role"] == "system"
         for index, answer in zip(turns, answers, strict=True):
-            between, keeps_space = joint
-            if keeps_space:
-                between += messages[index]["content"].partition(BEGIN)[0]
-            if not text.endswith(between, start, answer.start()):
+            between = self._joint(system, thinking, messages[index]["content"].partition(BEGIN)[0])
+            if between is None or not text.endswith(between, start, answer.start()):
                 return None
             cut = answer.start() - len(between)
             marks = True, index in taught, messages[index].get("replayed", False)
@@ -357,6 +359,8 @@ class OwnTemplate:
             return written.partition(habits.closing())[2].lstrip() if closes else written
         if not rest.strip():
             return written.lstrip()
+        if not written.strip() or "".join(written.split()) == "".join(rest.split()):
+            return ""  # the history lacks what the prompt begins, or has it with other whitespace
         raise TemplateError(
             f"Message {turn} (assistant) cannot be trained: the prompt which asks for it ends with {rest!r}, and the "
             "answer that this chat template writes does not follow that. Pass another model_type."

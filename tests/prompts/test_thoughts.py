@@ -352,3 +352,141 @@ def test_an_encoder_is_gone_with_its_last_name():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_an_ending_whose_name_ends_as_that_of_another_token():
+    """The first question stands behind <|sys_end|>, the next behind <|bot_end|>; and the last answer is not ended."""
+    tokenizer = build(
+        "<|sys|>Be.<|sys_end|>{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>"
+        "{% else %}<|bot|>{{ m.content }}{% if not loop.last %}<|bot_end|>{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|bot|>{% endif %}",
+        more=["<|sys|>", "<|sys_end|>", "<|bot|>", "<|bot_end|>"],
+    )
+    (row,) = encode_example(PLAIN, tokenizer)
+    assert trained(tokenizer, row) == "Ho<|bot_end|>|Hm<|bot_end|>"
+    assert get_template(tokenizer=tokenizer).stop_token_ids(tokenizer)[0] == tokenizer.convert_tokens_to_ids(
+        "<|bot_end|>"
+    )
+
+
+OPENS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        # As GLM-5.3: of "none" and "no_think" it has never heard, and takes them for its default.
+        "{{ reasoning_effort if reasoning_effort is defined and reasoning_effort in ['low', 'high'] else 'max' }}",
+        # It only says so.
+        "{{ 'Be quick.' if enable_thinking is defined and not enable_thinking else '' }}",
+    ],
+)
+def test_a_switch_that_does_not_stop_the_thinking_is_no_switch(says):
+    tokenizer = build(says + EACH.replace("BODY", "{{ m.content.split('</think>')[-1].strip() }}") + OPENS)
+    rows = encode_example(PLAIN, tokenizer)
+    assert [trained(tokenizer, row) for row in rows] == ["\n</think>\n\nHo<|im_end|>", "\n</think>\n\nHm<|im_end|>"]
+    prompt = encode_prompt(PLAIN[:1], tokenizer)
+    assert rows[0]["input_ids"][: len(prompt)] == prompt
+    with pytest.raises(TemplateError, match="thinking=False: .* opens a thought in every prompt"):
+        encode_prompt(PLAIN[:1], tokenizer, thinking=False)
+
+
+@pytest.mark.parametrize(
+    "history, prompt",
+    [
+        ("<|im_start|>assistant\n", "<|im_start|>assistant\n<judge>\n"),  # as KAT-V1: what it begins is no thought
+        ("\n<|im_start|>assistant\n\n", "<|im_start|> assistant\n"),  # the publisher's spaces go astray
+    ],
+)
+def test_words_follow_a_prompt_that_the_history_has_otherwise(history, prompt):
+    tokenizer = build(
+        "{% for m in messages %}{{ HISTORY if m.role == 'assistant' else '<|im_start|>user\n' }}{{ m.content + "
+        "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ PROMPT }}{% endif %}".replace(
+            "HISTORY", repr(history)
+        ).replace("PROMPT", repr(prompt))
+    )
+    rows = encode_example(PLAIN, tokenizer)
+    assert [trained(tokenizer, row) for row in rows] == ["Ho<|im_end|>", "Hm<|im_end|>"]
+    for index, row in zip((1, 3), rows, strict=True):
+        sent = encode_prompt(PLAIN[:index], tokenizer)
+        assert tokenizer.decode(sent).endswith(prompt)
+        assert row["input_ids"][: len(sent)] == sent and row["labels"][len(sent) - 1 : len(sent) + 1][0] == -100
+
+
+@pytest.mark.parametrize("space", ["\n\n", " ", "\t", " \n"])
+@pytest.mark.parametrize("strip", [str.strip, str.lstrip, lambda text: text.lstrip("\n"), str], ids=range(4))
+def test_whitespace_of_the_prompt_is_not_taken_for_the_answers(strip, space):
+    """A prompt that ends with an empty line, and answers that begin with one, which the template may strip."""
+    stripped = {str.strip: "m.content.strip()", str.lstrip: "m.content.lstrip()", str: "m.content"}
+    tokenizer = build(
+        EACH.replace("BODY", "{{ '</think>\n\n' if m.role == 'assistant' }}{{ WORDS }}").replace(
+            "WORDS", stripped.get(strip, "m.content.lstrip('\n')")
+        )
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n</think>\n\n' }}{% endif %}"
+    )
+    talk = build_messages(None, [("Hi", f"{space}Ho"), ("Hey", "Hm"), ("Hi", f"{space}Ha")])
+    rows = encode_example(talk, tokenizer)
+    said = [strip(f"{space}Ho"), "Hm", strip(f"{space}Ha")]
+    assert "|".join(trained(tokenizer, row) for row in rows) == "|".join(f"{words}<|im_end|>" for words in said)
+    for index in (1, 3, 5):
+        prompt = encode_prompt(talk[:index], tokenizer)
+        assert any(
+            row["input_ids"][: len(prompt)] == prompt and row["labels"][len(prompt) - 1 :][:1] == [-100] for row in rows
+        )
+
+
+def test_a_thought_that_a_template_shows_only_beside_a_call():
+    """As Gemma 4 of the first months: it drops every other thought, but the model thinks in those very marks."""
+    tokenizer = build(
+        "{{ '<|im_start|>system\nThink.<|im_end|>\n' if enable_thinking else '' }}"
+        + EACH.replace(
+            "BODY",
+            "{% if m.tool_calls and m.reasoning_content %}{{ '<|open|>thought\n' + m.reasoning_content + '\n<|close|>' "
+            "+ m.tool_calls[0].function.name }}{% endif %}{{ m.content }}",
+        )
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        more=["<|open|>", "<|close|>"],
+    )
+    rows = encode_example(THOUGHT, tokenizer)
+    assert [trained(tokenizer, row) for row in rows] == [
+        "<|open|>thought\nOne.\n<|close|>Ho<|im_end|>",
+        "<|open|>thought\nTwo.\n<|close|>Hm<|im_end|>",
+    ]
+    sent = encode_prompt(PLAIN[:1], tokenizer, thinking=True)
+    assert tokenizer.decode(sent).startswith("<|im_start|>system\nThink.") and rows[0]["input_ids"][: len(sent)] == sent
+    assert [trained(tokenizer, row) for row in encode_example(PLAIN, tokenizer)] == ["Ho<|im_end|>|Hm<|im_end|>"]
+
+
+def test_a_template_that_can_be_told_but_shows_no_thought():
+    """As Apertus: whoever asks may say it, and rows without thoughts are trained under the prompt for none."""
+    tokenizer = build(
+        "{{ 'Deliberation: ' + ('disabled' if enable_thinking is defined and not enable_thinking else 'enabled') }}"
+        + KINDS["two"],
+        more=["<|open|>", "<|close|>"],
+    )
+    for thinking, says in (True, "enabled"), (False, "disabled"), (None, "enabled"):
+        assert f"Deliberation: {says}" in tokenizer.decode(encode_prompt(PLAIN[:1], tokenizer, thinking=thinking))
+    (row,) = encode_example(PLAIN, tokenizer)
+    assert "Deliberation: disabled" in tokenizer.decode(row["input_ids"])
+    with pytest.raises(TemplateError, match=r"Message 1 \(assistant\) has a thought, and .* knows none"):
+        encode_example(THOUGHT, tokenizer)
+
+
+@pytest.mark.parametrize("text", ["part.text", "part['text']"])
+def test_a_template_that_reads_words_only_in_parts(text):
+    """As SmolVLM and LLaVA: of a text that is no list of parts it shows nothing, or breaks."""
+    tokenizer = build(
+        EACH.replace(
+            "BODY",
+            "{% for part in m.content %}{{ TEXT if part.type == 'text' }}{% endfor %}".replace("TEXT", text),
+        )
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+    def in_parts(messages):
+        return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+    sent = encode_prompt(PLAIN[:3], tokenizer)
+    assert sent == tokenizer.apply_chat_template(in_parts(PLAIN[:3]), add_generation_prompt=True, return_dict=False)
+    (row,) = encode_example(PLAIN, tokenizer)
+    assert trained(tokenizer, row) == "Ho<|im_end|>|Hm<|im_end|>" and row["input_ids"][: len(sent)] == sent
