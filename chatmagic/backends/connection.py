@@ -27,7 +27,8 @@ CONNECTING = 15.0
 OVERFLOW = re.compile(
     r"context.{0,20}(length|size|window|overflow)|(length|size|window).{0,20}context|exceed.{0,40}context|n_ctx|"
     r"max_(seq|model)_len|range of input length|(prompt|input)\b.{0,40}\b(too long|longer than)|"
-    r"too many (input )?tokens",
+    r"too many (input )?tokens|(prompt|input)s?\b.{0,40}exceed|more than max tokens|reduce the length|"
+    r"inputs? tokens \+ max_new_tokens|(输入|上下文|消息|对话|提示|prompt|messages?).{0,20}(超[过出限长]|[过太]长)",
     re.IGNORECASE,
 )
 NO_MODEL = re.compile(r"\bmodel\b.{0,80}(not exist|not found|invalid|unknown)|(invalid|unknown) model", re.IGNORECASE)
@@ -111,7 +112,9 @@ class Connection:
         """What an error says, without the key that some servers repeat."""
         key = self._client.headers.get("Authorization", "").removeprefix("Bearer ")
         said = own_words(body)
-        return (said.replace(key, "…") if key else said)[:400].rstrip(". ")
+        if key:  # a short one, "token", is none within a word: max_tokens
+            said = re.sub(re.escape(key) if len(key) > 8 else rf"(?a:\b){re.escape(key)}(?a:\b)", "…", said)
+        return said[:400].rstrip(". ")
 
     def _lost(self, error: "httpx2.HTTPError") -> str:
         """Why there is no response."""

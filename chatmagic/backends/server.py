@@ -14,7 +14,17 @@ from ..conversation.pieces import Notice, Parting, Thought
 from ..conversation.reply import Stats
 from ..errors import ChatmagicError
 from .connection import OVERFLOW, Connection, body_of
-from .wire import DONE, BrokenEvent, NoReply, error_in, read_events, thought_and_words
+from .wire import (
+    DONE,
+    BrokenEvent,
+    NoReply,
+    choices_in,
+    error_in,
+    number_in,
+    read_events,
+    text_in,
+    thought_and_words,
+)
 
 if TYPE_CHECKING:
     import httpx2
@@ -26,6 +36,7 @@ PATIENCE = 120
 ENDINGS = {
     "content_filter": "filtered",
     "sensitive": "filtered",
+    "safety": "filtered",
     "refusal": "refused",
     "max_tokens": "length",
     "model_length": "length",
@@ -34,11 +45,14 @@ ENDINGS = {
     "eos_token": "stop",
     "end_turn": "stop",
     "stop_sequence": "stop",
+    "stop": "stop",
+    "length": "length",
 }
 """What servers call the ends of replies; they send their own word for others."""
 UNWANTED = re.compile(
     r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not (permitted|allowed|available|implemented)|"
-    r"deprecated|no longer|instead|must be false|disabled",
+    r"deprecated|no longer|instead|must be false|to false|disabled|invalid|cannot be|must be verified|"
+    r"不(支持|允许|能)|无效|非法|未知",
     re.IGNORECASE,
 )
 NO_MONEY = re.compile(r"quota|balance|billing|credit|arrear|欠费|余额", re.IGNORECASE)
@@ -179,7 +193,8 @@ class ServerModel:
 
     def _learn(self, said: str) -> bool:
         """Whether what the server refuses is no part of the question, and is now said otherwise, or not at all."""
-        if OVERFLOW.search(said) or not UNWANTED.search(said):
+        named = re.search("stream_options|include_usage|max_completion_tokens", said)  # by us alone, or to be used
+        if OVERFLOW.search(said) or not (named or UNWANTED.search(said)):
             return False
         if re.search(r"\bmax_tokens\b", said):
             before, self._max_tokens = self._max_tokens, "max_completion_tokens"
@@ -192,7 +207,7 @@ class ServerModel:
 
     def _hear(self, response: "httpx2.Response", messages: list[dict], stats: Stats) -> Generator[str, None, None]:
         """The pieces of a reply; fills `stats`."""
-        parting, finished, hidden, whole, refused = Parting(), "", 0, False, False
+        parting, finished, hidden, whole, refused, first = Parting(), "", 0, False, False, None
         heard: set[type] = set()  # the kinds of pieces there were
         for event in self._events(response):
             if error := error_in(event):
@@ -201,17 +216,23 @@ class ServerModel:
             if event is DONE:
                 finished = finished or "stop"
             if isinstance(usage := event.get("usage"), dict):
-                stats.tokens_in, stats.tokens_out = usage.get("prompt_tokens"), usage.get("completion_tokens")
-                hidden = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
-            for choice in filter(None, event.get("choices") or ()):
-                whole = "message" in choice
-                finished = choice.get("finish_reason") or finished or "stop" * whole
-                said = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+                stats.tokens_in = number_in(usage.get("prompt_tokens"))
+                stats.tokens_out = number_in(usage.get("completion_tokens"))
+                details = usage.get("completion_tokens_details")
+                hidden = number_in(details.get("reasoning_tokens")) or 0 if isinstance(details, dict) else 0
+            for choice in choices_in(event):
+                if choice.get("index", first) != (first := choice.get("index") if first is None else first):
+                    continue  # of several replies the first is shown
+                again = heard and "delta" in choice  # the whole once more, at the end of a stream
+                message = None if again else choice.get("message")
+                whole = message is not None
+                finished = text_in(choice.get("finish_reason")) or finished or "stop" * whole
+                said = choice.get("delta") or message or {"content": choice.get("text")}
                 thought, words = thought_and_words(said)
                 if thought:
                     parting.apart()
-                if said.get("refusal"):
-                    words, refused = words + said["refusal"], True
+                if isinstance(said, dict) and (refusal := text_in(said.get("refusal"))):
+                    words, refused = words + refusal, True
                 for piece in [Thought(thought)] * bool(thought) + parting.push(words):
                     heard.add(type(piece))
                     yield piece
@@ -220,7 +241,7 @@ class ServerModel:
             yield piece
         if not finished and response.headers.get("transfer-encoding") != "chunked":  # whose end is marked
             raise self._connection.failure(BROKE_OFF)
-        stats.stop_reason = "refused" if refused else ENDINGS.get(finished, finished or "stop")
+        stats.stop_reason = "refused" if refused else ENDINGS.get(finished.lower(), finished or "stop")
         stats.tokens_thought = hidden or None
         if whole:
             stats.tokens_at_once = stats.tokens_out or 1

@@ -117,6 +117,8 @@ class Parting:
         text = self._held.lstrip()
         if opening := next(filter(text.startswith, self.openings), None):
             self._held, self._read = text[len(opening) :], self._thought
+            if opening != self.openings[0]:  # a model that thinks in other tags than those `closing` belongs to
+                self.closing = opening.replace("<", "</")
         elif last or not any(opening.startswith(text) for opening in self.openings):
             self._read = self._words
         return []

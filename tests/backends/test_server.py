@@ -72,6 +72,29 @@ ODD = {
     "an event over two lines": ['data: {"choices": [{"delta":\ndata: {"content": "你好!"}}]}', "data: [DONE]"],
     "carriage returns": ['data: {"choices": [{"delta": {"content": "你好!"}}]}\r\n\r', "data: [DONE]\r"],
     "comments, pings and names of events": [": ping", "event: message", delta("你好!"), ": ping", "data: [DONE]"],
+    "a delta that is text": [{"choices": [{"delta": "你好!"}]}, "data: [DONE]"],
+    "choices that are text": [{"choices": ["你好", "!"]}, "data: [DONE]"],
+    "one choice, and no list": [{"choices": {"delta": {"content": "你好!"}, "finish_reason": "stop"}}],
+    "choices by their numbers": [{"choices": {"0": {"delta": {"content": "你好!"}, "finish_reason": "stop"}}}],
+    "parts of all kinds": [delta([None, "你", {"type": "output_text", "text": {"value": "好!"}}, True], "stop")],
+    "a finish reason that is none": [delta("你好!", True), "data: [DONE]"],
+    "a finish reason that is an object": [delta("你好!", {"type": "stop"}), "data: [DONE]"],
+    "a finish reason in capitals": [delta("你好!", "STOP")],
+    "counts that are text": [delta("你好!", "stop"), usage("9", "3", reasoning_tokens="0"), "data: [DONE]"],
+    "counts that are none": [delta("你好!", "stop"), {"usage": {"completion_tokens_details": []}}, "data: [DONE]"],
+    "the whole once more": [
+        delta("你好!"),
+        {"choices": [{"delta": {}, "message": {"content": "你好!"}, "finish_reason": "stop"}]},
+    ],
+    "a second choice": [
+        {"choices": [{"index": 0, "delta": {"content": "你好!"}}, {"index": 1, "delta": {"content": "Hi"}}]},
+        "data: [DONE]",
+    ],
+    "a ping that is an event": ["data: ping", delta("你好!", "stop")],
+    "objects, a line each": [
+        '{"choices": [{"delta": {"content": "你好"}}]}\n'
+        '{"choices": [{"delta": {"content": "!"}, "finish_reason": "stop"}]}'
+    ],
     "a whole reply in an event": [
         {"choices": [{"message": {"role": "assistant", "content": "你好!"}, "finish_reason": "stop"}]}
     ],
@@ -99,6 +122,9 @@ SAID = {
     "under status 200, as a text": refuses(200, {"error": "the GPU fell over"}),
     "in a list": refuses(200, [{"error": {"message": "the GPU fell over"}}]),
     "as FastAPI writes it": refuses(500, {"detail": [{"loc": ["body", "x"], "msg": "the GPU fell over"}]}),
+    "as MiniMax writes it": refuses(
+        200, {"choices": None, "base_resp": {"status_code": 1, "status_msg": "the GPU fell over"}}
+    ),
     "as a page": refuses(502, "<html><head><title>the GPU fell over</title></head><body>nginx</body></html>"),
     "as plain text": refuses(500, ["the GPU fell over"]),
 }
@@ -108,6 +134,16 @@ SAID = {
 def test_an_error_is_shown_in_the_servers_own_words(server, mood):
     with pytest.raises(ChatmagicError, match=r"^the server at http\S+ failed \(\d+\): .*the GPU fell over$"):
         ask(server, mood)
+
+
+@pytest.mark.parametrize("key", ["token", "max", "stream", "k"])
+def test_a_key_that_is_a_word_hides_no_other(server, key):
+    """A server on this machine takes any; of an error that repeats it no more is hidden than the key."""
+    server.moods = [refuses(400, UNSUPPORTED), refuses(400, f"no. {key}, and stream_options unknown"), says()]
+    assert connect(server.url, "parrot", key=key, stream=False)("hi") == "你好!"
+    server.moods = [refuses(400, f"what is {key}: max_tokens stream")]
+    with pytest.raises(ChatmagicError, match="what is …: max_tokens"):
+        connect(server.url, "parrot", key=key, stream=False)("hi")
 
 
 def test_what_is_no_reply_at_all(server):
@@ -129,6 +165,13 @@ UNSUPPORTED = (
         ("body.stream_options: Extra inputs are not permitted", {"max_tokens", "stream"}, 422),
         ("unknown field: stream_options", {"max_tokens", "stream"}, 400),
         ("Streaming is not supported by this backend", {"max_tokens"}, 501),
+        ("该模型不支持 max_tokens", {"max_completion_tokens", "stream", "stream_options"}, 400),
+        ("use max_completion_tokens, not max_tokens", {"max_completion_tokens", "stream", "stream_options"}, 400),
+        ("参数错误：stream_options", {"max_tokens", "stream"}, 400),
+        ("Invalid parameter: stream_options", {"max_tokens", "stream"}, 400),
+        ("[] is not of type 'object' - 'stream_options'", {"max_tokens", "stream"}, 400),
+        ("该模型暂不支持流式输出（stream）", {"max_tokens"}, 400),
+        ("Streaming responses cannot be requested for this model", {"max_tokens"}, 400),
     ],
 )
 def test_what_a_server_does_not_know_is_said_otherwise_once_and_for_all(server, words, left, status):
@@ -158,6 +201,15 @@ OVERFLOWS = [
     "Range of input length should be [1, 30720]",
     "length of prompt_tokens (120) must be less than max_seq_len (100)",
     "Your input exceeds the context window of this model",
+    "Input length 120 exceeds the maximum allowed length 100",
+    "The input token count exceeds the maximum number of tokens allowed",
+    "inputs tokens + max_new_tokens must be <= 100. Given: 120 inputs tokens and 20 max_new_tokens",
+    "tokens in request more than max tokens allowed",
+    "Please reduce the length of the messages or completion.",
+    "输入长度超过模型最大上下文限制",
+    "模型上下文长度超限，请缩短输入",
+    "messages 参数非法，token 数超过上限",
+    "对话过长",
 ]
 
 
@@ -248,6 +300,8 @@ def test_stop_ends_the_waiting_for_a_busy_server(server):
         ("length", "cut after 3 tokens: --max-new-tokens"),
         ("content_filter", "cut after 3 tokens by a filter"),
         ("sensitive", "cut after 3 tokens by a filter"),
+        ("SAFETY", "cut after 3 tokens by a filter"),
+        ("MAX_TOKENS", "cut after 3 tokens: --max-new-tokens"),
         ("insufficient_system_resource", "ended by the server after 3 tokens: insufficient_system_resource"),
     ],
 )
@@ -300,6 +354,9 @@ THOUGHTS = {
     "both at once": [delta(None, reasoning="Hm, yes.", reasoning_content="Hm, yes."), delta("Hi")],
     "parts": [delta([{"type": "thinking", "thinking": [{"type": "text", "text": "Hm, yes."}]}]), delta("Hi")],
     "tags": [delta(piece) for piece in ("<th", "ink>\nHm, ", "yes.", "\n</thi", "nk>\n", "\nHi")],
+    "under thinking": [delta(None, thinking="Hm, yes."), delta("Hi")],
+    "an object": [delta(None, reasoning={"text": "Hm, yes."}), delta("Hi")],
+    "other tags": [delta(piece) for piece in ("<think", "ing>\nHm, ", "yes.", "\n</thinking>", "\nHi")],
     "a tag that only closes": [delta(piece) for piece in ("Hm, ", "yes.\n</think>", "\n\nHi")],
     "whole": ['{"choices": [{"message": {"content": "Hi", "reasoning_content": "Hm, yes."}}]}'],
     "whole with tags": ['{"choices": [{"message": {"content": "<think>Hm, yes.</think>Hi"}}]}'],
