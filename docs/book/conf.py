@@ -40,6 +40,7 @@ pygments_style, pygments_dark_style = "friendly", "monokai"
 
 nb_execution_mode = "off"  # the notebooks come executed, by a real model
 nb_merge_streams = True
+nb_code_prompt_show = nb_code_prompt_hide = "答案 answer"  # of an exercise: a cell that is tagged hide-cell
 myst_heading_anchors = 4
 myst_fence_as_directive = ["mermaid"]
 default_role = "code"  # docstrings are read as they are in an editor: `name`
