@@ -154,7 +154,13 @@ def browser():
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize(
-    "query, page", [("双重量化", "02-quantized-load"), ("过拟合", "08-your-own-data"), ("merge_adapter", "api")]
+    "query, page",
+    [
+        ("双重量化", "notebooks/02-quantized-load"),
+        ("过拟合", "notebooks/08-your-own-data"),
+        ("overfitting", "notebooks/en/08-your-own-data"),
+        ("merge_adapter", "api"),
+    ],
 )
 def test_the_search_finds_words(book, browser, query, page):
     tab = browser.new_page()
