@@ -104,6 +104,7 @@ def test_the_words_of_the_theme_are_in_the_language_of_the_page(book):
         language, search = ("zh-CN", "搜索") if spoken(page) == "zh" else ("en", "Search")
         said = (book / f"{page}.html").read_text("utf-8")
         assert re.search("<html[^>]*>", said)[0].count(f'lang="{language}"') == 1 and f'placeholder="{search}"' in said
+        assert ("引入 ↓" in said, "imports ↓" in said) == (page == "docs/architecture", page == "docs/architecture.en")
 
 
 @pytest.mark.slow

@@ -162,8 +162,10 @@ class Mermaid(Directive):
             f"<tr><th>{start}</th>" + "".join(f"<td>{arrows.get((start, end), '·')}</td>" for end in rooms) + "</tr>"
             for start in rooms
         ]
+        english = self.state.document.settings.env.docname.endswith(".en")
+        corner = "imports ↓ imported →" if english else "引入 ↓ 被引入 →"
         head = "".join(f"<th><span>{end}</span></th>" for end in rooms)
-        table = f'<table class="rooms"><tr><td>引入 imports ↓ 被引入 imported →</td>{head}</tr>{"".join(rows)}</table>'
+        table = f'<table class="rooms"><tr><td>{corner}</td>{head}</tr>{"".join(rows)}</table>'
         return [nodes.raw("", table, format="html")]
 
 
