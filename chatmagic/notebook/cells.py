@@ -4,6 +4,7 @@ import re
 import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -16,8 +17,9 @@ from ..text import did_you_mean
 
 
 class AskingLine(EscapedCommand):
-    """`%chat TEXT`, `x = %chat TEXT` and `%time %chat TEXT`, before IPython takes a question mark at the end of it for
-    its own (`HelpEnd`), and with any blank after the name, where IPython knows the space alone. `%chat?` is help."""
+    """`%chat TEXT`, `x = %chat TEXT`, `return %chat TEXT` and `%time %chat TEXT`, before IPython takes a question mark
+    at the end of it for its own (`HelpEnd`), and with any blank after the name, where IPython knows the space alone.
+    `%chat?` is help."""
 
     def __init__(self, start: tuple[int, int]) -> None:
         super().__init__(start)
@@ -28,13 +30,13 @@ class AskingLine(EscapedCommand):
         """The first such line, of tokens grouped by lines."""
         for tokens in tokens_by_line:
             marks = [token for token in tokens if token.string == "%"]
-            before = [
-                token.string for token in tokens if marks and token.start < marks[0].start and token.string.strip()
-            ]
-            open_brackets = sum((each in "([{") - (each in ")]}") for each in before)
-            begins = not before or before[-1] == "=" and not open_brackets
-            if begins and any(CHAT.match(mark.line, mark.start[1]) for mark in marks):
-                return cls(marks[0].start)
+            chats = [mark.start for mark in marks if CHAT.match(mark.line, mark.start[1])]
+            for mark in marks if chats else ():
+                before = [token.string for token in tokens if token.start < mark.start and token.string.strip()]
+                open_brackets = sum((each in "([{") - (each in ")]}") for each in before)
+                begins = not before or iskeyword(before[-1]) or before[-1] in {"=", "+=", ":=", ":", ";"}
+                if begins and not open_brackets and mark.start <= chats[-1]:
+                    return cls(mark.start)
         return None
 
     def transform(self, lines: list[str]) -> list[str]:
@@ -60,7 +62,7 @@ def tidy(lines: list[str]) -> list[str]:
 
 
 tidy.has_side_effects = True  # to IPython: not for telling whether a cell in a terminal goes on
-CELL = re.compile(r"[\s\ufeff]*%%chat(?=\s|$)")
+CELL = re.compile(r"[\s\ufeff\u200b]*%%chat\u200b*(?=\s|$)")
 
 # Options
 
@@ -110,9 +112,9 @@ def _value(option: str, actions: Mapping[str, Action], rest: str, body: bool) ->
         raise ChatmagicError(f"{option} needs {actions[option].metavar or actions[option].choices} after it")
     for opening, closing in QUOTES.items():
         if rest[0] in opening:
-            if not (quoted := re.match(rf".(.*?)[{closing}](?:\s+|$)", rest)):
+            if not (quoted := re.match(rf".(.*?)(?<!\\)[{closing}](?:\s+|$)", rest)):
                 raise ChatmagicError(f"the quote {rest[0]} after {option} is not closed by {closing[-1]} and a space")
-            return quoted[1], rest[quoted.end() :]
+            return re.sub(rf"\\([{closing}])", r"\1", quoted[1]), rest[quoted.end() :]
     word, after = [*re.split(r"\s+", rest, maxsplit=1), ""][:2]
     if actions[option].metavar != "TEXT" or not after:
         return word, after

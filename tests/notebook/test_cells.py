@@ -62,6 +62,30 @@ said = ask('inner', 2)
 """
 
 
+@pytest.mark.parametrize(
+    "cell, sent",
+    [
+        ("for i in range(2): %chat really?", 2),
+        ("x = ''\nx += %chat really?", 1),
+        ("a = 1; %chat really?", 1),
+        ("if (n := 1): x = %chat really?", 1),
+        ("for i in range(10 % 4): %chat really?", 2),
+        ("def f():\n    return %chat really?\nf()", 1),
+        ("x = '' or %chat really?", 1),
+        ("x = 10 % 3; y = %chat really?", 1),
+    ],
+)
+def test_wherever_a_question_stands_in_code_it_is_no_help(run, llm, fake, cell, sent):
+    run(cell)
+    assert [messages[-1]["content"] for messages, _ in fake.asked] == ["really?"] * sent
+
+
+@pytest.mark.parametrize("cell", ["chat = 3\nx = 10 %chat", "x = 7 % 4", "x = f'{1} %chat a?'\ny = [10 % 4]"])
+def test_what_only_divides_stays_as_it_is(run, llm, fake, cell):
+    run(cell)
+    assert fake.asked == []
+
+
 def test_questions_in_code(run, llm, fake):
     run(IN_CODE)
     assert [messages[-1]["content"] for messages, _ in fake.asked] == ["who?", "who?", "really?"]
@@ -95,6 +119,7 @@ GREETS = [
     "%%chat \t \n你好",
     "%%chat\r\n你好\r\n",
     "\ufeff%%chat\n你好",
+    "\u200b%%chat\u200b\n你好",
     "%%chat 你好",
     "%%chat\u3000你好",
     "%%chat\t你好\n",
@@ -125,6 +150,8 @@ def test_however_it_is_written(run, llm, fake, cell, text):
     [
         ('--system "be brief"', "be brief"),
         ("--system 'what''s \"this\"'", "what''s \"this\""),
+        (r'--system "say \"hi\" to all"', 'say "hi" to all'),
+        (r"--system 'it\'s me'", "it's me"),
         ("--system=“You are a pirate.”", "You are a pirate."),
         ("--system ‘You’re a pirate.’", "You’re a pirate."),
         ("--system ”You are“", "You are"),
