@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}): download it, or save it, again.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is JSON, but no object of settings: download it, or save it, again.")
@@ -170,6 +170,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     check_sizes(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if weight_map := read_json(folder / f"{name}.index.json").get("weight_map"):
+            _check_map(folder / f"{name}.index.json", weight_map)
             files: dict[Path, list[str]] = {folder / file: [] for file in dict.fromkeys(weight_map.values())}
             for tensor, file in weight_map.items():
                 files[folder / file].append(tensor)
@@ -186,6 +187,15 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, no index of either. "
         f"Found: {found}. Download the model again, or name the folder that has them."
     )
+
+
+def _check_map(index: Path, weight_map: object) -> None:
+    """Raise CheckpointError unless it is of names of tensors to names of files that lie beside the index."""
+    named = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+    if odd := [name for name in named if not isinstance(name, str) or name != Path(name).name]:
+        raise CheckpointError(
+            f"{index} names {odd[0]!r} as a file of weights, and none is called so: download it again."
+        )
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:
@@ -233,7 +243,9 @@ def _open_bin(file: Path) -> dict[str, "Tensor"]:
         raise CheckpointError(f"{file} is cut short or no checkpoint: download it again.") from None
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{file} is no checkpoint but a {type(tensors).__name__}: download it again.")
-    if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+    if odd := [
+        name for name, value in tensors.items() if not (isinstance(value, torch.Tensor) and isinstance(name, str))
+    ]:
         kind = type(tensors[odd[0]]).__name__
         raise CheckpointError(f"{file} holds more than tensors: {odd[0]} is a {kind}.")
     return tensors

@@ -11,7 +11,7 @@ from ..errors import ChatmagicError
 from ..machine import home
 from ..progress import Bar
 from ..prompts.templates import name_family
-from .checkpoint import CheckpointError, Stored, open_weights, read_json
+from .checkpoint import CheckpointError, Stored, open_file, open_weights, read_json
 from .quantize import mend_adalora_over_int8, mend_bitsandbytes, quantization_config
 
 if TYPE_CHECKING:
@@ -92,7 +92,16 @@ def load_trained(
     from peft import PeftModel  # after load_model, which spares us what bitsandbytes says on import
 
     note_thinking(model, tokenizer, trained_thinking(folder))
-    return PeftModel.from_pretrained(model, folder), tokenizer
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            open_file(folder / name)  # one that is cut is named
+    try:
+        return PeftModel.from_pretrained(model, folder), tokenizer
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"PEFT makes no adapter for {base} of {folder}: {first}. Take the folder as it was saved, or train again."
+        ) from error
 
 
 @contextmanager

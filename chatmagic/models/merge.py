@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,15 @@ from ..errors import ChatmagicError
 from ..files import new_folder, write
 from ..progress import Bar
 from .checkpoint import first_not_finite, open_file, open_weights, read_json, weight_files
-from .provenance import BASE, PROVENANCE, base_fingerprint, base_folder, trained_in_nf4, trained_thinking
+from .provenance import (
+    BASE,
+    PROVENANCE,
+    base_fingerprint,
+    base_folder,
+    read_provenance,
+    trained_in_nf4,
+    trained_thinking,
+)
 from .quantize import as_in_nf4
 from .shard import Part, write_shard
 
@@ -41,6 +50,10 @@ KNOWN_SETTINGS = """
 """
 # What PEFT takes where a setting is missing.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "fan_in_fan_out": False, "init_r": 12}
+
+
+# What a setting that a merge reads must be, besides missing or null.
+NUMBERS, SWITCHES, PATTERNS = ("r", "lora_alpha", "init_r"), ("use_rslora", "fan_in_fan_out"), ("alpha_pattern",)
 
 
 class MergeError(ChatmagicError):
@@ -114,6 +127,8 @@ def merge_adapter(
             f"{base} is quantised: merging would round the adapter away. Merge into the 16-bit model it was made "
             f"from: merge_adapter(base=<folder of the 16-bit model>, ...)."
         )
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        read_json(base / name)  # they are copied, and named where they lie
     with new_folder(output, needed=sum(file.stat().st_size for file in weight_files(base))) as staging:
         updates = _read_updates(adapter)
         if not any_base:
@@ -197,7 +212,7 @@ def _on_disk(adapter: Path, config: dict, updates: dict[str, Update]) -> dict[st
     """What the base's checkpoint calls those of its weights that have another name there."""
     from .causal import names_in_checkpoint
 
-    noted = read_json(adapter / PROVENANCE)
+    noted = read_provenance(adapter)
     if "on_disk" in noted:
         return noted["on_disk"]
     base = base_folder(config.get("base_model_name_or_path") or "")
@@ -217,7 +232,8 @@ def _read_config(adapter: Path) -> dict:
             f"{adapter} lacks adapter_config.json or {FACTORS[0]}. Name the folder that "
             f"peft_model.save_pretrained(folder) wrote."
         )
-    config = DEFAULTS | read_json(adapter / "adapter_config.json")
+    config = {name: v for name, v in read_json(adapter / "adapter_config.json").items() if v is not None}
+    config = DEFAULTS | config
     strange = [name for name, value in config.items() if value and name not in KNOWN_SETTINGS.split()]
     if strange:
         from peft import AdaLoraConfig, LoraConfig
@@ -233,7 +249,34 @@ def _read_config(adapter: Path) -> dict:
             f"{adapter} is not plain LoRA or AdaLoRA ({kind}{''.join(f', {s}' for s in strange)}). "
             f"Merge it with PEFT: PeftModel.from_pretrained(model, {str(adapter)!r}).merge_and_unload()."
         )
+    _check_settings(adapter, config)
     return config
+
+
+def _check_settings(adapter: Path, config: dict) -> None:
+    """Raise MergeError for a setting that is not of its kind: "false" would be true, and "16" no number."""
+    kinds: dict[str, Callable[[Any], bool]] = dict.fromkeys(NUMBERS, _is_number)
+    kinds |= dict.fromkeys(SWITCHES, lambda value: isinstance(value, bool))
+    kinds |= dict.fromkeys(("rank_pattern", *PATTERNS), lambda value: isinstance(value, dict))
+    kinds["base_model_name_or_path"] = lambda value: isinstance(value, str)
+    wrong = [name for name, is_right in kinds.items() if name in config and not is_right(config[name])]
+    wrong += [name for name in ("r", "init_r") if name not in wrong and config[name] <= 0]
+    for name in PATTERNS if not wrong else ():
+        for key, value in config.get(name, {}).items():
+            try:
+                re.compile(key)
+            except re.error:
+                wrong.append(name)
+            wrong += [] if _is_number(value) else [name]
+    if wrong:
+        raise MergeError(
+            f"{adapter / 'adapter_config.json'} has {wrong[0]} = {config[wrong[0]]!r}, which PEFT never writes. Save "
+            "the adapter again, or mend the file."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _read_updates(adapter: Path) -> dict[str, Update]:
@@ -247,6 +290,10 @@ def _read_updates(adapter: Path) -> dict[str, Update]:
                 f"peft_model.save_pretrained(folder, save_embedding_layers=False), or merge it with PEFT: "
                 f"PeftModel.from_pretrained(model, {str(adapter)!r}).merge_and_unload()."
             )
+        if not tensor.is_floating_point():
+            raise MergeError(
+                f"{adapter} holds {key} of {tensor.dtype}, which is no number to multiply by. Save it again."
+            )
         layers.setdefault(match[1], {})[match[2]] = tensor.float()
     kind = config["peft_type"]
     wanted = "ABE" if kind == "ADALORA" else "AB"
@@ -257,6 +304,12 @@ def _read_updates(adapter: Path) -> dict[str, Update]:
             held, whole = (", ".join(f"lora_{factor}" for factor in sorted(each)) for each in (factors, wanted))
             raise MergeError(
                 f"{adapter} is half an adapter: of {module} it holds {held}, and {kind} has {whole}. Save it again."
+            )
+        if odd := [factor for factor, tensor in factors.items() if tensor.dim() != 2]:
+            raise MergeError(
+                f"{adapter} holds a lora_{odd[0]} of {module} of shape {tuple(factors[odd[0]].shape)}, which is no "
+                "linear layer's. Merge it with PEFT: "
+                f"PeftModel.from_pretrained(model, {str(adapter)!r}).merge_and_unload()."
             )
         ranks = {factors["A"].shape[0], factors["B"].shape[-1], *(factors["E"].shape[:1] if "E" in factors else ())}
         if len(ranks) > 1:
@@ -275,15 +328,32 @@ def _read_updates(adapter: Path) -> dict[str, Update]:
 
 
 def _lora_update(config: dict, module: str, A: torch.Tensor, B: torch.Tensor) -> Update:
-    patterns = (config.get("alpha_pattern") or {}).items()
-    alpha = next((a for key, a in patterns if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
+    alpha, rank = _of_layer(config, "alpha", module, "lora_alpha"), _of_layer(config, "rank", module, "r")
+    _check_rank(module, len(A), rank)
     scale = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
     return Update(A, B, torch.ones(len(A), 1), scale, torch.ones(1), transposed=config["fan_in_fan_out"])
+
+
+def _check_rank(module: str, found: int, said: int) -> None:
+    """Raise MergeError unless a layer's factors are of the rank by which they are scaled."""
+    if found != said:
+        raise MergeError(
+            f"The factors of {module} are of rank {found}, and adapter_config.json says {said}: one of the two files "
+            "is of another adapter, and what they are scaled by is not known. Save it again."
+        )
+
+
+def _of_layer(config: dict, kind: str, module: str, otherwise: str) -> Any:
+    """A setting of one layer, as PEFT's `get_pattern_key` finds it."""
+    patterns = config.get(f"{kind}_pattern", {}).items()
+    return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), config[otherwise])
 
 
 def _adalora_update(config: dict, module: str, A: torch.Tensor, B: torch.Tensor, E: torch.Tensor) -> Update:
     # The divisor is the rank that training began with, also where the rank pattern left fewer.
     divisor = torch.tensor([float(config["init_r"])]) + 1e-5
+    kept = config.get("rank_pattern", {}).get(f"{module}.lora_E", [True] * len(A))
+    _check_rank(module, len(A), sum(kept) if len(kept) == config["init_r"] else config["init_r"])
     scale = config["lora_alpha"] if config["lora_alpha"] > 0 else float(len(A))
     return Update(A, B, E, scale, divisor, bool(config.get("rank_pattern")), config["fan_in_fan_out"])
 
@@ -295,7 +365,7 @@ def _note_thinking(file: Path, thinking: bool | None) -> None:
 
 
 def _check_base(base: Path, adapter: Path) -> None:
-    trained_on = read_json(adapter / PROVENANCE).get(BASE)
+    trained_on = read_provenance(adapter).get(BASE)
     if trained_on and trained_on != base_fingerprint(base):
         name = _read_config(adapter).get("base_model_name_or_path") or ""
         found = base_folder(name)
@@ -415,5 +485,8 @@ class _Changed:
         block = self.rows[some].clone()
         self.update.add_to(block, self.product[some])
         if not block.isfinite().all():
-            raise MergeError(f"The merged {self.name} is not finite in {block.dtype}. Use a base in bfloat16.")
+            way = (
+                "Use a base in bfloat16" if block.dtype == torch.float16 else "Train the adapter again, at a lower rate"
+            )
+            raise MergeError(f"The merged {self.name} is not finite in {block.dtype}. {way}.")
         return block

@@ -5,11 +5,12 @@ import json
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..machine import from_home, home
-from .checkpoint import open_weights, read_json, weight_files
+from .checkpoint import CheckpointError, open_weights, read_json, weight_files
 
 # Beside an adapter: {BASE: base_fingerprint(of what it is for), "thinking": how it was trained, see `note_thinking`,
 # "nf4": names of the weights that were in NF4 while it was trained,
@@ -71,11 +72,27 @@ def base_folder(name: str) -> Path | None:
     return next((place for place in places if name and (place / "config.json").is_file()), None)
 
 
+_KINDS = {BASE: str, "thinking": bool, "nf4": list, "on_disk": dict}
+
+
+def read_provenance(adapter: Path) -> dict[str, Any]:
+    """What is noted beside an adapter, see PROVENANCE; {} where nothing is. Raises CheckpointError for what no training
+    notes."""
+    noted = {name: value for name, value in read_json(adapter / PROVENANCE).items() if value is not None}
+    for name, kind in _KINDS.items():
+        if name in noted and not isinstance(noted[name], kind):
+            raise CheckpointError(
+                f"{adapter / PROVENANCE} has {name} = {noted[name]!r}, which no training writes: take the file that "
+                "was written with the adapter. Without it, a merge goes by the shapes alone."
+            )
+    return noted
+
+
 def trained_thinking(adapter: Path) -> bool | None:
     """Whether an adapter was trained to think; None where nothing says."""
-    return read_json(adapter / PROVENANCE).get("thinking")
+    return read_provenance(adapter).get("thinking")
 
 
 def trained_in_nf4(adapter: Path) -> set[str]:
     """Names of the weights, as the model has them, that were in NF4 while an adapter was trained."""
-    return set(read_json(adapter / PROVENANCE).get("nf4") or [])
+    return set(map(str, read_provenance(adapter).get("nf4", ())))

@@ -1,17 +1,19 @@
 """What fit refuses before the first step: settings that would train nothing, or not what was meant.
 
 A check is a function of the KerasModel whose fit is about to begin; it returns what is wrong and what to do about it,
-or None. They run before anything is written: those of the model alone, then those of the run.
+or None. They run before anything is written: those of what fit was given, of the model alone, then of the run.
 """
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate.tracking import get_available_trackers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from ..errors import ChatmagicError
@@ -24,6 +26,39 @@ from .step import StepRunner
 
 if TYPE_CHECKING:
     from .keras import KerasModel
+
+
+def setting_of_another_kind(run: "KerasModel") -> str | None:
+    """A number that counts nothing, and what is none."""
+    wholes = {"epochs": run.epochs, "gradient_accumulation_steps": run.accumulation}
+    wholes |= {} if run.save_every is None else {"save_every": run.save_every}
+    for name, value in wholes.items():
+        if not isinstance(value, Integral) or value < 1:
+            return f"{name}={value!r}: there is nothing to train on so. Give a whole number from 1 on."
+    if not isinstance(run.patience, Real) or not run.patience >= 1:
+        return f"patience={run.patience!r}: give the epochs to wait for a better one, from 1 on."
+    known = ("auto", "no", "bf16", "fp16")
+    if run.precision not in (*known, None):
+        return f"mixed_precision={run.precision!r} is none of {', '.join(known)}."
+    for name, value in {"monitor": run.monitor, "mode": run.mode}.items():
+        if not isinstance(value, str):
+            return f"{name}={value!r} is no name. Leave it out, or give monitor='train_loss', mode='min'."
+
+
+def no_loader(run: "KerasModel") -> str | None:
+    """Data that is no DataLoader of batches whose number is known."""
+    for name, loader in {"train_data": run.train_loader, "val_data": run.val_loader, "learnt": run.learnt}.items():
+        if loader is None and name != "train_data":
+            continue
+        if not isinstance(loader, DataLoader):
+            return (
+                f"{name} is a {type(loader).__name__}; expected a DataLoader: DataLoader({name}, batch_size=2, "
+                "collate_fn=DataCollator(tokenizer))."
+            )
+        if not hasattr(loader.dataset, "__len__"):
+            return f"{name} has no length, by which epochs and schedules are counted. Give its dataset a __len__."
+        if loader.batch_size is None and loader.batch_sampler is None:
+            return f"{name} makes no batches (batch_size=None). Give it a batch_size."
 
 
 def no_adapter(run: "KerasModel") -> str | None:
@@ -106,12 +141,31 @@ def nothing_to_validate_on(run: "KerasModel") -> str | None:
         rows = size(run.val_loader)
         why = f"fewer than a batch, which drop_last leaves out: {rows} rows" if rows else "empty"
         return f"val_data is {why}. Give it rows, or leave it out and use monitor='train_loss'."
+    if run.val_loader is not None and all_masked(run.val_loader):
+        return "val_loss is not a number so. Has val_data any label that is not -100? Each of its rows has none."
 
 
 def nothing_to_know_by_heart(run: "KerasModel") -> str | None:
     """What is to be learnt without a batch, of which nothing would ever be unlearnt."""
     if run.learnt is not None and not len(run.learnt):
         return "learnt is empty: it would be learnt at once. Give it rows, or leave it out."
+    if run.learnt is not None and all_masked(run.learnt):
+        return "learnt has no label that is not -100: it would be learnt at once. Give it answers, or leave it out."
+
+
+def rows_of(loader: DataLoader, *names: str) -> list[dict]:
+    """The rows of a dataset that is a list, if they have what is named; others make them as they are asked for."""
+    rows = getattr(loader, "dataset", None)
+    known = isinstance(rows, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(name), list | torch.Tensor) for name in names) for row in rows
+    )
+    return rows if known else []
+
+
+def all_masked(loader: DataLoader) -> bool:
+    """Whether no row of a dataset that is a list has anything to predict."""
+    rows = rows_of(loader, "labels")
+    return bool(rows) and all(label == -100 for row in rows for label in torch.as_tensor(row["labels"])[1:].tolist())
 
 
 def size(loader: DataLoader) -> int:
@@ -137,8 +191,7 @@ def rows_beyond_the_context(run: "KerasModel") -> str | None:
     """Of datasets that are lists; others make their rows as they are asked for, and the step looks at each."""
     limit, reason = context_limit(run.net)
     for name, loader in {"train_data": run.train_loader, "val_data": run.val_loader}.items():
-        rows = getattr(loader, "dataset", None)
-        lengths = [len(row["input_ids"]) for row in rows] if isinstance(rows, list) and limit else []
+        lengths = [len(row["input_ids"]) for row in rows_of(loader, "input_ids")] if limit else []
         if too_long := [row for row, length in enumerate(lengths) if length > limit]:
             return (
                 f"{len(too_long)} rows of {name} are longer than the model's context of {limit} tokens ({reason}): the "
@@ -169,6 +222,24 @@ def ranks_never_final(run: "KerasModel") -> str | None:
         )
 
 
+def scheduler_of_others(run: "KerasModel") -> str | None:
+    """A schedule that moves another optimizer's rate, or moves by a measurement."""
+    if isinstance(run.lr_scheduler, ReduceLROnPlateau):
+        return (
+            "ReduceLROnPlateau moves by a measurement, and fit moves a schedule by its steps. Use patience=, and a "
+            "schedule of steps, as OneCycleLR."
+        )
+    if getattr(run.lr_scheduler, "optimizer", run.optimizer) is not run.optimizer:
+        return "The lr_scheduler moves the rate of another optimizer than this run's. Make it of this one's."
+
+
+def optimizer_that_asks(run: "KerasModel") -> str | None:
+    """An optimizer that computes the loss itself, again and again."""
+    closure = inspect.signature(run.optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        return f"{type(run.optimizer).__name__} asks for the loss again and again, which fit cannot give. Use AdamW."
+
+
 def schedule_too_short(run: "KerasModel") -> str | None:
     """A learning rate schedule that ends before the run."""
     longest = getattr(run.lr_scheduler, "total_steps", run.steps)
@@ -176,11 +247,14 @@ def schedule_too_short(run: "KerasModel") -> str | None:
         return f"The lr_scheduler ends after {longest} of {run.steps} optimizer steps: give it total_steps={run.steps}."
 
 
+OF_THE_ARGUMENTS: list[Callable[..., str | None]] = [setting_of_another_kind, no_loader]
 OF_THE_MODEL: list[Callable[..., str | None]] = [no_adapter, adapter_on_an_adapter, nothing_trainable, repacked_weights]
 OF_THE_RUN: list[Callable[..., str | None]] = [
     not_saved,
     optimizer_of_others,
     no_learning_rate,
+    optimizer_that_asks,
+    scheduler_of_others,
     gradients_that_nobody_adds_up,
     no_steps,
     nothing_to_validate_on,

@@ -32,7 +32,7 @@ from ..errors import ChatmagicError
 from ..files import alone_in
 from ..models.parts import experts, trainable
 from . import functional
-from .checks import OF_THE_MODEL, OF_THE_RUN, flat, refuse, refuse_another_run, run_settings
+from .checks import OF_THE_ARGUMENTS, OF_THE_MODEL, OF_THE_RUN, flat, refuse, refuse_another_run, run_settings
 from .plots import EpochLines, StepBar, pictures
 from .record import write_history, write_run
 from .runtime import Batches, best_precision, get_rng, lost_peer, noted_interrupt, seeded, set_rng
@@ -138,6 +138,9 @@ class KerasModel(kerasmodel.KerasModel):
         """
         self.epochs, self.patience, self.monitor, self.mode = epochs, patience, monitor, mode
         self.ckpt_path, self.save_every, self.fast, self.log_with = Path(ckpt_path), save_every, fast, log_with
+        self.train_loader, self.val_loader, self.learnt = train_data, val_data, learnt
+        self.accumulation, self.precision = gradient_accumulation_steps, mixed_precision
+        refuse(OF_THE_ARGUMENTS, self)
         # One process may fit twice, with another precision; accelerate's singletons would refuse.
         AcceleratorState._reset_state()
         GradientState._reset_state()

@@ -15,6 +15,7 @@ from ..files import write
 from ..machine import package_version
 from ..models.checkpoint import read_manifest
 from ..models.provenance import base_name
+from .checks import rows_of
 
 if TYPE_CHECKING:
     from .keras import KerasModel
@@ -61,8 +62,8 @@ def write_history(history: dict[str, list], folder: Path) -> None:
 
 def data_hash(loader: DataLoader | None) -> str | None:
     """A SHA-256 of the ids and labels of a dataset that is a list; None for any other, which may draw its rows."""
-    rows = getattr(loader, "dataset", None)
-    if not isinstance(rows, list):
+    rows = rows_of(loader, "input_ids", "labels") if loader else []
+    if not rows:
         return None
     digest = hashlib.sha256()
     for row in rows:

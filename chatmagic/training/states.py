@@ -10,6 +10,7 @@ import copy
 import functools
 import io
 import json
+import pickle
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,14 +19,14 @@ from typing import BinaryIO
 import torch
 from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch.utils._pytree import tree_leaves
 
 from ..accel.allocator import rank_allocator
 from ..errors import ChatmagicError
 from ..files import new_folder, remove, write, write_together
 from ..models.causal import names_in_checkpoint
-from ..models.checkpoint import first_not_finite
+from ..models.checkpoint import first_not_finite, open_file, read_json
 from ..models.parts import trainable
 from ..models.provenance import BASE, PROVENANCE, base_fingerprint, base_name
 from ..models.quantize import names_in_nf4
@@ -68,8 +69,14 @@ class RunState:
     def read(cls, file: Path | BinaryIO, mmap: bool = False) -> "RunState":
         """Of a file that `to_bytes` wrote, in this version or an earlier one. With `mmap` tensors stay on the disk."""
         known = {field.name for field in fields(cls)}
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        return cls(**{name: value for name, value in saved.items() if name in known})
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            return cls(**{name: value for name, value in saved.items() if name in known})
+        except (RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+            raise ChatmagicError(
+                f"{file} is damaged: {(str(error) or type(error).__name__).splitlines()[0][:100]}. Move its folder "
+                "away, and go on from another state, or start anew with fit(..., resume=False)."
+            ) from error
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
@@ -89,8 +96,11 @@ def load_adapter(model: PeftModel, folder: str | Path) -> dict[str, list[bool]]:
     if not (folder / CONFIG).is_file():
         raise ChatmagicError(f"There is no adapter in {folder}: no {CONFIG}. Train one with fit(ckpt_path=...).")
     rank_allocator(model)  # which freezes what PEFT makes trainable by mistake
-    saved = load_file(folder / ADAPTER)
-    pattern = json.loads((folder / CONFIG).read_text()).get("rank_pattern") or {}
+    files = [folder / name for name in (ADAPTER, "adapter_model.bin") if (folder / name).is_file()]
+    if not files:
+        raise ChatmagicError(f"There is no adapter in {folder}: no {ADAPTER}. Train one with fit(ckpt_path=...).")
+    saved = open_file(files[0])
+    pattern = read_json(folder / CONFIG).get("rank_pattern") or {}
     params = saved_names(model)
     if params.keys() != saved.keys():
         other = sorted(params.keys() ^ saved.keys())

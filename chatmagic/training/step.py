@@ -3,7 +3,7 @@
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -66,6 +66,7 @@ class StepRunner:
         self.started = time.perf_counter()
         self.log = {f"{stage}_loss": math.nan}
         self.context, self.context_reason = context_limit(net)
+        self.vocabulary = getattr(net.config.get_text_config(), "vocab_size", None)
         # What fit knows:
         self.captured = None  # a CapturedStep
         self.epoch, self.batch = 1, 0  # where the run is: batches of this epoch so far
@@ -75,6 +76,7 @@ class StepRunner:
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict[str, float]]:
         self.batch += 1
+        self._refuse_odd(batch)
         self._refuse_beyond_context(batch)
         batch = self._without_repeated(batch)
         self.since_step[self.batch] = batch
@@ -131,6 +133,7 @@ class StepRunner:
 
     def unlearnt(self, batch: dict[str, torch.Tensor]) -> int:
         """How many label tokens of a batch, but those replayed, are not the likeliest after what stands before them."""
+        self._refuse_odd(batch)
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
         asked = batch["labels"] != -100
         if "replayed" in batch:
@@ -151,6 +154,30 @@ class StepRunner:
             inputs, places = flattened(inputs)
             return inputs, places[rows, columns]
         return inputs, rows * inputs["input_ids"].shape[1] + columns
+
+    def _refuse_odd(self, batch: dict) -> None:
+        """What is no batch; and ids that the model has no row for, which would end in an index error of the device."""
+        place = f"Batch {self.batch} of the {self.stage} data"
+        if not isinstance(batch, Mapping) or {"input_ids", "labels"} - batch.keys():
+            found = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise ChatmagicError(
+                f"{place} must be a dict with input_ids and labels; found {found}. DataLoader(..., "
+                "collate_fn=DataCollator(tokenizer)) makes such of encode_example's rows."
+            )
+        ids, labels = batch["input_ids"], batch["labels"]
+        if not all(isinstance(each, torch.Tensor) and each.dtype == torch.int64 for each in (ids, labels)):
+            raise ChatmagicError(f"{place}: input_ids and labels must be tensors of torch.int64.")
+        if ids.dim() != 2 or ids.shape != labels.shape or not ids.numel():
+            shapes = f"{tuple(ids.shape)} and {tuple(labels.shape)}"
+            raise ChatmagicError(f"{place}: input_ids and labels are of shapes {shapes}; expected (rows, tokens) both.")
+        least, most, label = torch.stack([ids.amin(), ids.amax(), labels.amax()]).tolist()
+        if self.vocabulary and (least < 0 or max(most, label) >= self.vocabulary):
+            odd = least if least < 0 else max(most, label)
+            raise ChatmagicError(
+                f"{place} has the token {odd}, and the model's vocabulary goes from 0 to {self.vocabulary - 1}. Is the "
+                "tokenizer this model's? For one with tokens added: model.resize_token_embeddings(len(tokenizer)) "
+                "before get_peft_model."
+            )
 
     def _refuse_beyond_context(self, batch: dict) -> None:
         """Where a row is longer than what the model can place: it would be trained on noise, or end in an index error

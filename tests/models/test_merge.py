@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -229,6 +230,9 @@ def test_only_adalora_that_kept_a_rank_is_folded(tmp_path, base, adapter):
     file = adapter / "adapter_model.safetensors"
     empty = {k: v[:, :0] if "lora_B" in k else v[:0] for k, v in load_file(file).items()}
     save_file({k: v.contiguous() for k, v in empty.items()}, file)
+    with pytest.raises(MergeError, match="are of rank 0, and adapter_config.json says 1"):
+        adalora_to_lora(adapter, tmp_path / "empty")
+    change_config(adapter, lambda c: c | {"rank_pattern": {k: [False] * 4 for k in c["rank_pattern"]}})
     with pytest.raises(MergeError, match="kept no rank"):
         adalora_to_lora(adapter, tmp_path / "empty")
 
@@ -449,6 +453,41 @@ BROKEN = {
         "do not fit: ranks",
     ),
     "no tensors": (lambda a: change_factors(a, lambda f: {}), "holds no tensors"),
+    "a pointer of Git LFS": (
+        lambda a: (a / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        "cut short or no checkpoint",
+    ),
+    "deep config": (lambda a: (a / "adapter_config.json").write_text("[" * 100_000), "is no JSON"),
+    "alpha as text": (
+        lambda a: change_config(a, lambda c: c | {"lora_alpha": "16"}),
+        "lora_alpha = '16'.*never writes",
+    ),
+    "no finite alpha": (lambda a: change_config(a, lambda c: c | {"lora_alpha": math.inf}), "lora_alpha = inf"),
+    "a switch as text": (lambda a: change_config(a, lambda c: c | {"use_rslora": "false"}), "use_rslora = 'false'"),
+    "a pattern as list": (lambda a: change_config(a, lambda c: c | {"rank_pattern": [1]}), r"rank_pattern = \[1\]"),
+    "no pattern": (lambda a: change_config(a, lambda c: c | {"alpha_pattern": {"(": 3}}), "alpha_pattern = "),
+    "the base as number": (
+        lambda a: change_config(a, lambda c: c | {"base_model_name_or_path": 7}),
+        "base_model_name_or_path = 7",
+    ),
+    "rank 0": (lambda a: change_config(a, lambda c: c | {"init_r": 0}), "init_r = 0"),
+    "another rank in the config": (
+        lambda a: change_config(a, lambda c: c | {"init_r": 9}),
+        "are of rank [0-4], and adapter_config.json says 9",
+    ),
+    "whole numbers": (
+        lambda a: change_factors(a, lambda f: {n: t.to(torch.int64) for n, t in f.items()}),
+        "of torch.int64, which is no number to multiply by",
+    ),
+    "a scalar": (
+        lambda a: change_factors(a, lambda f: {n: t.sum() if "lora_A" in n else t for n, t in f.items()}),
+        r"a lora_A of .* of shape \(\), which is no linear layer's",
+    ),
+    "names that are numbers": (
+        lambda a: (as_bin(a), torch.save({1: torch.ones(1)}, a / "adapter_model.bin")),
+        "holds more than tensors",
+    ),
+    "odd provenance": (lambda a: (a / PROVENANCE).write_text('{"nf4": 7}'), "has nf4 = 7, which no training writes"),
     "cut provenance": (lambda a: (a / PROVENANCE).write_text('{"base_te'), "is no JSON"),
 }
 
@@ -460,6 +499,34 @@ def test_a_broken_adapter_is_told_in_words(tmp_path, base, adapter, name):
     with pytest.raises(ChatmagicError, match=words):
         merge_adapter(base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "setting", [{"r": 99}, {"rank_pattern": {"q_proj": 2}}, {"r": "4"}, {"lora_alpha": [16]}, {"fan_in_fan_out": "no"}]
+)
+def test_what_a_lora_adapter_is_scaled_by_is_known_or_refused(tmp_path, base, setting):
+    """Factors of rank 4 under a config that says 99 were scaled by 4, and PEFT does not load them."""
+    adapter = make_adapter(tmp_path / "lora", AutoModelForCausalLM.from_pretrained(base), lora())
+    change_config(adapter, lambda c: c | setting)
+    with pytest.raises(MergeError, match="adapter_config.json (says|has)"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "weight_map", [["a"], {"a": 3}, {"a": "../weights.safetensors"}, {"a": "/weights.safetensors"}]
+)
+def test_an_index_names_files_beside_it(base, weight_map):
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="index.json names .* as a file of weights"):
+        load_model(base)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_broken_file_of_the_base_is_named_where_it_lies(tmp_path, base, adapter, name):
+    (base / name).write_text("{")
+    with pytest.raises(CheckpointError, match=f"{base / name} is no JSON"):
+        merge_adapter(base, adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("size", [0, 7, 3000])

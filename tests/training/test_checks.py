@@ -59,7 +59,25 @@ def with_one_more():
     return model
 
 
+def of_another(optimizer):
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
+    return torch.optim.lr_scheduler.StepLR(other, 1)
+
+
+def lbfgs(params, lr):
+    return torch.optim.LBFGS([param for param in params if param.requires_grad], lr)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(rows(8))
+
+
 CASES = {
+    "setting_of_another_kind": (lora, {"epochs": -1}, "epochs=-1: there is nothing to train on"),
+    "no_loader": (lora, {"train": rows(8)}, "train_data is a list; expected a DataLoader"),
+    "scheduler_of_others": (lora, {"scheduler": of_another}, "moves the rate of another optimizer"),
+    "optimizer_that_asks": (lora, {"optimizer": lbfgs}, "LBFGS asks for the loss again"),
     "adapter_on_an_adapter": (twice, {}, "had an adapter already.*get_peft_model once"),
     "not_saved": (with_one_more, {}, "1 trainable parameters would not be in the saved adapter.*norm.weight.*Freeze"),
     "nothing_to_validate_on": (adalora, {"val": loader([])}, "val_data is empty.*monitor='train_loss'"),
@@ -93,6 +111,23 @@ def test_what_is_refused_before_anything_is_written(tmp_path, name):
 
 
 OTHER_CASES = [
+    (lora, {"epochs": 1.5}, "epochs=1.5: there is nothing to train on so. Give a whole number"),
+    (lora, {"patience": 0}, "patience=0: give the epochs"),
+    (lora, {"patience": "5"}, "patience='5': give the epochs"),
+    (lora, {"save_every": 0}, "save_every=0: .* whole number"),
+    (lora, {"save_every": "2"}, "save_every='2': .* whole number"),
+    (lora, {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: .* whole number"),
+    (lora, {"gradient_accumulation_steps": 2.5}, "gradient_accumulation_steps=2.5: .* whole number"),
+    (lora, {"mixed_precision": "bf61"}, "mixed_precision='bf61' is none of auto, no, bf16, fp16"),
+    (lora, {"monitor": None}, "monitor=None is no name"),
+    (lora, {"mode": None}, "mode=None is no name"),
+    (lora, {"val": rows(4)}, "val_data is a list; expected a DataLoader"),
+    (lora, {"learnt": rows(4)}, "learnt is a list; expected a DataLoader"),
+    (lora, {"train": loader(Endless())}, "train_data has no length"),
+    (lora, {"train": loader(rows(8), None)}, "train_data makes no batches"),
+    (lora, {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau moves by a measurement"),
+    (lora, {"val": loader([{**row, "labels": [-100] * 12} for row in rows(2)])}, "Has val_data any label"),
+    (lora, {"learnt": loader([{**row, "labels": [-100] * 12} for row in rows(2)])}, "learnt has no label"),
     (over_another, {}, "had an adapter already"),
     (adalora, {"train": loader(rows(3), 4, drop_last=True)}, "3 rows are fewer than a batch of 4.*drop_last=False"),
     (adalora, {"val": loader(rows(3), 4, drop_last=True)}, "val_data is fewer than a batch.*3 rows"),
@@ -132,10 +167,46 @@ def test_whatever_peft_saves_is_trained_kept_and_given_back(tmp_path, settings):
 
 def test_each_check_has_its_case():
     elsewhere = {"gradients_that_nobody_adds_up"}  # of several processes: test_distributed.py
-    assert {check.__name__ for check in checks.OF_THE_MODEL + checks.OF_THE_RUN} == CASES.keys() | elsewhere
+    every = checks.OF_THE_ARGUMENTS + checks.OF_THE_MODEL + checks.OF_THE_RUN
+    assert {check.__name__ for check in every} == CASES.keys() | elsewhere
 
 
 # --- what only a step can tell
+
+
+def changed(part, value):
+    """Eight rows, the last with another value in the place of its fifth."""
+    samples = rows(8)
+    samples[-1][part][4] = value
+    return loader(samples)
+
+
+def kept(*parts):
+    return loader([{part: row[part] for part in parts} for row in rows(8)])
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"train": changed("input_ids", 64)}, "Batch 4 of the train data has the token 64, .* from 0 to 63. .*resize"),
+        ({"train": changed("input_ids", -5)}, "Batch 4 of the train data has the token -5"),
+        ({"train": changed("labels", 9999)}, "has the token 9999"),
+        ({"val": changed("input_ids", 64)}, "Batch 4 of the val data has the token 64"),
+        ({"train": kept("input_ids")}, "must be a dict with input_ids and labels; found input_ids"),
+        ({"train": kept("labels")}, "must be a dict with input_ids and labels; found labels"),
+        ({"train": loader([tuple(row.values()) for row in rows(8)])}, "input_ids and labels; found a list"),
+        ({"train": loader(rows(8, length=0))}, r"of shapes \(2, 0\) and \(2, 0\)"),
+        ({"learnt": kept("input_ids")}, "must be a dict with input_ids and labels; found input_ids"),
+        (
+            {"train": loader([{name: ids.float() for name, ids in row.items()} for row in rows(8)])},
+            "must be tensors of torch.int64",
+        ),
+    ],
+)
+def test_a_batch_that_the_model_cannot_take_is_told_in_words(tmp_path, settings, words):
+    """An id beyond the vocabulary is an index error on a CPU, and on a GPU the end of the process."""
+    with pytest.raises(ChatmagicError, match=words):
+        fit(lora(), tmp_path / "adapter", epochs=2, **settings)
 
 
 def untaught():

@@ -164,6 +164,22 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path, unbroken):
     assert_goes_on_as(unbroken, tmp_path)
 
 
+@pytest.mark.parametrize("size", [0, 7, 3000])
+def test_a_damaged_state_is_told_in_words(tmp_path, size):
+    fit(lora(), tmp_path, epochs=1)
+    (state,) = tmp_path.glob("last-*/state.pt")
+    state.write_bytes(state.read_bytes()[:size])
+    with pytest.raises(ChatmagicError, match=r"state.pt is damaged: .*Move its folder away"):
+        fit(lora(), tmp_path, epochs=1, resume=True)
+    adapter = tmp_path / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:size])
+    with pytest.raises(ChatmagicError, match="adapter_model.safetensors is cut short"):
+        KerasModel(lora()).load_ckpt(tmp_path)
+    adapter.unlink()
+    with pytest.raises(ChatmagicError, match="There is no adapter in"):
+        KerasModel(lora()).load_ckpt(tmp_path)
+
+
 def test_a_finished_run_resumes_to_its_end(tmp_path, unbroken):
     run(tmp_path)
     assert_goes_on_as(unbroken, tmp_path)
