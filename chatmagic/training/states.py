@@ -67,7 +67,8 @@ class RunState:
 
     @classmethod
     def read(cls, file: Path | BinaryIO, mmap: bool = False) -> "RunState":
-        """Of a file that `to_bytes` wrote, in this version or an earlier one. With `mmap` tensors stay on the disk."""
+        """Of a file that `to_bytes` wrote, in this version or an earlier one. With `mmap` tensors stay on the disk.
+        Raises ChatmagicError for a file that is damaged."""
         known = {field.name for field in fields(cls)}
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
