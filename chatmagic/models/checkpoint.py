@@ -64,12 +64,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a download noted of itself: {"model", "source", "revision", "commit", "files": {name: {"bytes", "sha256"}}};
-    {} where the folder was filled by anybody else."""
+    {} where the folder was filled by anybody else, or the note is none that a download writes."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+    files = found.get("files") if isinstance(found, dict) else None
+    whole = isinstance(files, dict) and all(
+        name == Path(name).name and isinstance(noted, dict) and type(noted.get("bytes")) is int
+        for name, noted in files.items()
+    )
+    return found if whole else {}
 
 
 def write_manifest(
@@ -107,8 +112,8 @@ def check_sizes(folder: Path) -> None:
 def _download(folder: Path) -> str:
     """The command that brings what the folder lacks of its download."""
     noted = read_manifest(folder)
-    of = f" --revision {noted['revision']}" if "@" in folder.name else ""  # as course/wanted.py names it
-    return f"chatmagic download {noted['model']}{of}"
+    of = f" --revision {noted.get('revision')}" if "@" in folder.name else ""  # as course/wanted.py names it
+    return f"chatmagic download {noted.get('model', folder.name)}{of}"
 
 
 def check_whole(folder: Path) -> None:
@@ -138,9 +143,9 @@ def verify(folder: Path) -> dict[str, Any]:
     check_whole(folder)
     manifest = read_manifest(folder)
     for name, noted in manifest.get("files", {}).items():
-        if (found := sha256(folder / name)) != noted["sha256"]:
+        if (found := sha256(folder / name)) != (then := str(noted.get("sha256"))):
             raise CheckpointError(
-                f"{folder / name} has the checksum {found[:12]}..., and {noted['sha256'][:12]}... was downloaded: it "
+                f"{folder / name} has the checksum {found[:12]}..., and {then[:12]}... was downloaded: it "
                 f"was changed since. To have it again, and it alone: rm {folder / name}; {_download(folder)}"
             )
     return manifest

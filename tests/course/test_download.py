@@ -337,3 +337,17 @@ def test_one_bar_over_all_wheels(tmp_path, monkeypatch):
             time.sleep(0.3)
     assert seen == sorted(seen) and {1000, 2000, 3000} <= set(seen) and max(seen) == 3000
     assert "some model" in out.getvalue() and "B/s" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "note",
+    ['{"files": {"config.json": 3}}', '{"files": {"config.json": {}}}', '{"files": {"config.json": {"bytes": "7"}}}']
+    + ['{"files": {"../x": {"bytes": 2}}}', '{"files": []}', "[]", "{", ""],
+)
+def test_a_note_that_no_download_wrote_is_none(tmp_path, note):
+    """The folder is then as whole as its files say themselves."""
+    (tmp_path / "config.json").write_text('{"a":1}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (tmp_path / ".complete").write_text(note)
+    assert verify(tmp_path) == {}
