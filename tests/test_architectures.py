@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from architectures import ARCHITECTURES, is_composite, kind, published, write
+from architectures import ARCHITECTURES, TIED, is_composite, kind, published, write
 from chatmagic import (
     ChatLLM,
     ChatmagicError,
@@ -242,6 +242,23 @@ def test_what_was_trained_over_nf4_is_merged_onto_that(architecture, tmp_path):
         again = open_weights(merge_adapter(folder, exported, tmp_path / "again"))
         for name, (weight, _) in stored.items():
             torch.testing.assert_close(again[name].tensor, weight, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8}),
+        ("minimax", {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}),
+        ("recurrent_gemma", {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 16}),
+    ],
+)
+def test_classes_that_keep_what_they_ran_in_their_own_way_answer_as_ever(name, changes, tokenizer, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, name, TIED | changes)
+    llm = ChatLLM(published(name, len(tokenizer)), tokenizer, stream=False, max_new_tokens=10)
+    for query in "Who are you?", "And why?":
+        ids = encode_prompt(build_messages(query, llm.history), tokenizer)
+        expected = plain(llm.model, ids, do_sample=False, max_new_tokens=10, use_cache=False)
+        assert llm(query, greedy=True).strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 def test_what_a_composite_config_says_of_the_whole_alone_is_heard(tokenizer, tmp_path):

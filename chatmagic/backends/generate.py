@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from itertools import takewhile
 from pathlib import Path
 from threading import Lock, get_ident
@@ -47,7 +48,8 @@ class LocalModel:
     Generation goes through the model's own `generate`, which prepares the logits processors of its
     `generation_config`; only the loop over tokens is ours (`custom_generate`), run lazily in the caller's
     thread. So tokens are those of plain `generate`, and a KeyboardInterrupt stops it at once. With `fast=False` the
-    loop is theirs too: nothing is captured, patched or kept, and a reply comes when all of it is there.
+    loop is theirs too: nothing is captured, patched or kept, and a reply comes when all of it is there; so it is for
+    a class that keeps what it ran in a way of its own, as Mamba and MiniMax do.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class LocalModel:
         model_type: str | None = None,
         fast: bool = True,
     ) -> None:
-        self.fast = fast
+        self.fast = fast and _takes_a_cache(model)
         self.model, self.tokenizer, self.model_type = model, tokenizer, model_type
         name_family(tokenizer, getattr(model.config, "name_or_path", ""))
         self.template = get_template(model_type, tokenizer)
@@ -322,6 +324,12 @@ class LocalModel:
             common, self._kept_ids = 0, []
             self._cache = DynamicCache(config=self.model.config)
         return common
+
+
+def _takes_a_cache(model: PreTrainedModel) -> bool:
+    """Whether what it ran can be kept: there are classes that ignore it, and would answer without the prompt."""
+    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    return "past_key_values" in signature(kind.forward).parameters and kind._supports_default_dynamic_cache()
 
 
 class Busy:
