@@ -22,7 +22,7 @@ PAGES = [
     for path in ROOT.glob(pattern)
     if ".ipynb_checkpoints" not in path.parts
 ]
-FOR_BOTH = {"benchmarks/README", "docs/template-list", "docs/terms", "docs/book/api", "CONTRIBUTING", "CHANGELOG"}
+FOR_BOTH = {"docs/template-list", "docs/terms", "docs/book/api", "CONTRIBUTING", "CHANGELOG"}
 CHROMIUM = "/usr/bin/chromium"
 OFFLINE = """
 import sys

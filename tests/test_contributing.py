@@ -21,7 +21,9 @@ from published import MODELS
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README.en.md"]
 FIGURE = re.compile(r"\d+(?:[.,]\d+)*")
-FOR_BOTH = {"template-list", "terms"}  # pages of docs/ that readers of both languages share
+FOR_BOTH = {"template-list", "terms"}  # pages that readers of both languages share
+TWINS = [path for where in ("docs", "benchmarks") for path in sorted((ROOT / where).glob("*.md"))]
+TWINS = sorted({f"{path.parent.name}/{path.name.split('.')[0]}" for path in TWINS if path.stem not in FOR_BOTH})
 DOCUMENTS = [
     path for where in ("*.md", "docs/*.md", "benchmarks/*.md", "tests/golden/*.md") for path in ROOT.glob(where)
 ]
@@ -40,7 +42,7 @@ def text(name: str) -> str:
 
 def both(page: str) -> list[str]:
     """The page in Chinese and in English."""
-    return [text(f"docs/{page}{ending}") for ending in (".md", ".en.md")]
+    return [text(f"{page}{ending}") for ending in (".md", ".en.md")]
 
 
 def rows(said: str) -> list[list[str]]:
@@ -57,7 +59,7 @@ def test_a_family(name, tiny_models):
     read = [model for model in MODELS if families.find_family(configs[model], tiny_models / model) is module]
     assert read, "tests/helpers/published.py makes no checkpoint of it"
     assert {MODELS[model].template for model in read} <= TEMPLATES.keys()
-    for page in both("families"):
+    for page in both("docs/families"):
         told = " ".join(cells[0] for cells in rows(page)).lower()
         assert [model for model in read if model not in told] == []
 
@@ -68,7 +70,7 @@ def test_a_template(name):
     assert name in expected, "tests/golden has no prompts to compare with"
     listed = {cells[0]: cells[1:4] for cells in rows(text("docs/template-list.md"))}
     if f"`{name}`" not in listed:
-        assert all(f"`{name}`" in [cells[1] for cells in rows(page)] for page in both("templates"))
+        assert all(f"`{name}`" in [cells[1] for cells in rows(page)] for page in both("docs/templates"))
         return
     row = get_template(name)
     texts = [row.user.replace("{}", "Q") + row.prompt + row.answer.replace("{}", "A") + row.end + row.gap]
@@ -85,7 +87,9 @@ def test_a_profile(name):
     assert profile.licence and profile.why.keys() == {*LANGUAGES} and (profile.wheels or profile.huggingface)
     assert all(len(digest) == 64 for digest in [*profile.wheels.values(), *filter(None, [profile.sha256])])
     row = profile_told(profile)
-    assert all(row in page.splitlines() for page in both("models")), "python tests/helpers/architectures.py prints it"
+    assert all(row in page.splitlines() for page in both("docs/models")), (
+        "python tests/helpers/architectures.py prints it"
+    )
     if profile.architecture:
         assert {profile.architecture, profile.architecture.removesuffix("_text")} & ARCHITECTURES.keys()
     for readme in READMES:
@@ -97,7 +101,9 @@ def test_a_profile(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture(name):
     row = told(name)
-    assert all(row in page.splitlines() for page in both("models")), "python tests/helpers/architectures.py prints it"
+    assert all(row in page.splitlines() for page in both("docs/models")), (
+        "python tests/helpers/architectures.py prints it"
+    )
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -106,7 +112,7 @@ def test_a_data_format(part):
     every case."""
     cases = b"".join(path.read_bytes() for path in (ROOT / "tests/data/cases").iterdir())
     assert any(f'"{name}"'.encode() in cases for name in PARTS[part])
-    assert all(any(re.search(f'[`"]{name}[`"]', page) for name in PARTS[part]) for page in both("data"))
+    assert all(any(re.search(f'[`"]{name}[`"]', page) for name in PARTS[part]) for page in both("docs/data"))
 
 
 @pytest.mark.parametrize("notebook", [path.name for path in NOTEBOOKS])
@@ -132,18 +138,25 @@ def stated(page: str) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("page", sorted({path.name.split(".")[0] for path in ROOT.glob("docs/*.md")} - FOR_BOTH))
+@pytest.mark.parametrize("page", TWINS)
 def test_a_page_is_there_in_both_languages(page):
-    """Each leads to the other at its top and states what the other does; English leads to English."""
+    """Each leads to the other at its top and states what the other does."""
     chinese, english = both(page)
-    assert f"[English]({page}.en.md)" in chinese.splitlines()[:3]
-    assert f"[中文]({page}.md)" in english.splitlines()[:3]
+    name = page.partition("/")[2]
+    assert f"[English]({name}.en.md)" in chinese.splitlines()[:3]
+    assert f"[中文]({name}.md)" in english.splitlines()[:3]
     assert stated(english) == stated(chinese)
     codes, known = (re.findall("`([^`\n]+)`", said) for said in (chinese, english))
     assert [code for code in codes if code.isascii() and code not in known] == []
-    links = {*re.findall(r"\]\((?!http)([^)#]+)", english)} - {f"{page}.md"}
-    twins = {link: link.replace("notebooks/", "notebooks/en/").replace(".md", ".en.md") for link in links}
-    assert [link for link, twin in twins.items() if (ROOT / "docs" / twin).exists()] == []
+
+
+@pytest.mark.parametrize("page", [*TWINS, "README"])
+def test_english_leads_to_english(page):
+    """But for the page's own twin, where there is a page in English."""
+    english = ROOT / f"{page}.en.md"
+    links = {*re.findall(r"\]\((?!http)([^)#]+)", english.read_text("utf-8"))} - {f"{Path(page).name}.md"}
+    twins = {link: re.sub("notebooks/(?!en)", "notebooks/en/", link).replace(".md", ".en.md") for link in links}
+    assert [link for link, twin in twins.items() if twin != link and (english.parent / twin).exists()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -22,7 +22,7 @@ def rows() -> list[list[str]]:
 def prose() -> dict[str, str]:
     """What is written for readers, without code and addresses, by language."""
     texts = {"en": "", "zh": ""}
-    for path in [*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")]:
+    for path in [path for where in ("README*.md", "docs/*.md", "benchmarks/*.md") for path in ROOT.glob(where)]:
         if path.stem not in SHARED:
             texts["en" if ".en." in path.name else "zh"] += NOT_PROSE.sub(" ", path.read_text("utf-8")) + "\n"
     for language, pattern in (("zh", "*.ipynb"), ("en", "en/*.ipynb")):

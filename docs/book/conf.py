@@ -27,7 +27,7 @@ release = version = chatmagic.__version__
 language, html_search_language = "zh_CN", "zh"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/**.md", "benchmarks/README.md", "notebooks/**.ipynb"]
+include_patterns = ["*.md", "docs/**.md", "benchmarks/*.md", "notebooks/**.ipynb"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
 
 html_theme = "furo"
@@ -58,7 +58,9 @@ def pages(*patterns: str) -> list[str]:
     return [path.with_suffix("").as_posix() for path in paths]
 
 
-CHINESE, ENGLISH = (pages(*(f"docs/{name}{end}.md" for name in MANUAL)) for end in ("", ".en"))
+CHINESE, ENGLISH = (
+    pages(*(f"docs/{name}{end}.md" for name in MANUAL), f"benchmarks/README{end}.md") for end in ("", ".en")
+)
 BOTH = [page for page in pages("docs/*.md") if page not in (*CHINESE, *ENGLISH)]
 PARTS = {  # of the contents: whose they are, and the pages
     "教程": ("zh", pages("notebooks/*.ipynb")),
@@ -66,7 +68,7 @@ PARTS = {  # of the contents: whose they are, and the pages
     "English": ("zh en", ["README.en"]),
     "Course": ("en", pages("notebooks/en/*.ipynb")),
     "Manual": ("en", ENGLISH),
-    "关于 About": ("zh en", ["benchmarks/README", *BOTH, "docs/book/api", "CONTRIBUTING", "CHANGELOG"]),
+    "关于 About": ("zh en", [*BOTH, "docs/book/api", "CONTRIBUTING", "CHANGELOG"]),
     "中文": ("en", ["self"]),
 }
 
