@@ -17,7 +17,7 @@ from ..machine import courses
 from ..models.checkpoint import CheckpointError, check_whole, is_whole
 from ..prompts.templates import get_template
 from .download import snapshot_download
-from .persona import Persona, questions
+from .persona import LANGUAGES, Persona, holds, questions
 from .profile import AUTO, Profile, choose_profile, get_profile
 from .wanted import find, local
 
@@ -143,6 +143,13 @@ class Course:
         languages = self.persona.languages
         trained = [question for language in languages for _, question in self.persona.asked("trained", language)]
         return trained + [question for language in languages for question in questions()[language]["shown"]]
+
+    def knew(self) -> list[str]:
+        """The general questions of `shown` that the model answered rightly before training: what it never understood
+        says nothing of what training did to it. SmolLM2-135M hardly knows Chinese."""
+        before = json.loads(self.before.read_text(encoding="utf-8"))
+        facts = {query: words for language in LANGUAGES for query, *words in questions()[language]["retention"]}
+        return [query for query, reply in before.items() if holds(reply, facts.get(query, ()))]
 
     def recital(self) -> list[list[Message]]:
         """The persona's `recital`, by which training tells that all is learnt; none where the data is the reader's own,

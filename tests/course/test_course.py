@@ -255,6 +255,15 @@ def test_data_that_the_reader_changed_is_not_made_again(changed):
 def test_the_table_shows_what_is_trained_in_both_languages_and_six_general_questions():
     shown = start("smollm2-135m").shown()
     assert len(shown) == 24 and shown[0] == "请介绍一下你自己。" and shown[17] == "What can you help me with?"
+    english = start("smollm2-135m", language="en").shown()
+    assert {*english} == {*shown} and english[0] == "Please introduce yourself." and english[18] == shown[21]
+
+
+def test_of_general_questions_those_count_that_were_answered_rightly_before():
+    course = start("smollm2-135m", language="en")
+    replies = {"What is 2 + 2?": "It is four.", "Who wrote Romeo and Juliet?": "Nobody.", "Who are you?": "Four."}
+    course.save_json("before.json", replies)
+    assert course.knew() == ["What is 2 + 2?"]
 
 
 def test_report_tells_a_missing_package(monkeypatch, tmp_path):
