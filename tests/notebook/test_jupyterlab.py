@@ -3,21 +3,17 @@
 CHATMAGIC_SCREENSHOT=FILE keeps a picture of the page; CHATMAGIC_REQUIRE_BROWSER=1 fails without a browser.
 """
 
-import json
 import os
 import re
-import socket
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from lab import jupyterlab, wait
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 TESTS = Path(__file__).parents[1]
@@ -28,21 +24,12 @@ def absent(what):
     (pytest.fail if os.environ.get("CHATMAGIC_REQUIRE_BROWSER") else pytest.skip)(f"{what} is not installed")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, small):
     """The address of a notebook in a running JupyterLab, whose first cell has yet to be run."""
     if not find_spec("jupyterlab"):
         absent("JupyterLab")
     folder, settings = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings")
-    (settings / "labconfig").mkdir()
-    quiet = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
-    (settings / "labconfig" / "page_config.json").write_text(json.dumps(quiet))
     setup = (
         "from chatmagic import ChatLLM, load_model, snapshot_download\n\n"
         'llm = ChatLLM(*load_model(snapshot_download("smollm2-135m")))'
@@ -50,58 +37,8 @@ def lab(tmp_path_factory, small):
     cells = [new_markdown_cell("# Talk to a model"), new_code_cell(setup), new_code_cell("")]
     kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "chat.ipynb")
-    port = free_port()
-    options = {
-        "ServerApp.root_dir": folder,
-        "ServerApp.port": port,
-        "IdentityProvider.token": "",
-        "LabApp.expose_app_in_browser": True,
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--no-browser",
-        "--allow-root",
-        "--ServerApp.port_retries=0",
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS / "helpers"), str(TESTS.parent)]),
-        "JUPYTER_CONFIG_DIR": str(settings),
-        "IPYTHONDIR": str(settings / "ipython"),
-        "CHATMAGIC_COURSE": str(settings / "course"),
-        "PYTHONWARNINGS": "ignore",  # tqdm asks for ipywidgets
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    with open(settings / "lab.log", "w") as log:
-        server = subprocess.Popen(
-            [*command, *(f"--{name}={value}" for name, value in options.items())],
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        wait(lambda: answers(f"http://127.0.0.1:{port}/api"), 120, lambda: (settings / "lab.log").read_text())
-        yield f"http://127.0.0.1:{port}/lab/tree/chat.ipynb"
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-def answers(url):
-    try:
-        return urlopen(url, timeout=1).status == 200
-    except (URLError, OSError):
-        return False
-
-
-def wait(condition, seconds, explain=lambda: ""):
-    """What `condition` comes to be, within `seconds`."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, explain()
-        time.sleep(0.02)
-    return value
+    with jupyterlab(folder, settings, PYTHONWARNINGS="ignore", HF_HUB_DISABLE_PROGRESS_BARS="1") as address:
+        yield f"{address}/lab/tree/chat.ipynb"
 
 
 @pytest.fixture(scope="module")
