@@ -15,6 +15,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKERS := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 AS_TYPED := $(strip $(filter-out PYTHON=%,$(MAKEOVERRIDES)) $(MAKECMDGOALS))
 
@@ -24,11 +25,10 @@ tutorial: kernel
 	$(BIN)/python -m chatmagic.cli tutorial --language $(LANGUAGE)
 
 test: $(READY)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks/*.ipynb
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(WORKERS) --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks/*.ipynb tests
 
 quick: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not browser and not gpu" tests
+	$(WORKERS) -m "not slow and not network and not browser and not gpu" tests
 
 lab: kernel
 	$(BIN)/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/$(addsuffix /,$(filter-out zh,$(LANGUAGE)))00-setup.ipynb
