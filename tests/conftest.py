@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(items):
 
 
 class Together(LoadFileScheduling):
-    """A worker takes a whole file; one of them the notebooks, of which each needs those before it, and then the READMEs'
-    commands, which need them all."""
+    """A worker takes a whole file; one of them the notebooks, of which each needs those before it, and then the
+    commands of the READMEs, which need them all."""
 
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)

@@ -49,7 +49,19 @@ autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 
-MANUAL = ("chat", "data", "training", "deploy", "models", "families", "templates", "autodl", "class", "architecture")
+MANUAL = (
+    "chat",
+    "data",
+    "training",
+    "deploy",
+    "models",
+    "families",
+    "templates",
+    "autodl",
+    "class",
+    "reliability",
+    "architecture",
+)
 
 
 def pages(*patterns: str) -> list[str]:
