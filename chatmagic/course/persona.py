@@ -115,7 +115,7 @@ class Persona:
         first = {topic: query for topic, query in reversed(trained)}
         for topic, query in trained:
             yield "alone", topic, build_messages(query)
-            for other in first.keys() - {topic}:
+            for other in (each for each in TOPICS if each != topic):
                 yield "after identity", topic, build_messages(query, [(first[other], answers[other])])
             yield "after general", topic, build_messages(query, [GENERAL[language]])
 

@@ -203,14 +203,14 @@ def _check_map(index: Path, weight_map: object) -> None:
         )
 
 
-def open_weights(folder: Path) -> dict[str, Stored]:
+def open_weights(folder: str | Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint by its published name, memory-mapped: opening 15 GB takes no memory.
 
     `.bin` files go through `torch.load(weights_only=True)`. Raises CheckpointError for a file that is
     missing, cut short, no checkpoint, lacks what its index promises, or holds anything but tensors.
     """
     stored: dict[str, Stored] = {}
-    for file, promised in weight_files(folder).items():
+    for file, promised in weight_files(Path(folder)).items():
         tensors = open_file(file)
         for name in promised:
             if name not in tensors:

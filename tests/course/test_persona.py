@@ -338,6 +338,9 @@ def test_the_positions_are_those_that_evaluation_names(language):
     assert {kind: kinds.count(kind) for kind in kinds} == {"alone": 9, "after identity": 18, "after general": 9}
     for _, topic, messages in Persona().positions(language):
         assert (topic, messages[-1]["content"]) in Persona().asked("trained", language)
+    asked = dict(reversed(Persona().asked("trained", language)))
+    before = [each[0]["content"] for kind, _, each in Persona().positions(language) if kind == "after identity"]
+    assert before[:2] == [asked["from"], asked["can"]], "in an order that no hash decides"
 
 
 def test_without_replies_there_is_identity_alone():

@@ -44,7 +44,7 @@ def test_native_names():
 
 def test_norm_head_is_normalised_once_in_the_dtype_that_is_loaded(tiny_models, tmp_path):
     folder = tiny_models / "baichuan2-7b-chat"
-    stored = open_weights(folder)["lm_head.weight"].tensor
+    stored = open_weights(str(folder))["lm_head.weight"].tensor
     model, tokenizer = load_model(folder, dtype="bfloat16")
     assert torch.equal(model.lm_head.weight, torch.nn.functional.normalize(stored.to(torch.bfloat16)))
     model.save_pretrained(tmp_path)
