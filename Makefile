@@ -1,5 +1,6 @@
 # make tutorial   the whole course, from a bare Python 3.11+
 # make test       the same environment, and every test, the notebooks among them
+# make series     the English notebooks by Run All in JupyterLab, with the smaller model, and looked at
 # make quick      the same environment, and the tests that need no network, browser or GPU, in four minutes
 # make lab        JupyterLab on the repository, at the first notebook
 # make docs       the book: pages, executed notebooks and API as a site in work/book, with no network
@@ -15,17 +16,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-WORKERS := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
+WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 AS_TYPED := $(strip $(filter-out PYTHON=%,$(MAKEOVERRIDES)) $(MAKECMDGOALS))
 
-.PHONY: tutorial test quick lab kernel notebooks docs clean
+.PHONY: tutorial test series quick lab kernel notebooks docs clean
 
 tutorial: kernel
 	$(BIN)/python -m chatmagic.cli tutorial --language $(LANGUAGE)
 
 test: $(READY)
-	$(WORKERS) --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks/*.ipynb tests
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks/*.ipynb
+	$(WORKERS) --ignore=tests/notebook/test_series.py tests
+
+series: $(READY)
+	$(BIN)/python -m pytest tests/notebook/test_series.py
 
 quick: $(READY)
 	$(WORKERS) -m "not slow and not network and not browser and not gpu" tests

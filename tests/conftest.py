@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 from golden import FAMILIES, PUBLISHED, SHARED
 from quick import first
@@ -31,20 +30,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if {"small", "embedded"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("network")
-
-
-class Together(LoadFileScheduling):
-    """A worker takes a whole file; one of them the notebooks, of which each needs those before it, and then the
-    commands of the READMEs, which need them all."""
-
-    def _split_scope(self, nodeid):
-        file = super()._split_scope(nodeid)
-        return "notebooks" if file.startswith("notebooks/") or file == "tests/test_readme.py" else file
-
-
-def pytest_xdist_make_scheduler(config, log):
-    config.option.loadscopereorder = False  # the notebooks first: nothing takes longer
-    return Together(config, log)
 
 
 _kept_inside = False
@@ -69,16 +54,6 @@ def pytest_runtest_protocol(item):
         return (yield)
     finally:
         _kept_inside = False
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Beside another worker, threads would wait for each other. The kernels of the notebooks begin before."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        import torch
-
-        torch.set_num_threads(1)
-        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
