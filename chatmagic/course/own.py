@@ -31,7 +31,8 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".
 
 
 def make_own_data(course: Course, replies: Callable[[], Sequence[tuple[str, str]]]) -> None:
-    """Make train.jsonl and val.jsonl of the course's own data, if they are not there; what was read is printed.
+    """Make train.jsonl and val.jsonl of the course's own data, if they are not there; what was read is printed, also
+    where that was before.
 
     A tenth, 200 at most and the same each time, is kept to validate with. To the rest comes what `mixed` makes of
     `replies()`, the base's own, which are asked for last. Raises DataError as `read_conversations` does, CourseError
@@ -40,18 +41,21 @@ def make_own_data(course: Course, replies: Callable[[], Sequence[tuple[str, str]
     own = chosen(course)
     path = dataset_file(own.file)
     if is_made(course, path):
+        print(json.loads((course.folder / "own.json").read_text(encoding="utf-8")).get("summary", ""))
         return
     every = course.folder / "own.jsonl"
+    read = read_conversations(path, own.columns, own.encoding, own.on_error, course.persona)
     make_folder(course.folder)
     try:
-        write_jsonl(read_conversations(path, own.columns, own.encoding, own.on_error, course.persona), every)
+        write_jsonl(read, every)
         conversations = ConversationFile(every)
         learnt, held = split(len(conversations))
         added = [] if own.mix == "nothing" else mixed(course, replies(), len(learnt))
         course.save_data(train=_drawn(conversations, learnt, added), val=(conversations[index] for index in held))
     finally:
         remove(every)
-    course.save_json("own.json", {"source": source(path), "conversations": len(conversations), "mixed": len(added)})
+    made = {"source": source(path), "conversations": len(conversations), "mixed": len(added)}
+    course.save_json("own.json", made | {"summary": str(read.summary)})
 
 
 def chosen(course: Course) -> OwnData:
@@ -104,7 +108,7 @@ def is_made(course: Course, path: Path) -> bool:
     if not all(each.is_file() for each in (course.folder / "own.json", course.train, course.val)):
         return False
     made = json.loads((course.folder / "own.json").read_text(encoding="utf-8"))
-    return not path.exists() or bool(made["source"] == source(path))
+    return not path.exists() or ("summary" in made and made["source"] == source(path))
 
 
 def used(course: Course, drawn: int) -> str:

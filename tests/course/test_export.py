@@ -188,8 +188,11 @@ def test_an_adapter_becomes_what_vllm_takes(course, capsys):
     assert theirs.keys() == ours.keys()
     said = "vllm serve Qwen/Qwen-7B-Chat --enable-lora --max-lora-rank 8 --lora-modules little-stove=."
     assert said in (folder / "README.md").read_text("utf-8")
-    config["r"] = 33
-    (course.adapter / "adapter_config.json").write_text(json.dumps(config))
+    (course.adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 33, "rank_pattern": {}}))
+    wide = {
+        name: torch.zeros((33, each.shape[1]) if ".lora_A." in name else (len(each), 33)) for name, each in ours.items()
+    }
+    save_file(wide, course.adapter / "adapter_model.safetensors")
     assert "--max-lora-rank 64" in (exporting.export_model(course.adapter, "lora") / "README.md").read_text("utf-8")
 
 
