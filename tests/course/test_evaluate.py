@@ -29,6 +29,9 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.said = said
 
+    def get_output_embeddings(self):
+        return torch.nn.Identity()
+
     def generate(self, input_ids, **_):
         return torch.cat([input_ids, torch.tensor([self.said] * len(input_ids))], dim=1)
 
@@ -135,6 +138,17 @@ def test_asking_in_batches_is_asking_alone(tiny):
     together = ask(model, tokenizer, questions, max_new_tokens=6)
     assert model.training
     assert together == [ask(model, tokenizer, [each], max_new_tokens=6)[0] for each in questions]
+
+
+def test_the_head_is_not_given_a_slice(tiny):
+    """For each row of which PyTorch would copy a frozen one."""
+    model, tokenizer = tiny
+    whole = []
+    with model.get_output_embeddings().register_forward_hook(
+        lambda _, given, out: whole.append(given[0].is_contiguous())
+    ):
+        ask(model, tokenizer, [build_messages("who are you?" * count) for count in (1, 2, 3)], max_new_tokens=1)
+    assert whole == [True]
 
 
 def test_who_recites_its_longest_answer_is_not_cut_off(tiny):
