@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES, profile_told, told
 from chatmagic import get_template
 from chatmagic.course.persona import LANGUAGES
 from chatmagic.course.profile import profiles
-from chatmagic.data.forms import PARTS
+from chatmagic.data.keys import PARTS
 from chatmagic.models import families
 from golden import golden
 from published import MODELS

@@ -37,7 +37,7 @@ def imported_distributions() -> dict[str, set[str]]:
 
 # Who imports what an extra brings.
 READS = {
-    "data": {"rows.py"},
+    "data": {"tables.py"},
     "serve": {"app.py", "protocol.py"},
     "web": {"cli.py", "web.py"},
     "gguf": {"gguf.py"},

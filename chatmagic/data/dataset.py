@@ -13,7 +13,8 @@ from ..errors import ChatmagicError
 from ..files import writing
 from ..progress import Bar
 from ..prompts.labels import IGNORE, encode_rows
-from .rows import DataError, existing
+from .file_formats import existing
+from .rows import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

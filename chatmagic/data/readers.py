@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from .dataset import Conversation, named
+from .file_formats import existing, read_rows
 from .forms import Forms, LeftOut
-from .rows import DataError, existing, read_rows
+from .rows import DataError
 
 
 class Summary:
@@ -59,7 +60,7 @@ class Conversations(Iterator[Conversation]):
 
     def _read(self, path: Path, encoding: str | None, on_error: str, forms: Forms) -> Iterator[Conversation]:
         summary, first = self.summary, None
-        summary.unused, summary.unfilled = forms.unused, forms.unfilled
+        summary.unused, summary.unfilled = forms.unused, forms.filling.unfilled
         for line, row in read_rows(path, encoding):
             summary.rows += 1
             place = path.name, line, summary.rows
@@ -87,7 +88,7 @@ class Conversations(Iterator[Conversation]):
             raise DataError(
                 f"{path.name}: nothing to train in {_count(summary.rows, 'row')}. {first or 'It is empty'}."
             )
-        if missing := forms.unseen():
+        if missing := forms.keys.unseen():
             raise DataError(f"{path.name}: {missing}")
         print(summary, flush=True)
 
