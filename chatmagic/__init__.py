@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .errors import ChatmagicError
     from .models.checkpoint import open_weights
     from .models.load import load_model
-    from .models.merge import adalora_to_lora, merge_adapter
+    from .models.merge import merge_adapter
+    from .models.plain_lora import adalora_to_lora
     from .prompts.labels import build_inputs_labels, encode_prompt, note_thinking
     from .prompts.picture import show_labels
     from .prompts.templates import build_prompt, get_template
@@ -58,7 +59,7 @@ _HOME = {
     "plot_importance": "training.plots",
     "plot_ranks": "training.plots",
     "merge_adapter": "models.merge",
-    "adalora_to_lora": "models.merge",
+    "adalora_to_lora": "models.plain_lora",
 }
 __all__ = [
     "ChatLLM",

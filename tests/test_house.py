@@ -133,8 +133,10 @@ WRITES = set(
 # These may: into a folder or a file that `files` made and will put into its place.
 MAY_WRITE = {
     ("models/merge.py", "save_pretrained"),
-    ("models/merge.py", "save_file"),
     ("models/merge.py", "copyfile"),
+    ("models/plain_lora.py", "save_pretrained"),
+    ("models/plain_lora.py", "save_file"),
+    ("models/plain_lora.py", "copyfile"),
     ("models/shard.py", "open"),
     ("models/unpack.py", "save_pretrained"),
     ("course/classroom.py", "copytree"),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from ..files import new_folder, remove, write
 from ..machine import short
+from ..models.adapter import FACTORS
 from ..models.checkpoint import read_json, weight_files
 from ..models.gguf import ExportError, write_gguf
-from ..models.merge import FACTORS, NothingToFold, adalora_to_lora
+from ..models.plain_lora import NothingToFold, adalora_to_lora
 from ..models.provenance import PROVENANCE
 from .card import Made, find_made, write_card
 from .converter import find_converter

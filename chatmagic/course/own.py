@@ -14,7 +14,7 @@ from ..data.rows import DataError
 from ..files import make_folder, remove, write
 from ..machine import home
 from ..models.checkpoint import sha256
-from ..prompts.labels import IGNORE
+from ..prompts.encoder import IGNORE
 from ..prompts.templates import is_greeting
 from .download import first_answer
 from .hubs import HUBS, answers

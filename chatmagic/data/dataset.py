@@ -12,7 +12,8 @@ from ..conversation.messages import MessagesError, validate_messages
 from ..errors import ChatmagicError
 from ..files import writing
 from ..progress import Bar
-from ..prompts.labels import IGNORE, encode_rows
+from ..prompts.encoder import IGNORE
+from ..prompts.labels import encode_rows
 from .file_formats import existing
 from .rows import DataError
 
@@ -255,7 +256,7 @@ class DataCollator:
         shape = len(examples), -(-length // self.multiple) * self.multiple
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, -100),
+            "labels": torch.full(shape, IGNORE),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
         }
         if "replayed" in examples[0]:

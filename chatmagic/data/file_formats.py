@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from ..text import nearest
 from .encoding import decodable
 from .json_rows import json_rows
-from .rows import HEAD, DataError, Row
+from .rows import HEAD, DataError, NumberedRow
 from .tables import arrow_rows, csv_rows, excel_rows, parquet_rows
 
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
@@ -43,7 +43,7 @@ def existing(path: str | Path) -> Path:
     raise DataError(f"There is no file {path}; {there}.")
 
 
-def read_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
+def read_rows(path: Path, encoding: str | None = None) -> Iterator[NumberedRow]:
     """The rows of a file, read as they are consumed. What the file is, its bytes say rather than its name's ending.
 
     A row that cannot be read comes as a DataError in its place; reading goes on after it where the next one's
@@ -66,7 +66,7 @@ def read_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
         raise DataError(f"{path.name} is packed and broken off, or damaged: {error}. Fetch it again.") from error
 
 
-def _text_rows(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Row]:
+def _text_rows(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[NumberedRow]:
     head = file.read(HEAD)
     if not head:
         raise DataError(f"{path.name} is empty.")

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from .encoding import undecodable
-from .rows import CHUNK, HEAD, DataError, Row
+from .rows import CHUNK, HEAD, DataError, NumberedRow
 
 _DECODER = json.JSONDecoder(strict=False)  # a bare tab in a text is one
 _NESTED = "not JSON that can be read: brackets within brackets, thousands deep."
 _NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
-def json_rows(file: BinaryIO, encoding: str, head: bytes) -> Iterator[Row]:
+def json_rows(file: BinaryIO, encoding: str, head: bytes) -> Iterator[NumberedRow]:
     """The rows of JSON that begins with `head`, each with the number of its line; a DataError in the place of one that
     cannot be read."""
     return (_lines if _is_lines(head, encoding) else _values)(file, encoding)
@@ -43,7 +43,7 @@ def _whole(line: bytes, encoding: str) -> bool:
         return False
 
 
-def _lines(file: BinaryIO, encoding: str) -> Iterator[Row]:
+def _lines(file: BinaryIO, encoding: str) -> Iterator[NumberedRow]:
     """A row a line. A line ends with a line feed and nothing else: U+2028 may stand in a text."""
     seen = False
     for number, raw in enumerate(file, 1):
@@ -69,7 +69,7 @@ def _lines(file: BinaryIO, encoding: str) -> Iterator[Row]:
             yield number, row
 
 
-def _values(file: BinaryIO, encoding: str) -> Iterator[Row]:
+def _values(file: BinaryIO, encoding: str) -> Iterator[NumberedRow]:
     """The elements of a JSON array, or objects one after another, over however many lines, a chunk at a time."""
     decoder = codecs.getincrementaldecoder(encoding)()
     text, at, line, ended = "", 0, 1, False

@@ -11,4 +11,4 @@ class DataError(ChatmagicError):
 
 
 # (number of the line or row, what stands there, or why that cannot be read)
-Row = tuple[int, object]
+NumberedRow = tuple[int, object]

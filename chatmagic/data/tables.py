@@ -11,10 +11,10 @@ from itertools import chain
 from pathlib import Path
 
 from .encoding import undecodable
-from .rows import CHUNK, DataError, Row
+from .rows import CHUNK, DataError, NumberedRow
 
 
-def csv_rows(file: io.TextIOWrapper, name: str) -> Iterator[Row]:
+def csv_rows(file: io.TextIOWrapper, name: str) -> Iterator[NumberedRow]:
     """The rows of CSV, also with tabs or semicolons; the first line names the columns. Raises DataError where two have
     one name, or the file is not in its encoding."""
     csv.field_size_limit(1 << 30)
@@ -55,7 +55,7 @@ def _not_csv(error: csv.Error, delimiter: str) -> str:
     return f"not CSV: {error}."
 
 
-def excel_rows(path: Path) -> Iterator[Row]:
+def excel_rows(path: Path) -> Iterator[NumberedRow]:
     """The rows of the first sheet. Raises DataError where a second holds anything, where two columns have one name,
     where it is damaged or no workbook, or openpyxl missing."""
     try:
@@ -85,7 +85,7 @@ def excel_rows(path: Path) -> Iterator[Row]:
         book.close()
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_rows(path: Path) -> Iterator[NumberedRow]:
     """The rows of a Parquet file, numbered from 1. Raises DataError where it is damaged, or pyarrow missing."""
     with _from_extra(path.name):
         from pyarrow import parquet
@@ -97,7 +97,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path.name} is a Parquet file that is damaged: {error}. Fetch it again.") from error
 
 
-def arrow_rows(path: Path, streamed: bool) -> Iterator[Row]:
+def arrow_rows(path: Path, streamed: bool) -> Iterator[NumberedRow]:
     """The rows of a file of Arrow's, or of a stream, as `datasets` saves, numbered from 1. Raises DataError where it is
     damaged, or pyarrow missing."""
     with _from_extra(path.name):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..conversation.messages import Message
 from ..text import visible
-from .labels import IGNORE, build_inputs_labels
+from .encoder import IGNORE
+from .labels import build_inputs_labels
 from .templates import get_template
 
 if TYPE_CHECKING:

@@ -175,7 +175,7 @@ def merged(source, monkeypatch):
     return lambda where, version: merge_adapter(source / "base", source / "adapter", where / "merged")
 
 
-@writer("models/merge.py", new=True)
+@writer("models/plain_lora.py", new=True)
 def exported(source, monkeypatch):
     states.save_adapter(adalora(base=tiny_llama()), source / "adapter")
     return lambda where, version: adalora_to_lora(source / "adapter", where / "lora")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from chatmagic import ChatLLM, build_inputs_labels, build_messages, encode_example, encode_prompt, get_template
 from chatmagic.errors import ChatmagicError
 from chatmagic.prompts import jinja
-from chatmagic.prompts.labels import Encoder, LabelsError, note_thinking
+from chatmagic.prompts.encoder import Encoder
+from chatmagic.prompts.labels import LabelsError, note_thinking
 from chatmagic.prompts.own import OwnTemplate
 from chatmagic.prompts.templates import TemplateError
 from talk import CONVERSATIONS, QUICKLY, build
