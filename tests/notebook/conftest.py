@@ -1,6 +1,5 @@
 """A testing shell with the magics loaded, and a fake model that answers them."""
 
-import gc
 import sys
 
 import pytest
@@ -14,9 +13,7 @@ from shell import Shell
 
 @pytest.fixture(scope="module")
 def ipython():
-    gc.freeze()  # each test resets the shell, which collects garbage among all that torch and transformers are made of
-    yield start_ipython() or sys.modules["IPython"].get_ipython()
-    gc.unfreeze()
+    return start_ipython() or sys.modules["IPython"].get_ipython()
 
 
 @pytest.fixture

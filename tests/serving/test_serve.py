@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import httpx2
-import openai
 import pytest
 
 from chatmagic import ChatLLM, ChatmagicError, build_messages, cli, connect, encode_prompt, load_model
@@ -68,8 +67,17 @@ class Thoughtful(FakeModel):
         stats.tokens_thought = 2
 
 
+@pytest.fixture(scope="module")
+def openai():
+    import openai  # only where it is asked: each worker collects all tests
+
+    return openai
+
+
 def client(url, key="none"):
-    return openai.OpenAI(base_url=url, api_key=key, max_retries=0)
+    from openai import OpenAI
+
+    return OpenAI(base_url=url, api_key=key, max_retries=0)
 
 
 def post(url, **body):
@@ -163,7 +171,7 @@ def test_what_asks_for_nothing_is_no_error(url):
         ({"messages": [*HI, *HI]}, None, "Message 1 has role 'user'"),
     ],
 )
-def test_what_cannot_be_done_is_refused(url, fake, body, param, words):
+def test_what_cannot_be_done_is_refused(url, fake, body, param, words, openai):
     with pytest.raises(openai.BadRequestError, match=words) as raised:
         answer = httpx2.post(f"{url}/chat/completions", content=json.dumps({"model": "fake", "messages": HI} | body),
                              headers={"Content-Type": "application/json"})  # fmt: skip
@@ -172,7 +180,7 @@ def test_what_cannot_be_done_is_refused(url, fake, body, param, words):
     assert fake.asked == []
 
 
-def test_errors_have_openais_shape(url, fake):
+def test_errors_have_openais_shape(url, fake, openai):
     with pytest.raises(openai.NotFoundError, match="did you mean 'fake'") as raised:
         client(url).chat.completions.create(model="fakes", messages=HI)
     assert raised.value.code == "model_not_found"
@@ -211,7 +219,7 @@ def test_a_body_beyond_all_measure_is_not_read(url, fake):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_messages_beyond_the_context(model, tokenizer, stream):
+def test_messages_beyond_the_context(model, tokenizer, stream, openai):
     model.config.max_position_embeddings = 40
     with serving(ChatLLM(model, tokenizer, name="toy")) as url:
         with pytest.raises(openai.BadRequestError, match="ends at 40") as raised:
@@ -300,7 +308,7 @@ def test_a_reply_ends_when_its_asker_leaves(stream):
         until(lambda: waiting(url) == 0)
 
 
-def test_who_finds_the_line_too_long_is_told_when_to_come_back(monkeypatch):
+def test_who_finds_the_line_too_long_is_told_when_to_come_back(monkeypatch, openai):
     fake, pauses = Held(), []
 
     def wait(seconds):
@@ -366,7 +374,7 @@ def test_many_askers_of_whom_many_leave():
     assert last - first < 100_000, "bytes kept of 60 questions"
 
 
-def test_a_key_is_wanted_where_one_is_set(fake):
+def test_a_key_is_wanted_where_one_is_set(fake, openai):
     with serving(fake, key="secret") as url:
         for wrong in ("none", "secre"):
             with pytest.raises(openai.AuthenticationError, match="a key is wanted"):

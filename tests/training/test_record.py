@@ -5,7 +5,6 @@ import json
 import pandas as pd
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from chatmagic import ChatmagicError
 from chatmagic.training import StepRunner
@@ -45,6 +44,8 @@ def test_the_history_so_far_is_there_where_a_run_is_broken_off(tmp_path):
 
 
 def test_a_tracker_is_told_by_one_word(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     history = fit(lora(), tmp_path, epochs=3, log_with="tensorboard")
     events = EventAccumulator(str(tmp_path / "chatmagic")).Reload()
     told = [event.value for event in events.Scalars("val_loss")]
