@@ -57,7 +57,7 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=first(1, ARCHITECTURES, of=kind))
 def architecture(request, tokenizer, tmp_path_factory):
     """Its name, the folder that a publisher would ship, and the model that was saved there, in float32."""
     folder = tmp_path_factory.mktemp(request.param)

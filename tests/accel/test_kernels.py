@@ -28,6 +28,7 @@ for dtype in torch.float32, torch.float16:  # the interpreter rounds bfloat16 it
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_compute_what_transformers_does():
     if not importlib.util.find_spec("triton") and not os.environ.get("CHATMAGIC_REQUIRE_TRITON"):
         pytest.skip("no triton: torch brings it on Linux with CUDA")

@@ -87,6 +87,7 @@ def export(*arguments):
     return main(["export", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_ollama_gets_the_file_and_what_belongs_to_it(course, capsys):
     assert export("--to", "ollama", "--quantize", "q4_0") == 0
     folder = Path(capsys.readouterr().out.strip())

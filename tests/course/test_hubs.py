@@ -30,7 +30,7 @@ def hubs():
     return Hubs({ID: Repository({"master": new, "v1.0": old}, {"main": new, "v2.0": old})})
 
 
-@pytest.mark.parametrize("source", ["modelscope", "huggingface"])
+@pytest.mark.parametrize("source", first(1, ["modelscope", "huggingface"]))
 def test_only_what_the_course_reads_is_fetched_and_noted(hubs, tmp_path, source):
     files = hubs.repositories[ID].modelscope["master"]
     with proxied(hubs) as proxy:
@@ -107,6 +107,7 @@ def test_a_file_that_was_lost_since_is_fetched_alone(hubs, tmp_path, damage, sou
 
 
 @pytest.mark.parametrize("source", first(1, ["huggingface", "modelscope"]))
+@pytest.mark.slow
 def test_half_a_file_is_gone_on_with_after_a_kill(tmp_path, source):
     """The line is cut in the middle of a shard; the process is killed before it can try again."""
     files = model(3, 25_000_000)  # huggingface_hub writes ten megabytes at a time

@@ -62,6 +62,7 @@ def greedy(model, **batch):
 
 
 @pytest.mark.parametrize("name", first(1, MODELS))
+@pytest.mark.slow
 def test_golden_cases(published, name):
     model, tokenizer, answers = published(name)
     assert type(model).__name__ == MODELS[name].native
@@ -89,7 +90,7 @@ def test_a_batch_padded_on_the_left_answers_as_alone(loaded, name):
     assert greedy(model, **batch) == alone and len(set(map(tuple, alone))) == len(alone)
 
 
-@every
+@of_each_class
 def test_nf4_saved_and_loaded_gives_the_same_logits(tiny_models, tmp_path, name):
     model, tokenizer = load_model(tiny_models / name, quantize="nf4")
     model.save_pretrained(tmp_path)
@@ -146,7 +147,7 @@ def test_what_is_saved_is_native_and_plain_transformers_reads_it(loaded, tmp_pat
 
 
 @every
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("quantize", first(1, ["nf4", None]))
 def test_one_adalora_step_changes_the_adapter_alone(tiny_models, tmp_path, name, quantize):
     model, tokenizer = load_model(tiny_models / name, quantize=quantize, dtype="float32")
     torch.manual_seed(0)
@@ -219,7 +220,7 @@ SPELT = st.sampled_from([*PAGE.split(), *PAGE[:400], *TEXTS[:-1], "<reserved_106
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(text=st.lists(SPELT, max_size=12).map("".join))
 @example(text="".join(TEXTS))
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", first(2, TOKENIZERS))
 def test_tokens_are_those_of_sentencepiece_and_tiktoken(tiny_models, loaded, name, text):
     """SentencePiece finds Baichuan2's and InternLM's user-defined pieces in any text."""
     tokenizer = loaded(name)[1]

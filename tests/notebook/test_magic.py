@@ -143,6 +143,7 @@ def test_variables_are_filled_only_when_asked(run, llm, fake):
     assert fake.asked[-1][0][-1]["content"] == "{name} {{json}}"
 
 
+@pytest.mark.slow
 def test_the_seeds_cells_run_with_their_import_lines_changed(run, shared, golden_models):
     """From `ChatLLM(...)` to the first loss, as the course's text has them, on its model in miniature."""
     text = next((shared / "seed").glob("*.md")).read_text("utf-8")

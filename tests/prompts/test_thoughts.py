@@ -15,6 +15,7 @@ from chatmagic.prompts.encoder import Encoder
 from chatmagic.prompts.labels import LabelsError, note_thinking
 from chatmagic.prompts.own import OwnTemplate
 from chatmagic.prompts.templates import TemplateError
+from quick import first
 from talk import CONVERSATIONS, QUICKLY, build
 from tiny_runs import tiny_llama
 
@@ -291,7 +292,7 @@ def test_a_date_is_todays(monkeypatch):
         assert tokenizer.decode(encode_example(PLAIN, tokenizer)[0]["input_ids"]).startswith(day)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", first(3, KINDS))
 @QUICKLY
 @given(CONVERSATIONS, st.booleans())
 def test_what_one_rendering_tells_is_what_each_answers_own_would(tokenizers, kind, messages, thoughts):

@@ -89,6 +89,7 @@ def peft_losses(model, batch, steps, lr=1e-2):
     return losses
 
 
+@pytest.mark.slow
 def test_a_run_is_pefts_own(tmp_path):
     """Losses with penalty, budget and kept triplets of 40 steps are those of PEFT's eager loop."""
     ours, theirs = adalora(), adalora()

@@ -67,6 +67,7 @@ def padded(samples):
     return samples
 
 
+@pytest.mark.slow
 def test_fast_false_trains_plainly_and_to_the_same(tmp_path, capsys):
     """Nothing of ours stands in a layer, an attention or the optimizer during a step; the losses are the fast way's."""
     seen = []

@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+import pytest
+
 from chatmagic.training import plots
 from chatmagic.training.plots import LiveCurve
 from tiny_runs import adalora, fit
@@ -24,6 +26,7 @@ def test_every_chinese_label_has_its_glyphs():
     assert len(labels) > 10 and labels <= {chr(code) for code in glyphs}
 
 
+@pytest.mark.slow
 def test_the_curve_has_no_star_before_an_epoch_counts(tmp_path, monkeypatch):
     """And no picture before there is something to see: each is looked at as it is drawn."""
     drawn = []

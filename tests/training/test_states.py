@@ -235,6 +235,7 @@ def test_the_cell_of_fit_run_again_after_stop_asks(tmp_path, unbroken, monkeypat
         cell()
 
 
+@pytest.mark.slow
 def test_a_broken_off_run_of_another_kernel_is_asked_for_too(tmp_path):
     with pytest.raises(TrainingInterrupted):
         run(tmp_path, runner=runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), 37))
@@ -247,6 +248,7 @@ def test_a_broken_off_run_of_another_kernel_is_asked_for_too(tmp_path):
     assert newest_state(tmp_path).finished
 
 
+@pytest.mark.slow
 def test_a_state_of_an_earlier_version_is_no_obstacle(tmp_path):
     """It does not say whether its run went through, nor of how many steps that was."""
     fit(adalora(), tmp_path)
@@ -258,6 +260,7 @@ def test_a_state_of_an_earlier_version_is_no_obstacle(tmp_path):
     assert len(fit(adalora(), tmp_path)) == 10
 
 
+@pytest.mark.slow
 def test_a_readers_own_folders_are_left(tmp_path):
     """A copy of a state that somebody kept, and a folder with something of theirs, under any name."""
     fit(adalora(), tmp_path)
@@ -317,17 +320,20 @@ def cosine(optimizer, steps=40):
 
 @pytest.mark.parametrize(
     "then, now, words",
-    [
-        ({}, {"train": loader(rows(8), 4)}, "batch_size 2, now 4, batches 4, now 2"),
-        ({}, {"train": loader(rows(6), 2)}, "rows 8, now 6"),
-        ({}, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1, now 2"),
-        ({}, {"lr": 1e-3}, r"learning_rate \[0.01\], now \[0.001\]"),
-        ({}, {"monitor": "train_loss"}, "monitor val_loss, now train_loss"),
-        ({}, {"optimizer": torch.optim.SGD}, "optimizer AdamW, now SGD"),
-        ({"scheduler": cosine}, {"scheduler": lambda opt: cosine(opt, 80)}, "num_training_steps 40, now 80"),
-        ({"scheduler": cosine}, {"scheduler": cosine, "epochs": 12}, "epochs 10, now 12"),
-        ({"scheduler": cosine}, {}, "lr_scheduler.class LambdaLR, now None"),
-    ],
+    first(
+        3,
+        [
+            ({}, {"train": loader(rows(8), 4)}, "batch_size 2, now 4, batches 4, now 2"),
+            ({}, {"train": loader(rows(6), 2)}, "rows 8, now 6"),
+            ({}, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1, now 2"),
+            ({}, {"lr": 1e-3}, r"learning_rate \[0.01\], now \[0.001\]"),
+            ({}, {"monitor": "train_loss"}, "monitor val_loss, now train_loss"),
+            ({}, {"optimizer": torch.optim.SGD}, "optimizer AdamW, now SGD"),
+            ({"scheduler": cosine}, {"scheduler": lambda opt: cosine(opt, 80)}, "num_training_steps 40, now 80"),
+            ({"scheduler": cosine}, {"scheduler": cosine, "epochs": 12}, "epochs 10, now 12"),
+            ({"scheduler": cosine}, {}, "lr_scheduler.class LambdaLR, now None"),
+        ],
+    ),
 )
 def test_a_state_is_not_for_another_run(tmp_path, then, now, words):
     stopped(tmp_path, **then)
