@@ -4,9 +4,9 @@
                                 [--no-bf16] [--executed FOLDER] [--json FILE]
 
 The model is fetched first, and not timed. beside: so many processes that are busy. On a GPU, memory holds PyTorch to
-so many GB of it, and --no-bf16 lets it be one without bfloat16, as a T4 is. Memory is the kernel's largest resident
-set and what PyTorch reserved of the GPU. executed: where the notebooks go, with their outputs; what they leave lies
-where a reader's would then, and otherwise in a temporary folder.
+so many GB of it, and who asks for its size is told no more; --no-bf16 lets it be one without bfloat16, as a T4 is.
+Memory is the kernel's largest resident set and what PyTorch reserved of the GPU. executed: where the notebooks go,
+with their outputs; what they leave lies where a reader's would then, and otherwise in a temporary folder.
 """
 
 import argparse
@@ -39,7 +39,13 @@ def first_cell(memory: float | None, bf16: bool) -> str:
     """What a smaller or older GPU is, said to the real one."""
     lines = ["import torch"]
     if memory:
-        lines += [f"torch.cuda.set_per_process_memory_fraction({memory} * 10**9 / {gpu_memory()})"]
+        lines += [
+            "import chatmagic.machine",
+            f"size = int({memory} * 10**9)",
+            f"torch.cuda.set_per_process_memory_fraction(size / {gpu_memory()})",
+            "chatmagic.machine.gpu_memory = lambda: size",
+            "torch.cuda.mem_get_info = lambda *_: (size - torch.cuda.memory_reserved(), size)",
+        ]
     if not bf16:
         lines += [
             "torch.cuda.is_bf16_supported = lambda *_, **__: False",
