@@ -74,7 +74,7 @@ def main() -> None:
     results = {"model": course.profile.name, **about("torch", "transformers", "gguf", "xllamacpp")}
     results |= {"merged": merged, "kinds": {}}
     for kind in args.kinds:
-        gguf._q4_0 = (lambda numbers: quantize(numbers, gguf.KINDS["q4_0"])) if kind == PLAIN else ours
+        gguf._q4_0 = (lambda numbers: quantize(numbers, gguf.MATRIX_TYPES["q4_0"])) if kind == PLAIN else ours
         with tempfile.TemporaryDirectory() as folder:
             cpu = sum(os.times()[:4])
             (file,) = export_model(course.merged, "gguf", kind.split(":")[0], Path(folder) / "made").glob("*.gguf")

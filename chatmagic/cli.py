@@ -21,9 +21,9 @@ from .text import fit
 
 def doctor(args: argparse.Namespace) -> int:
     """Print what this machine has and lacks, and what mends it; returns 1 where the course cannot run."""
-    from .course.doctor import BAD, OK, examine
+    from .course.doctor import BAD, OK, diagnose
 
-    found = examine(args.profile)
+    found = diagnose(args.profile)
     runs = all(each.state != BAD for each in found)
     if args.json:
         print(json.dumps({"runs": runs, "findings": [each._asdict() for each in found]}, ensure_ascii=False, indent=1))
@@ -87,7 +87,7 @@ def bundle(args: argparse.Namespace) -> None:
     fill(args.folder, args.models or [get_profile().name], args.index)
 
 
-def chosen(args: argparse.Namespace) -> Course:
+def chosen_course(args: argparse.Namespace) -> Course:
     """The course that the arguments choose; what they leave out is as in the one started last."""
     try:
         last = resume()
@@ -112,7 +112,7 @@ def own_data(args: argparse.Namespace) -> OwnData | None:
 
 def train(args: argparse.Namespace) -> None:
     """Train as the notebooks do: see `course.script.run`."""
-    course = chosen(args)
+    course = chosen_course(args)
     from .course.script import run
 
     run(course, args.resume, args.save_every, args.method)
@@ -120,7 +120,7 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Print the table of what the model knew before and after, and write evaluation.json."""
-    course = chosen(args)
+    course = chosen_course(args)
     from .course.evaluate import evaluate_course
 
     table = evaluate_course(course)
@@ -135,7 +135,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> int:
     """Print what is right of what was asked, and replies that are not; returns 1 where the new self is not right."""
-    persona = chosen(args).persona
+    persona = chosen_course(args).persona
     from .course.check import examine, find_answer
 
     found = examine(find_answer(args.target, args.model), persona, args.only)

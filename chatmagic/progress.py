@@ -12,7 +12,7 @@ DELAY = 1.0
 TEXT = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
 MARK = {"chatmagic": "progress"}
 """The metadata of such an output: who executes a notebook tells by it how far the cell is."""
-DONE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+ENDED = "{desc}: {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Bar(tqdm):  # type: ignore[misc]  # which brings no types
@@ -35,7 +35,7 @@ class Bar(tqdm):  # type: ignore[misc]  # which brings no types
             return super().display(msg, pos)
         from IPython.display import display
 
-        form = TEXT if self.total is None or self.n < self.total else DONE
+        form = TEXT if self.total is None or self.n < self.total else ENDED
         text = self.format_meter(**(self.format_dict | {"ncols": None, "bar_format": form}))
         data = {"text/plain": text, "text/html": self._html(text)}
         if self.handle is None:

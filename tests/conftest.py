@@ -42,6 +42,11 @@ def pytest_collection():
         gc.freeze()
 
 
+def pytest_unconfigure():
+    """Or nanobind takes what is left at the end for leaks."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items):
     """What is asked of a real model needs the network, if only once."""
     for item in items:

@@ -276,7 +276,7 @@ def test_what_train_is_not_told_is_as_in_the_course_started_last(tmp_path, monke
     monkeypatch.setenv("CHATMAGIC_HOME", str(tmp_path))
 
     def chosen(*arguments):
-        return cli.chosen(cli.parser().parse_args(["train", *arguments]))
+        return cli.chosen_course(cli.parser().parse_args(["train", *arguments]))
 
     assert chosen("chatglm2-6b").persona == Persona()
     start("qwen-7b-chat", name="小炉", author="张三")

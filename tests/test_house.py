@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,6 +187,27 @@ def public(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef]:
             yield node
             if isinstance(node, ast.ClassDef):
                 yield from public(node)
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """The public names that a module itself gives to something."""
+    found = set()
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = (each.id for target in targets if target for each in ast.walk(target) if isinstance(each, ast.Name))
+        found |= {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else {*names}
+    return {name for name in found if not name.startswith("_")}
+
+
+# In several modules: a type variable, IPython's two, and one layer by torch and by Triton.
+OFTEN = {"T", "load_ipython_extension", "unload_ipython_extension", "normalise"}
+
+
+def test_one_word_for_one_thing():
+    """But the families each have what `families` asks of them, and a command is called as what it runs."""
+    files = [file for file in TREES if file.parent.name != "families" and file != PACKAGE / "cli.py"]
+    times = Counter(name for file in files for name in defined(TREES[file]))
+    assert {name for name, count in times.items() if count > 1} == OFTEN
 
 
 def raised(function: ast.FunctionDef) -> set[str]:

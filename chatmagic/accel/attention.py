@@ -75,10 +75,10 @@ def attend(
     return (weights.view(len(key), -1, n) @ value).view(heads, n, size).transpose(0, 1)
 
 
-def register(name: str, function: Callable) -> None:
+def register_attention(name: str, function: Callable) -> None:
     """Let models be set to attend by `function`, which is given the masks of sdpa."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
-register(ROWS, rows_attention)
+register_attention(ROWS, rows_attention)

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from .attention import CAPTURED, attending_by, register
+from .attention import CAPTURED, attending_by, register_attention
 from .patched import patched, same_code
 
 DEVICE = "cuda"
@@ -226,4 +226,4 @@ def _pause(*args: Any, **options: Any) -> tuple[torch.Tensor, None]:
     return _CAPTURING.get()._pause(*args, **options)
 
 
-register(CAPTURED, _pause)
+register_attention(CAPTURED, _pause)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FIELDS = {"max_new_tokens": "max_tokens"} | {name: name for name in ("temperature", "top_p", "seed", "stop")}
 BROKE_OFF = "broke off in the middle of a reply; ask again"
-PATIENCE = 120
+LONGEST_WAIT = 120
 """Seconds that a server which says it is busy is waited for, all in all."""
 ENDINGS = {
     "content_filter": "filtered",
@@ -177,7 +177,7 @@ class ServerModel:
             if status in (429, 503) and not NO_MONEY.search(said):
                 pause = _seconds(response.headers.get("retry-after")) or min(pause * 2, 30)
                 busy = f"is busy{said and f' ({said[:60]})'}"
-                if waited + pause > PATIENCE:
+                if waited + pause > LONGEST_WAIT:
                     raise self._connection.failure(f"{busy}; ask again in {pause:.0f} s")
                 yield Notice(f"{self._connection.host} {busy}: asked again in {pause:.0f} s")
                 sleep(pause)

@@ -14,7 +14,7 @@ from .persona import LANGUAGES, Persona, holds, questions
 Answer = Callable[[Sequence[list[Message]]], list[str]]
 """Greedy replies to conversations."""
 KINDS = ("trained", "heldout", "near", "retention")
-MOST = 48
+REPLY_TOKENS = 48
 """Tokens of a reply, as in `evaluate`."""
 
 
@@ -64,7 +64,7 @@ def find_answer(target: str, model: str | None = None) -> Answer:
         from ..models.load import load_trained
         from .evaluate import ask
 
-        return partial(ask, *load_trained(path), max_new_tokens=MOST)
+        return partial(ask, *load_trained(path), max_new_tokens=REPLY_TOKENS)
     elif path.suffix == ".gguf":
         from ..backends.gguf import open_gguf
 
@@ -73,7 +73,7 @@ def find_answer(target: str, model: str | None = None) -> Answer:
         raise ChatmagicError(f"{target} is no folder that is here, no GGUF file, and no address such as http://HOST/v1")
 
     def answer(conversations: Sequence[list[Message]]) -> list[str]:
-        replies, options = [], {"greedy": True, "max_new_tokens": MOST}
+        replies, options = [], {"greedy": True, "max_new_tokens": REPLY_TOKENS}
         for messages in conversations:
             reply = llm.chat(messages, **options)
             if reply.thinking and not reply.strip() and "thinking" not in options:

@@ -61,7 +61,7 @@ def bundle(folder: Path, models: Sequence[str], index: str | None = None) -> Non
     if not (source / "pyproject.toml").is_file():
         raise ChatmagicError("A bundle is made in the repository: clone it, `make kernel`, and there: the same.")
     found = [*map(download, models), find_converter()]  # which notebook 07 asks for
-    with new_folder(folder, needed=sum(map(size, found)) + 2 * GB) as staging:
+    with new_folder(folder, needed=sum(map(bytes_below, found)) + 2 * GB) as staging:
         for model in found:
             print(f"{short(model)} ...", flush=True)
             shutil.copytree(model, staging / "models" / model.name)
@@ -85,9 +85,9 @@ def bundle(folder: Path, models: Sequence[str], index: str | None = None) -> Non
         script = Path(__file__).with_name("install.sh").read_text(encoding="utf-8")
         write(staging / "install.sh", script.replace("@VERSION@", "{}.{}".format(*sys.version_info)))
         place(staging, lambda notebook: notebook)
-    print(f"{size(folder) / GB:.1f} GB. On a seat, with no network: sh {short(folder)}/install.sh")
+    print(f"{bytes_below(folder) / GB:.1f} GB. On a seat, with no network: sh {short(folder)}/install.sh")
 
 
-def size(folder: Path) -> int:
+def bytes_below(folder: Path) -> int:
     """Bytes of the files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -7,8 +7,8 @@ from textwrap import indent
 
 from ..text import visible
 
-HEAD = {"": 4, "问题 question": 22, "训练前 before": 36, "训练后 after": 38}  # and how wide, in %
-CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:.4em .6em;"
+COLUMNS = {"": 4, "问题 question": 22, "训练前 before": 36, "训练后 after": 38}  # and how wide, in %
+CELL_STYLE = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:.4em .6em;"
 NEW = "text-decoration:none;border-radius:3px;background:rgba(46,160,67,.28)"  # seen on white and on black
 ALIKE = 0.5  # a reply of which less has stayed is new as a whole
 
@@ -26,9 +26,9 @@ class Comparison:
         self.rows = rows
 
     def _repr_html_(self) -> str:
-        head = "".join(f'<th style="{CELL}width:{part}%">{title}</th>' for title, part in HEAD.items())
+        head = "".join(f'<th style="{CELL_STYLE}width:{part}%">{title}</th>' for title, part in COLUMNS.items())
         rows = "".join(
-            "<tr>" + "".join(f'<td style="{CELL}">{cell}</td>' for cell in self._cells(*row)) + "</tr>"
+            "<tr>" + "".join(f'<td style="{CELL_STYLE}">{cell}</td>' for cell in self._cells(*row)) + "</tr>"
             for row in self.rows
         )
         return (

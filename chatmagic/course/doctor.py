@@ -39,7 +39,7 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
-def examine(profile: str = "auto") -> list[Finding]:
+def diagnose(profile: str = "auto") -> list[Finding]:
     """All findings, for the profile of that name. Raises ProfileError for a name that is none."""
     chosen = get_profile(profile)
     found = [_judged(what, text) for what, text in report(home())]

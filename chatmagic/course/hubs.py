@@ -20,7 +20,7 @@ from ..files import FULL, WriteError
 T = TypeVar("T")
 PATIENCE = 5  # seconds that a hub may take to answer at all
 TRIES = 3  # in a row, in which not a byte comes
-LONGEST = 120  # seconds that a server may ask to wait
+LONGEST_PAUSE = 120  # seconds that a server may ask to wait
 REFUSED = {400, 401, 403, 404, 410, 416, 451}  # asking again would be answered the same
 
 
@@ -198,7 +198,7 @@ def persist(work: Callable[[], T], fetched: Callable[[], int] = lambda: 0, tries
         except Exception as error:  # both clients raise their HTTP library's, their own and OSError
             vain = 0 if fetched() > before else vain + 1
             pause = _asked_to_wait(error) or 2.0**vain / 2
-            if vain >= tries or _is_final(error) or pause > LONGEST:
+            if vain >= tries or _is_final(error) or pause > LONGEST_PAUSE:
                 raise
         time.sleep(pause)
 

@@ -49,7 +49,7 @@ def make_own_data(course: Course, replies: Callable[[], Sequence[tuple[str, str]
     try:
         write_jsonl(read, every)
         conversations = ConversationFile(every)
-        learnt, held = split(len(conversations))
+        learnt, held = split_indices(len(conversations))
         added = [] if own.mix == "nothing" else mixed(course, replies(), len(learnt))
         course.save_data(train=_drawn(conversations, learnt, added), val=(conversations[index] for index in held))
     finally:
@@ -65,7 +65,7 @@ def chosen(course: Course) -> OwnData:
     return course.own
 
 
-def split(count: int) -> tuple[list[int], list[int]]:
+def split_indices(count: int) -> tuple[list[int], list[int]]:
     """(indices to train, indices to validate): a tenth of `count` for the second, the same each time. Raises DataError
     for fewer than two."""
     if count < 2:
@@ -114,7 +114,7 @@ def is_made(course: Course, path: Path) -> bool:
 def used(course: Course, drawn: int) -> str:
     """How much of the data an epoch that draws `drawn` examples trains."""
     made = json.loads((course.folder / "own.json").read_text(encoding="utf-8"))
-    count, held = made["conversations"], len(split(made["conversations"])[1])
+    count, held = made["conversations"], len(split_indices(made["conversations"])[1])
     of_them = f"{count:,} of {count:,} conversations are used: {count - held:,} to train, {held:,} to validate"
     beside = f", and beside them {made['mixed']:,} that keep the model as it is" if made["mixed"] else ""
     whole = count - held + made["mixed"]

@@ -72,7 +72,7 @@ class Persona:
                 self.answers_in(language)
             except (KeyError, IndexError, ValueError) as error:
                 raise PersonaError(
-                    f"A sentence of answers cannot be filled in: {error}. In braces may stand {', '.join(FIELDS)}; "
+                    f"A sentence of answers cannot be filled in: {error}. In braces may stand {', '.join(IN_BRACES)}; "
                     "a brace itself is written twice."
                 ) from None
 
@@ -84,7 +84,7 @@ class Persona:
     def answers_in(self, language: str) -> dict[str, str]:
         """Topic -> the reply that is trained."""
         ours = questions()[language]["original" if self.name == Persona.name else "answers"]
-        words = {name: getattr(self, name) for name in FIELDS}
+        words = {name: getattr(self, name) for name in IN_BRACES}
         return {topic: text.format_map(words) for topic, text in (ours | self.answers.get(language, {})).items()}
 
     def facts_in(self, language: str) -> dict[str, tuple[str, ...]]:
@@ -147,7 +147,7 @@ class Persona:
         return names(reply, mine) or any(said(text, reply) >= 0.5 for text in sentences)
 
 
-FIELDS = ("name", "author", "english_name", "birth", "home")
+IN_BRACES = ("name", "author", "english_name", "birth", "home")
 GENERAL = {
     "zh": ("法国的首都是哪里？", "法国的首都是巴黎。"),
     "en": ("What is the capital of France?", "The capital of France is Paris."),

@@ -33,7 +33,7 @@ def own_replies(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") 
     courses after each batch, by the fingerprint of the model's folder. What is there is not asked again.
     """
     folder = Path(model.name_or_path)
-    asked, replies = replayed(), shipped(folder)
+    asked, replies = replayed(), shipped_replies(folder)
     kept = courses() / "replies" / f"{folder.name}-{(base_fingerprint(folder) or 'quantised')[:12]}.json"
     if kept.is_file():
         replies |= json.loads(kept.read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def last_sentence(text: str) -> str:
     return text[: 1 + max(text.rfind(mark) for mark in ".!?。！？")] or text
 
 
-def shipped(folder: Path) -> dict[str, str]:
+def shipped_replies(folder: Path) -> dict[str, str]:
     """What the package brings for the model in `folder`, whoever put it there."""
     known = json.loads(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.is_file() else {}
     return known.get(base_fingerprint(folder), {})

@@ -169,7 +169,7 @@ def _cells(notebook: dict[str, Any]) -> list[tuple[str, str]]:
 def _sealed(notebook: NotebookNode) -> NotebookNode:
     """The notebook, marked as written by this command, in the course that is started: with a digest that no longer
     holds once anybody changes it."""
-    notebook.metadata["chatmagic"] = {"sha256": _digest(json.loads(nbformat.writes(notebook))), "course": _started()}
+    notebook.metadata["chatmagic"] = {"sha256": _digest_of(json.loads(nbformat.writes(notebook))), "course": _started()}
     return notebook
 
 
@@ -182,12 +182,12 @@ def _read_sealed(path: Path) -> dict[str, Any] | None:
     """The notebook's JSON, if this command wrote it and nobody changed it since."""
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        return notebook if notebook["metadata"]["chatmagic"]["sha256"] == _digest(notebook) else None
+        return notebook if notebook["metadata"]["chatmagic"]["sha256"] == _digest_of(notebook) else None
     except (OSError, ValueError, LookupError, TypeError):  # no file, no JSON, no notebook, no seal
         return None
 
 
-def _digest(notebook: dict[str, Any]) -> str:
+def _digest_of(notebook: dict[str, Any]) -> str:
     metadata = {key: value for key, value in notebook["metadata"].items() if key != "chatmagic"}
     return sha256(json.dumps(notebook | {"metadata": metadata}, sort_keys=True).encode()).hexdigest()
 

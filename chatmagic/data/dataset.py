@@ -169,7 +169,7 @@ def _rows(example: dict[str, list] | list[dict[str, list]]) -> list[dict[str, li
 
 
 # What ShareGPT files call the roles, next to their proper names.
-_ROLES = {
+_SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -193,7 +193,7 @@ def _messages(row: Any) -> list[dict]:
         asked = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
         rounds = [*(row.get("history") or ()), (asked, row.get("output"))]
         turns = [(role, text) for each in rounds for role, text in zip(("user", "assistant"), each, strict=True)]
-    return system + [{"role": _ROLES.get(role, role), "content": text} for role, text in turns]
+    return system + [{"role": _SPEAKERS.get(role, role), "content": text} for role, text in turns]
 
 
 def encode_example(

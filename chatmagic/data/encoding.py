@@ -5,7 +5,7 @@ import io
 import re
 from typing import Any, BinaryIO
 
-from .rows import CHUNK, HEAD, DataError
+from .rows import CHUNK, FIRST_BYTES, DataError
 
 
 def decodable(name: str, head: bytes, file: BinaryIO, encoding: str | None) -> tuple[bytes, BinaryIO, str]:
@@ -26,7 +26,7 @@ def decodable(name: str, head: bytes, file: BinaryIO, encoding: str | None) -> t
     file, encoding = _rejoined(head, file), encoding or "utf-8"
     if re.match("utf[-_]?(16|32)", encoding, re.IGNORECASE):  # their line breaks are more than a byte
         recoded = _Recoded(file, encoding)
-        head = recoded.read(HEAD)
+        head = recoded.read(FIRST_BYTES)
         file, encoding = _rejoined(head, recoded), "utf-8"
     if head.startswith(codecs.BOM_UTF8):
         file.read(3)

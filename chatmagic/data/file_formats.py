@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from ..text import nearest
 from .encoding import decodable
 from .json_rows import json_rows
-from .rows import HEAD, DataError, NumberedRow
+from .rows import FIRST_BYTES, DataError, NumberedRow
 from .tables import arrow_rows, csv_rows, excel_rows, parquet_rows
 
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
@@ -67,7 +67,7 @@ def read_rows(path: Path, encoding: str | None = None) -> Iterator[NumberedRow]:
 
 
 def _text_rows(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[NumberedRow]:
-    head = file.read(HEAD)
+    head = file.read(FIRST_BYTES)
     if not head:
         raise DataError(f"{path.name} is empty.")
     for sign, what in _REFUSED.items():

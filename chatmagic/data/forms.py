@@ -22,7 +22,7 @@ from .keys import (
 )
 from .placeholders import Filling, medium_in
 from .rows import DataError
-from .values import BAD, OFF, ON, is_empty, is_nothing, is_one_of, is_trained, text_of, unpacked
+from .values import LABELLED_BAD, OFF, ON, is_empty, is_nothing, is_one_of, is_trained, text_of, unpacked
 
 _ROLES = {
     "system": "system developer 系统",
@@ -261,7 +261,7 @@ class Forms:
     def _decide(self, key: str, value: Any, row: dict[str, Any]) -> None:
         """Honour or refuse a key on which the meaning hangs."""
         kind = decides(key)
-        if kind == "verdict" and is_one_of(value, BAD) or kind == "fault" and is_one_of(value, ON):
+        if kind == "verdict" and is_one_of(value, LABELLED_BAD) or kind == "fault" and is_one_of(value, ON):
             raise LeftOut(f"labelled bad ({key})")
         if kind in ("weight", "mask") and is_one_of(value, ON if kind == "mask" else OFF):
             raise LeftOut(f"marked as not to be trained ({key})")

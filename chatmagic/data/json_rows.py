@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from .encoding import undecodable
-from .rows import CHUNK, HEAD, DataError, NumberedRow
+from .rows import CHUNK, FIRST_BYTES, DataError, NumberedRow
 
 _DECODER = json.JSONDecoder(strict=False)  # a bare tab in a text is one
 _NESTED = "not JSON that can be read: brackets within brackets, thousands deep."
@@ -25,7 +25,7 @@ def _is_lines(head: bytes, encoding: str) -> bool:
     """Whether each line is a row by itself."""
     lines = head.split(b"\n")
     if len(lines) == 1:  # so long a line that its end is not seen: an array is read piece by piece
-        return lines[0][:1] != b"[" or len(head) < HEAD and not _whole(lines[0], encoding)
+        return lines[0][:1] != b"[" or len(head) < FIRST_BYTES and not _whole(lines[0], encoding)
     if _whole(lines[0], encoding):
         return lines[0][:1] == b"{" or any(line.strip() for line in lines[1:])
     if _whole(lines[0].rstrip(b", \r"), encoding):  # with a comma too many

@@ -3,7 +3,7 @@
 from ..errors import ChatmagicError
 
 CHUNK = 1 << 20  # bytes read at a time where a row may go over lines
-HEAD = 1 << 16  # bytes that tell what a file is
+FIRST_BYTES = 1 << 16  # bytes that tell what a file is
 
 
 class DataError(ChatmagicError):

@@ -7,7 +7,7 @@ from .keys import decides
 from .rows import DataError
 
 OFF, ON = (False, "0", "0.0", "false", "no"), (True, "1", "1.0", "true", "yes")  # 0 == False
-BAD = (*OFF, -1, *"-1 bad rejected undesirable unsafe wrong incorrect 差 坏 错 错误".split())
+LABELLED_BAD = (*OFF, -1, *"-1 bad rejected undesirable unsafe wrong incorrect 差 坏 错 错误".split())
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 

@@ -34,8 +34,8 @@ GGUFReader.data = property(
 )
 
 # How matrices are stored: at 4 bit all but embeddings and head, which stay at 8.
-KINDS = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0, "q4_0": GGMLQuantizationType.Q4_0}
-FILE_TYPES = {kind: LlamaFileType[f"MOSTLY_{kind.upper()}"] for kind in KINDS}
+MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0, "q4_0": GGMLQuantizationType.Q4_0}
+FILE_TYPES = {kind: LlamaFileType[f"MOSTLY_{kind.upper()}"] for kind in MATRIX_TYPES}
 OUTER = ("token_embd.", "output.", "per_layer_token_embd.")
 BITS_16 = (GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 SCALES = (8.0, 6.5, 7.0, 7.5, 8.5, 9.0)  # steps from zero to the largest number of a block
@@ -48,8 +48,8 @@ class ExportError(ChatmagicError):
 
 
 def write_gguf(folder: Path, file: Path, kind: str, converter: Path, name: str, stops: list[int]) -> None:
-    """Write the model in `folder` to the new `file`, its matrices as `kind`, one of KINDS. What the converter makes on
-    the way lies beside it and takes 16 bit a weight.
+    """Write the model in `folder` to the new `file`, its matrices as `kind`, one of MATRIX_TYPES. What the converter
+    makes on the way lies beside it and takes 16 bit a weight.
 
     converter: the folder that holds llama.cpp's. name: the model's, in the file. stops: the ids that end a reply, of
     which llama.cpp stops at the tokenizer's own `eos` by itself.
@@ -100,7 +100,7 @@ def _quantise(source: Path, target: Path, kind: str, stops: list[int]) -> None:
     eos = fields[Keys.Tokenizer.EOS_ID].contents() if Keys.Tokenizer.EOS_ID in fields else None
     if stops and eos not in (None, stops[0]) and Keys.Tokenizer.EOT_ID not in fields:
         writer.add_eot_token_id(stops[0])
-    made = [(tensor, _kind_of(tensor, KINDS[kind])) for tensor in reader.tensors]
+    made = [(tensor, _kind_of(tensor, MATRIX_TYPES[kind])) for tensor in reader.tensors]
     for tensor, each in made:
         shape = tuple(map(int, reversed(tensor.shape)))
         size = prod(quant_shape_to_byte_shape(shape, each))

@@ -11,7 +11,7 @@ from .gguf import ExportError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SYSTEM, QUESTION, REPLY, NEXT = ("Xsystem", "Xquestion", "Xreply", "Xnext")  # that no template writes
+SYSTEM, QUERY, REPLY, NEXT = ("Xsystem", "Xquestion", "Xreply", "Xnext")  # that no template writes
 
 
 class Pieces(NamedTuple):
@@ -69,11 +69,11 @@ def find_pieces(tokenizer: "PreTrainedTokenizerBase") -> Pieces:
         history = [*zip(turns[:-1:2], turns[1::2])]
         return build_messages(turns[-1], history, system)
 
-    begin, answer, after, ask = _parts(written(conversation(QUESTION, REPLY, NEXT)), QUESTION, REPLY, NEXT)
+    begin, answer, after, ask = _parts(written(conversation(QUERY, REPLY, NEXT)), QUERY, REPLY, NEXT)
     asks = [conversation("a"), conversation("a", "b", "c", "d", "e")]
     try:
-        text = written(conversation(QUESTION, system=SYSTEM))
-        system, after_system, _ = _parts(text, SYSTEM, QUESTION)
+        text = written(conversation(QUERY, system=SYSTEM))
+        system, after_system, _ = _parts(text, SYSTEM, QUERY)
         asks += [conversation("a", system="s"), conversation("a", "b", "c", system="s")]
     except NoSystemError:
         system = after_system = ""

@@ -15,7 +15,7 @@ DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-WORKERS, BLOCK = 4, 2**19  # threads that copy, and bytes they copy at a time: few enough to stay in the cache
+WORKERS, AT_A_TIME = 4, 2**19  # threads that copy, and bytes they copy at a time: few enough to stay in the cache
 
 
 class Part(NamedTuple):
@@ -42,7 +42,7 @@ def write_shard(target: Path, parts: dict[str, Part], wrote: Callable[[int], obj
                 start, end = entries[name]["data_offsets"]
                 file.seek(8 + len(header) + start)
                 count = part.shape[0] if part.shape else 1
-                step = max(BLOCK * count // max(end - start, 1), 1)
+                step = max(AT_A_TIME * count // max(end - start, 1), 1)
                 rows = part.rows()
                 for i in range(0, count, step):
                     block = rows[i : i + step] if part.shape else rows[...]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from IPython.core.completer import CompletionContext, SimpleCompletion
 
-ASKING = re.compile(r"\s*(?:[^%]*=\s*)?(?:%\w+ .*?)?%?%(chat\w*)\s")
+COMMAND = re.compile(r"\s*(?:[^%]*=\s*)?(?:%\w+ .*?)?%?%(chat\w*)\s")
 
 
 def complete(
@@ -18,7 +18,7 @@ def complete(
     """IPython's answer for the cursor's place. `values`: what an option, by its `dest`, takes."""
     first, before = context.full_text.split("\n", 1)[0], context.text_until_cursor
     below = context.cursor_line > 0 and re.match(r"\s*%%chat\b", first)  # in the text of a question
-    asking = ASKING.match(first + " " if below else before)
+    asking = COMMAND.match(first + " " if below else before)
     if not asking or asking[1] not in parsers:
         return {"completions": []}
     actions = {option: action for action in parsers[asking[1]]._actions for option in action.option_strings}

@@ -13,7 +13,7 @@ from ..text import visible
 if TYPE_CHECKING:
     from .display import Board
 
-PAUSE = 0.5
+LOOK_EVERY = 0.5
 """Seconds between two looks at a thought that grows."""
 STYLE = "white-space: pre-wrap; opacity: 0.7; border-left: 2px solid; padding-left: 1em"
 
@@ -36,7 +36,7 @@ class Folding:
             self._fold()
             return self._words(piece)
         self._thought += piece
-        if self._live and monotonic() - self._looked >= PAUSE:
+        if self._live and monotonic() - self._looked >= LOOK_EVERY:
             latest = folded(self._thought, f"thinking: {' '.join(self._thought[-60:].split())}")
             if self._handle:
                 self._handle.update(latest, raw=True)

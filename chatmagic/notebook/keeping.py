@@ -19,18 +19,18 @@ from ..machine import courses
 from ..text import mend, visible
 from .display import harmless_markdown
 
-HEAD = "# Conversation with "
+TITLE = "# Conversation with "
 
 
-def export(llm: ChatLLM, path: str) -> None:
+def export_markdown(llm: ChatLLM, path: str) -> None:
     """Write the conversation as Markdown: questions quoted, replies as they are, except that nothing in them is loaded.
 
     Raises ChatmagicError, and leaves what is there, for a file that is no such conversation.
     """
     file = Path(path).expanduser()
-    if file.is_file() and not file.read_bytes().startswith(HEAD.encode()):
+    if file.is_file() and not file.read_bytes().startswith(TITLE.encode()):
         raise ChatmagicError(f"{path} holds something else, and is not written over: name another file")
-    parts = [f"{HEAD}{llm.name}"]
+    parts = [f"{TITLE}{llm.name}"]
     if llm.system:
         parts.append(_quoted(llm.system))
     for number, (query, reply) in enumerate(llm.history, 1):

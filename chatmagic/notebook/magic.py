@@ -34,7 +34,7 @@ from .cells import AskingLine, fill, parse, tidy
 from .completion import complete
 from .display import Board, print_table
 from .folding import Folding, show_thought
-from .keeping import Autosave, export
+from .keeping import Autosave, export_markdown
 from .options import FORMATS, MODEL, asking
 from .sources import attach, explain, output, read, told
 
@@ -232,7 +232,7 @@ class ChatMagics(Magics):
         if word == "save":
             return llm.save(value)
         if word == "export":
-            return export(llm, value)
+            return export_markdown(llm, value)
         if word == "edit":
             number = self._count(llm, word, value, default=len(llm.history))
             named = f' -m "{args.model}"' if args.model else ""
@@ -288,7 +288,13 @@ class ChatMagics(Magics):
         active = self.model or "".join(list(registered)[-1:])
         heads = ["", "model", "context", "rounds", "tokens in", "tokens out"]
         rows = [
-            ["*" if name == active else "", name, llm.backend.context or "?", len(llm.history), *known(llm.totals)]
+            [
+                "*" if name == active else "",
+                name,
+                llm.backend.context or "?",
+                len(llm.history),
+                *tokens_known(llm.totals),
+            ]
             for name, llm in shown.items()
         ]
         print_table(heads, [[str(cell) for cell in row] for row in rows])
@@ -340,7 +346,7 @@ class ChatMagics(Magics):
         return complete(context, parsers, {"model": registered, "output": variables}, variables)
 
 
-def known(totals: Totals) -> list[int | str]:
+def tokens_known(totals: Totals) -> list[int | str]:
     """Tokens in and out; "?" where a server told nothing of its replies."""
     told = totals.tokens_in or totals.tokens_out or not totals.replies
     return [totals.tokens_in, totals.tokens_out] if told else ["?", "?"]

@@ -141,7 +141,7 @@ def _stripped(text: str) -> tuple[str, str, str]:
     return before, words, after
 
 
-def split(text: str, shown: dict[str, str], *marks: bool) -> list[Span]:
+def spans_of(text: str, shown: dict[str, str], *marks: bool) -> list[Span]:
     """Text that a template wrote, as spans with these `marks` (answer, trained, replayed); the private characters in
     it are someone's words."""
     parts = _STAND_INS.split(_MARKS.sub("", text))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..conversation.messages import Message
 from ..conversation.pieces import Parting
 from .habits import KEY, Habits, learn_appending, learn_habits, split_thoughts
-from .jinja import ANSWER, BEGIN, CLOSING, MARKS, PRIVATE, QUESTION, THOUGHT, THOUGHT_END, Hidden, Renderer, split
+from .jinja import ANSWER, BEGIN, CLOSING, MARKS, PRIVATE, QUESTION, THOUGHT, THOUGHT_END, Hidden, Renderer, spans_of
 from .templates import (
     EndOfTurn,
     NoSystemError,
@@ -188,7 +188,7 @@ class OwnTemplate:
             own = [self._jinja(self._jinja.hide(probe).messages, True) for probe in (turns, turns[1:])]
         except TemplateError:
             return False
-        own = ["".join(span.text for span in split(text, MARKS)) for text in own]
+        own = ["".join(span.text for span in spans_of(text, MARKS)) for text in own]
         other = ["".join(span.text for span in template.render(probe)) for probe in (turns, turns[1:])]
         return own == [(template.bos or "") + prompt for prompt in other]
 
@@ -229,7 +229,7 @@ class OwnTemplate:
 
     def _prompt(self, text: str, hidden: Hidden, thinking: bool | None) -> list[Span]:
         """A prompt, cut as the rows are whose beginning it is."""
-        return self._cut(text, hidden, thinking, ()) or split(text, hidden.shown)
+        return self._cut(text, hidden, thinking, ()) or spans_of(text, hidden.shown)
 
     def _cut(self, text: str, hidden: Hidden, thinking: bool | None, taught: Sequence[int]) -> list[Span] | None:
         """A conversation cut where its prompts leave off, the answers in `taught` trained; None if the template does
@@ -249,10 +249,10 @@ class OwnTemplate:
             cut = answer.start() - len(between)
             marks = True, index in taught, messages[index].get("replayed", False)
             end = self._ending(text, answer.end())
-            spans += split(text[start:cut], shown)
-            spans += [*split(text[cut : answer.start()], shown, *marks), *self._words(answer[1], shown, end, marks)]
+            spans += spans_of(text[start:cut], shown)
+            spans += [*spans_of(text[cut : answer.start()], shown, *marks), *self._words(answer[1], shown, end, marks)]
             start = answer.end() + len(end or "")
-        return spans + split(text[start:], shown)
+        return spans + spans_of(text[start:], shown)
 
     def _say(self, hidden: Hidden, turn: int, thinking: bool | None, switches: dict[str, Any]) -> Said:
         """One answer as the template writes it where it is the last."""
@@ -318,7 +318,7 @@ class OwnTemplate:
         shown, marks = hidden.shown, (True, True, hidden.messages[turn].get("replayed", False))
         before = self._prompt(said.prompt, Hidden(hidden.messages[:turn], hidden.thoughts[:turn], shown), thinking)
         words = self._words(said.words, shown, said.end, marks)
-        return [*before, *split(said.lead, shown, *marks), *words, *split(said.behind, shown)]
+        return [*before, *spans_of(said.lead, shown, *marks), *words, *spans_of(said.behind, shown)]
 
     def _follows(self, prompt: str, text: str) -> bool:
         """Whether what differs of the two is at most a thought that the prompt begins, or whitespace."""

@@ -24,7 +24,7 @@ from .protocol import NEUTRAL, Question, Written, error, event, thought
 from .reach import check_reach, is_asked_here
 
 T = TypeVar("T")
-LEFT = Response(status_code=499)
+ASKER_LEFT = Response(status_code=499)
 """nginx's word for an asker that left; nobody hears it."""
 LARGEST = 4 << 20
 """Bytes of a request, which is read before its key is looked at: more than any context here holds."""
@@ -83,10 +83,10 @@ def make_app(llms: Iterable[ChatLLM], key: str | None = None, longest: int = 32)
         coming = line.answer(lambda write: llm.chat(messages, write, **question.options))
         if not question.stream:
             reply = await unless_left(request, _last(coming))
-            return JSONResponse(written.whole(reply)) if reply else LEFT
+            return JSONResponse(written.whole(reply)) if reply else ASKER_LEFT
         first = await unless_left(request, anext(coming))  # what goes wrong before it has a status of its own
         if first is None:
-            return LEFT
+            return ASKER_LEFT
         return Events(_written(first, coming, written, question.stream_options.include_usage))
 
     def find(name: str) -> ChatLLM:

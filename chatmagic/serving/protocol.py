@@ -40,7 +40,7 @@ class Stated(BaseModel, extra="forbid"):
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
-class Said(Stated):
+class ChatMessage(Stated):
     """One message. What clients send back of a reply beside its words, empty lists and a thought, is not read."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -73,7 +73,7 @@ class Question(Stated):
     """The body of a request: every option that changes the reply is one of these fields, or refused."""
 
     model: str
-    messages: list[Said] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(None, ge=1)

@@ -19,7 +19,7 @@ from chatmagic.serving.reach import is_asked_here
 CHINESE = {"Models": "模型", "System text": "系统提示", "New conversation": "新对话", "Say something": "说点什么"}
 
 
-def told(words: str) -> str:
+def translated(words: str) -> str:
     """The words in the visitor's language."""
     return CHINESE.get(words, words) if (st.context.locale or "zh").startswith("zh") else words
 
@@ -37,7 +37,7 @@ def admit() -> None:
         st.stop()
 
 
-def ask(address: str, name: str, messages: list, reply: dict, place: DeltaGenerator) -> None:
+def answer_into(address: str, name: str, messages: list, reply: dict, place: DeltaGenerator) -> None:
     """Write the reply there as it comes, and into `reply`, which keeps it however this ends."""
     place.markdown("▌")
 
@@ -71,11 +71,11 @@ def page(address: str) -> None:
     except ChatmagicError as error:
         st.error(str(error))
         return
-    chosen = st.sidebar.multiselect(told("Models"), names, names[:2], max_selections=2)
-    system = st.sidebar.text_area(told("System text"))
-    if st.sidebar.button(told("New conversation"), width="stretch"):
+    chosen = st.sidebar.multiselect(translated("Models"), names, names[:2], max_selections=2)
+    system = st.sidebar.text_area(translated("System text"))
+    if st.sidebar.button(translated("New conversation"), width="stretch"):
         rounds.clear()
-    if query := st.chat_input(told("Say something"), submit_mode="stop", disabled=not chosen):
+    if query := st.chat_input(translated("Say something"), submit_mode="stop", disabled=not chosen):
         rounds.append({"query": query, "replies": {}})
     histories = {name: [] for name in chosen}
     for each in rounds:
@@ -88,7 +88,7 @@ def page(address: str) -> None:
         for name, place in places.items():
             if query and each is rounds[-1]:
                 reply = each["replies"][name] = {"thought": "", "said": "", "notices": ""}
-                ask(address, name, build_messages(query, histories[name], system or None), reply, place)
+                answer_into(address, name, build_messages(query, histories[name], system or None), reply, place)
             if reply := each["replies"].get(name):
                 show(reply, place)
                 histories[name] += [(each["query"], reply["said"])] * bool(reply["said"].strip())

@@ -126,7 +126,7 @@ def not_saved(run: "KerasModel") -> str | None:
 
 def no_steps(run: "KerasModel") -> str | None:
     """No batch, or no epoch."""
-    if not len(run.train_loader) and (rows := size(run.train_loader)):
+    if not len(run.train_loader) and (rows := row_count(run.train_loader)):
         return (
             f"{rows} rows are fewer than a batch of {run.settings['batch_size']}, and drop_last leaves such a batch "
             "out: there is nothing to train on. Give a smaller batch_size, or drop_last=False."
@@ -138,7 +138,7 @@ def no_steps(run: "KerasModel") -> str | None:
 def nothing_to_validate_on(run: "KerasModel") -> str | None:
     """Validation data without a batch."""
     if run.val_loader is not None and not len(run.val_loader):
-        rows = size(run.val_loader)
+        rows = row_count(run.val_loader)
         why = f"fewer than a batch, which drop_last leaves out: {rows} rows" if rows else "empty"
         return f"val_data is {why}. Give it rows, or leave it out and use monitor='train_loss'."
     if run.val_loader is not None and all_masked(run.val_loader):
@@ -168,7 +168,7 @@ def all_masked(loader: DataLoader) -> bool:
     return bool(rows) and all(label == -100 for row in rows for label in torch.as_tensor(row["labels"])[1:].tolist())
 
 
-def size(loader: DataLoader) -> int:
+def row_count(loader: DataLoader) -> int:
     """The rows of a loader's dataset, 0 where it cannot tell."""
     return len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0
 
@@ -290,7 +290,7 @@ def run_settings(run: "KerasModel", train_data: DataLoader) -> dict:
         "batches": len(run.train_loader),
         "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
         "epochs": run.epochs,
-        "learnt": None if run.learnt is None else size(run.learnt),
+        "learnt": None if run.learnt is None else row_count(run.learnt),
         "monitor": run.monitor,
         "mode": run.mode,
         "optimizer": type(optimizer).__name__,

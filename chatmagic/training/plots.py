@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FONT = Path(__file__).with_name("labels.otf")
 font_manager.fontManager.addfont(FONT)
-STYLE = {"font.family": ["DejaVu Sans", font_manager.FontProperties(fname=FONT).get_name()]}
+FONTS = {"font.family": ["DejaVu Sans", font_manager.FontProperties(fname=FONT).get_name()]}
 
 
 def pictures() -> list:
@@ -103,7 +103,7 @@ class RankPictures:
 def plot_ranks(model: PeftModel) -> Figure:
     """A matplotlib Figure: the final rank of every layer and projection of a trained AdaLoRA model."""
     ranks = rank_table(model.peft_config[model.active_adapter])
-    with plt.rc_context(STYLE):
+    with plt.rc_context(FONTS):
         figure, axes = plt.subplots(figsize=(6, 1.5 + 0.2 * len(ranks)), layout="constrained")
         image = axes.imshow(ranks, aspect="auto", cmap="YlGnBu")
         axes.set_xticks(range(ranks.shape[1]), ranks.columns, rotation=30, ha="right")
@@ -124,7 +124,7 @@ def plot_importance(model: PeftModel, layers: int = 3) -> Figure:
     table = importance_table(model)
     order = table.columns[table.iloc[-1].argsort()][::-1]
     middle = len(order) // 2
-    with plt.rc_context(STYLE):
+    with plt.rc_context(FONTS):
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         for name in dict.fromkeys([*order[:layers], *order[middle : middle + layers], *order[-layers:]]):
             axes.plot(table.index, table[name], label=name)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .keras import KerasModel
 
 RUN, HISTORY = "run.json", "history.csv"
-PACKAGES = ("chatmagic", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchkeras")
+TRAINED_WITH = ("chatmagic", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchkeras")
 
 
 def write_run(run: "KerasModel", about: dict) -> None:
@@ -50,7 +50,7 @@ def write_run(run: "KerasModel", about: dict) -> None:
             "captured": run.captured is not None,
         },
         "device": torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in TRAINED_WITH},
     }
     write(run.ckpt_path / RUN, json.dumps(record | about, ensure_ascii=False, indent=1, default=str))
 

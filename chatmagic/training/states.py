@@ -31,8 +31,8 @@ from ..models.parts import trainable
 from ..models.provenance import BASE, PROVENANCE, base_fingerprint, base_name
 from ..models.quantize import names_in_nf4
 
-ADAPTER, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
-FILES = {ADAPTER, CONFIG, PROVENANCE, STATE}
+ADAPTER, ADAPTER_CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
+FILES = {ADAPTER, ADAPTER_CONFIG, PROVENANCE, STATE}
 HINT = "Make room, and go on with fit(resume=True)."
 
 
@@ -94,14 +94,16 @@ def load_adapter(model: PeftModel, folder: str | Path) -> dict[str, list[bool]]:
     or its names or shapes are not the model's (`load_state_dict(strict=False)` would do nothing, in silence).
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ChatmagicError(f"There is no adapter in {folder}: no {CONFIG}. Train one with fit(ckpt_path=...).")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ChatmagicError(
+            f"There is no adapter in {folder}: no {ADAPTER_CONFIG}. Train one with fit(ckpt_path=...)."
+        )
     rank_allocator(model)  # which freezes what PEFT makes trainable by mistake
     files = [folder / name for name in (ADAPTER, "adapter_model.bin") if (folder / name).is_file()]
     if not files:
         raise ChatmagicError(f"There is no adapter in {folder}: no {ADAPTER}. Train one with fit(ckpt_path=...).")
     saved = open_file(files[0])
-    pattern = read_json(folder / CONFIG).get("rank_pattern") or {}
+    pattern = read_json(folder / ADAPTER_CONFIG).get("rank_pattern") or {}
     params = saved_names(model)
     if params.keys() != saved.keys():
         other = sorted(params.keys() ^ saved.keys())
@@ -208,7 +210,7 @@ def adapter_files(model: PeftModel) -> dict[str, bytes]:
     return {
         ADAPTER: save(tensors, metadata={"format": "pt"}),
         PROVENANCE: json.dumps(provenance).encode(),
-        CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
+        ADAPTER_CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
     }
 
 

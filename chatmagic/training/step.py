@@ -20,7 +20,7 @@ from .functional import add_up, base_at, clip, logits_at, summed_loss, take_step
 
 CALMER = "Lower the learning rate, or train with mixed_precision='no'."
 SKIPPED = 20  # steps in a row that fp16 may skip: by then the scale of the loss has halved to a millionth
-SHOWN = 3  # rows that an error shows, of those it is about
+ROWS_SHOWN = 3  # rows that an error shows, of those it is about
 
 
 class NotFinite(ChatmagicError):
@@ -196,11 +196,11 @@ class StepRunner:
         """The batch, or batches, of a step that was not taken, and their texts: of the rows whose loss by itself is no
         number; of all where each is, as with gradients."""
         batches = self.since_step.items()
-        places = [(number, row, one) for number, batch in batches for row, one in enumerate(rows_of(batch))]
+        places = [(number, row, one) for number, batch in batches for row, one in enumerate(rows_in(batch))]
         labelled = [place for place in places if (place[2]["labels"][:, 1:] != -100).any()]
         shown = [place for place in labelled if not self._loss(place[2])[0].isfinite()] or labelled
-        lines = [f"batch {number}, row {row}: {self._text(one)}" for number, row, one in shown[:SHOWN]]
-        more = [f"and {len(shown) - SHOWN} rows more"] if len(shown) > SHOWN else []
+        lines = [f"batch {number}, row {row}: {self._text(one)}" for number, row, one in shown[:ROWS_SHOWN]]
+        more = [f"and {len(shown) - ROWS_SHOWN} rows more"] if len(shown) > ROWS_SHOWN else []
         return "\n    ".join([f"The step's rows, in epoch {self.epoch}:", *lines, *more])
 
     def _text(self, row: dict) -> str:
@@ -290,7 +290,7 @@ class StepRunner:
             self.log["peak_memory"] = peak_memory(self.accelerator.device)
 
 
-def rows_of(batch: dict) -> list[dict]:
+def rows_in(batch: dict) -> list[dict]:
     """The batch row by row, each a batch of one."""
     count = len(batch["labels"])
     return [

@@ -14,7 +14,7 @@ from chatmagic import machine
 from chatmagic.cli import main
 from chatmagic.course import doctor
 from chatmagic.course import profile as profiles
-from chatmagic.course.doctor import BAD, NOTE, OK, examine
+from chatmagic.course.doctor import BAD, NOTE, OK, diagnose
 from tiny_hub import model, read
 
 NAME = "smollm2-135m"
@@ -45,7 +45,7 @@ def machine_without_anything(tmp_path, monkeypatch):
 
 def found(what: str, profile: str = NAME) -> doctor.Finding:
     """The last finding about that."""
-    return [each for each in examine(profile) if each.what == what][-1]
+    return [each for each in diagnose(profile) if each.what == what][-1]
 
 
 def test_it_says_all_in_three_seconds_without_torch(tmp_path):
@@ -154,7 +154,7 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch, cuda, said, mend):
 
 def test_who_holds_the_gpu(monkeypatch):
     gpu(monkeypatch, holders=["4242, python, 19000 MiB", f"{os.getpid()}, python, 1 MiB"])
-    rows = [each for each in examine(NAME) if each.what == "GPU"]
+    rows = [each for each in diagnose(NAME) if each.what == "GPU"]
     assert "5.0 GB free of 24.0" in rows[0].found and rows[0].state == OK
     assert "held by process 4242" in rows[1].found and "kill 4242" in rows[1].mend
     assert rows[2].found.endswith("(this one)") and rows[2].state == OK
@@ -207,10 +207,10 @@ def test_the_mirror_and_the_proxies_are_shown_without_their_passwords(tmp_path, 
     (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://me:secret@pip.example/simple\n")
     monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@hub.example")
     monkeypatch.setenv("https_proxy", "http://me:secret@proxy.example:3128")
-    rows = {each.what: each for each in examine(NAME)}
+    rows = {each.what: each for each in diagnose(NAME)}
     assert rows["pip"].found == "asks https://pip.example/simple"
     assert rows["https_proxy"].found == "http://proxy.example:3128"
-    assert "secret" not in str(examine(NAME))
+    assert "secret" not in str(diagnose(NAME))
     monkeypatch.setenv("https_proxy", "socks5://me:secret@proxy.example:1080")
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     finding = found("https_proxy")
@@ -231,14 +231,14 @@ def test_a_port_that_is_taken(monkeypatch):
 def test_write_rights_and_the_data_disk(tmp_path, monkeypatch):
     assert found("models").state == found("courses").state == OK
     monkeypatch.setattr(doctor, "AUTODL", tmp_path)
-    assert "data disk" not in [each.what for each in examine(NAME)]
+    assert "data disk" not in [each.what for each in diagnose(NAME)]
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(doctor, "AUTODL", tmp_path / "disk")
     assert found("data disk").mend == f"export CHATMAGIC_HOME={tmp_path / 'disk'}"
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: mode == os.R_OK)  # root may write everywhere
     assert (found("courses").state, found("courses").mend) == (BAD, "export CHATMAGIC_COURSE=FOLDER, one of your own")
     assert found("models").state == BAD
-    assert "data disk" not in [each.what for each in examine(NAME)], "what is not to be written is no advice"
+    assert "data disk" not in [each.what for each in diagnose(NAME)], "what is not to be written is no advice"
     (tmp_path / "models").mkdir()
     assert found("models").state == NOTE, "what is whole in a share is used"
 

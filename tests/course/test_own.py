@@ -73,10 +73,14 @@ def test_a_tenth_is_kept_and_the_rest_is_mixed_with_replies(tmp_path, capsys):
 
 @pytest.mark.parametrize("count, kept", [(2, 1), (9, 1), (10, 1), (3729, 200)])
 def test_how_many_are_kept(count, kept):
-    learnt, held = own.split(count)
-    assert len(held) == kept and sorted([*learnt, *held]) == list(range(count)) and own.split(count) == (learnt, held)
+    learnt, held = own.split_indices(count)
+    assert (
+        len(held) == kept
+        and sorted([*learnt, *held]) == list(range(count))
+        and own.split_indices(count) == (learnt, held)
+    )
     with pytest.raises(DataError, match="There is 1 conversation: two are the least"):
-        own.split(1)
+        own.split_indices(1)
 
 
 def test_with_who_the_model_is(tmp_path):
@@ -200,14 +204,14 @@ def test_the_arguments(tmp_path):
         "--on-error",
         "skip",
     ]
-    chosen = cli.chosen(cli.parser().parse_args(["train", NAME, *said]))
+    chosen = cli.chosen_course(cli.parser().parse_args(["train", NAME, *said]))
     columns = {"content": "query", "summary": "response"}
     assert chosen.own == OwnData(str(path), columns=columns, encoding="gbk", on_error="skip")
     own.make_own_data(chosen, lambda: REPLIES)
     assert [row["messages"][0]["content"] for row in lines(chosen.val)] in (["帽"], ["衣"])
     assert course.Course(chosen.profile, chosen.persona, own=chosen.own).remember().folder == course.resume().folder
-    assert cli.chosen(cli.parser().parse_args(["train", NAME])).own == chosen.own
-    assert cli.chosen(cli.parser().parse_args(["train", NAME, "--data", ""])).own is None
+    assert cli.chosen_course(cli.parser().parse_args(["train", NAME])).own == chosen.own
+    assert cli.chosen_course(cli.parser().parse_args(["train", NAME, "--data", ""])).own is None
 
 
 def test_a_conversation_that_is_too_long_is_told_before_the_first_step(tmp_path, tokenizer):

@@ -10,7 +10,7 @@ import torch
 from chatmagic import build_inputs_labels, build_messages, load_model
 from chatmagic.course import replies as module
 from chatmagic.course.persona import questions
-from chatmagic.course.replies import last_sentence, own_replies, shipped
+from chatmagic.course.replies import last_sentence, own_replies, shipped_replies
 
 ASKED = [f"question {number}?" for number in range(20)]
 ASKED_TABLE = {
@@ -116,7 +116,7 @@ def surprise(model, tokenizer, query: str, reply: str) -> float:
 def test_some_of_them_are_still_what_the_model_says(embedded):
     """Made in batches, on another machine perhaps: a token may have won by rounding alone, by no more."""
     model, tokenizer = load_model(embedded)
-    made = list(shipped(embedded).items())
+    made = list(shipped_replies(embedded).items())
     some = made[:: len(made) // 8]
     assert [query for query, reply in some if surprise(model, tokenizer, query, reply) > 0.5] == []
     (query, _), (_, other) = made[0], made[3]

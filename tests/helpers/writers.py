@@ -65,7 +65,9 @@ def history(source, monkeypatch):
 @writer("notebook/keeping.py")
 def markdown(source, monkeypatch):
     rounds = [("q", "answer " * 3000)]
-    return lambda where, version: keeping.export(ChatLLM(FakeModel(), history=rounds * version), where / "chat.md")
+    return lambda where, version: keeping.export_markdown(
+        ChatLLM(FakeModel(), history=rounds * version), where / "chat.md"
+    )
 
 
 @writer("course/thread.py")
