@@ -44,15 +44,43 @@ def test_transformers_5_reads_the_same_config_as_before(tmp_path, name):
     assert after == before
 
 
-def test_rotary_positions_that_are_scaled_are_told_to_others(tmp_path):
-    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaled["original_max_position_embeddings"] = 1024
-    config = config_of("llama", 300, rope_parameters=scaled | {"rope_theta": 500000.0})
-    config.save_pretrained(tmp_path)
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 1024}
+LINEAR, FACTORS = {"rope_type": "linear", "factor": 8.0}, {"short_factor": [1.1] * 6, "long_factor": [2.0] * 6}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 16} | FACTORS
+BY_KIND = {"full_attention": LINEAR | {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 2e4}}
+BY_KIND["sliding_attention"]["rope_type"] = "default"
+GEMMA_3 = {"rope_theta": 5e5, "rope_scaling": LINEAR, "rope_local_base_freq": 2e4}
+TURNED = {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.25}
+
+
+@pytest.mark.parametrize(
+    "name, changes, told",
+    [
+        ("llama", {"rope_parameters": LLAMA_3 | {"rope_theta": 5e5}}, {"rope_theta": 5e5, "rope_scaling": LLAMA_3}),
+        ("glm4", {"rope_parameters": TURNED}, {"rope_theta": 1e3, "partial_rotary_factor": 0.25}),
+        (
+            "phi3",
+            {"rope_parameters": TURNED | LONG | {"partial_rotary_factor": 0.75}},
+            {"partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope"} | FACTORS},
+        ),
+        ("gemma3_text", {"rope_parameters": BY_KIND}, GEMMA_3),
+        ("gemma3", {"text_config": ARCHITECTURES["gemma3"]["text_config"] | {"rope_parameters": BY_KIND}}, GEMMA_3),
+        ("qwen3_moe", {}, {"num_experts": 4}),
+    ],
+)
+def test_what_transformers_4_calls_otherwise_is_told_by_its_names(tmp_path, name, changes, told):
+    """By those of its classes of configs; that 4.57.6 computes the same logits of each was tried by hand."""
+    config_of(name, 300, **changes).save_pretrained(tmp_path)
+    before = AutoConfig.from_pretrained(tmp_path).get_text_config()
     make_portable(tmp_path)
     saved = read(tmp_path, "config")
-    assert (saved["rope_theta"], saved["rope_scaling"]) == (500000.0, scaled)
-    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+    saved = saved.get("text_config", saved)
+    assert {name: saved[name] for name in told} == told
+    after = AutoConfig.from_pretrained(tmp_path).get_text_config().to_dict()
+    twice = after.pop("partial_rotary_factor", 0.75), after["rope_parameters"].pop("type", "longrope")
+    assert twice == (0.75, "longrope")  # which Phi's keeps beside its own
+    assert after | {"architectures": None} == before.to_dict() | {"architectures": None}
 
 
 @pytest.mark.usefixtures("tokenizers_built_once")
