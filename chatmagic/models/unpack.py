@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, ReaderTensor, dequantize, get_tensor_name_map
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -31,12 +31,16 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
         type(config), PreTrainedTokenizerFast
     )  # as AutoTokenizer, which would read the config again
     tokenizer = kind.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    reader, backend = GGUFReader(gguf), tokenizer.backend_tokenizer
     if config.model_type == "qwen2":  # the publisher's tokenizer has it, and GGUF no field for it
-        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+        backend.normalizer = normalizers.NFC()
+    if (splits := reader.fields.get("tokenizer.ggml.pre")) and splits.contents() == "smollm":  # transformers reads none
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     # Some files pad with the token that ends a turn, which would then be masked.
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.model_max_length = config.max_position_embeddings
-    stored = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     config.tie_word_embeddings = same(stored["token_embd.weight"], stored.get("output.weight"))
     config.pad_token_id, config.dtype = tokenizer.pad_token_id, torch.bfloat16
     with torch.device("meta"):

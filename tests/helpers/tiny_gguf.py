@@ -7,10 +7,10 @@ SIZES = {"embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "c
 
 
 def tiny_gguf(
-    path, tied: bool, chat_template: str = "{{ messages }}", kind: str = "Q8_0", times: float = 1
+    path, tied: bool, chat_template: str = "{{ messages }}", kind: str = "Q8_0", times: float = 1, splits: str = "qwen2"
 ) -> dict[str, np.ndarray]:
     """A Qwen2 of one layer, as llama.cpp writes it, its matrices stored as `kind`; and its tensors before that, which
-    are `times` as large as usual."""
+    are `times` as large as usual. `splits`: llama.cpp's name for how a text is split before it is encoded."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "qwen2")
     for key, value in SIZES.items():
@@ -21,7 +21,7 @@ def tiny_gguf(
     writer.add_rope_freq_base(1e6)
     tokens = [*map(chr, range(33, 127)), "ab", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(splits)
     writer.add_token_list(tokens)
     writer.add_token_types([1] * (len(tokens) - 3) + [3] * 3)
     writer.add_token_merges(["a b"])

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
 from architectures import ARCHITECTURES, config_of
@@ -111,6 +112,21 @@ def test_the_embedded_model_is_unpacked_so_that_others_read_it(tmp_path):
     assert read(tmp_path / "model", "config")["architectures"] == ["Qwen2ForCausalLM"]
     assert read(tmp_path / "model", "tokenizer_config")["tokenizer_class"] == "Qwen2Tokenizer"
     assert base_fingerprint(tmp_path / "model") == told_once(tmp_path / "model")
+
+
+def test_a_text_is_split_as_the_file_says(tmp_path):
+    """SmolLM2's publisher parts the digits from all else first: a space before them is none of theirs."""
+    splits = {}
+    for name in ("smollm", "qwen2"):
+        tiny_gguf(tmp_path / f"{name}.gguf", tied=True, splits=name)
+        (tmp_path / name).mkdir()
+        unpack_gguf(tmp_path / f"{name}.gguf", tmp_path / name)
+        tokenizer = Tokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
+        splits[name] = [part for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str("a  12\r\n3 b")]
+    assert splits == {
+        "smollm": ["a", "ĠĠ", "1", "2", "čĊ", "3", "Ġb"],
+        "qwen2": ["a", "Ġ", "Ġ", "1", "2", "čĊ", "3", "Ġb"],
+    }
 
 
 def told_once(folder):
