@@ -43,11 +43,6 @@ def split_thoughts(messages: Sequence[Message], tagged: bool = True) -> list[Mes
     return found
 
 
-def has_thought(messages: Sequence[Message]) -> bool:
-    """Whether any message has a thought, beside its words or tagged in them."""
-    return any(KEY in message for message in split_thoughts(messages))
-
-
 @dataclass
 class Habits:
     """What was learnt of a template.
