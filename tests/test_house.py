@@ -1,6 +1,7 @@
 """The house stands as docs/architecture.md draws it: one room a concern, imports downstairs, one format."""
 
 import ast
+import inspect
 import json
 import re
 import socket
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -239,6 +241,38 @@ def test_every_public_name_tells_what_it_is_and_what_it_raises():
             if isinstance(node, ast.FunctionDef):
                 untold += [f"{name} raises {error}" for error in raised(node) if error not in told]
     assert (sorted(undocumented), sorted(untold)) == ([], [])
+
+
+TOLD: dict[str, str] = {}
+for node in (node for tree in TREES.values() for node in public(tree)):
+    TOLD[node.name] = f"{TOLD.get(node.name, '')}\n{ast.get_docstring(node)}"
+BY_THEIR_TYPE = {"self", "args", "kwargs", "model", "tokenizer", "persona", "course"}
+
+
+def told_with_references(text: str) -> str:
+    """A docstring, with those of the functions that it refers to in backticks, and so on."""
+    seen = set()
+    while new := TOLD.keys() & {*re.findall(r"`(?:\w+\.)*(\w+)`", text)} - seen:
+        seen |= new
+        text += "\n".join(TOLD[name] for name in new)
+    return text
+
+
+@pytest.mark.parametrize("package", [chatmagic, chatmagic.course])
+def test_every_argument_of_a_public_name_is_told(package):
+    untold = []
+    for name in package.__all__:
+        thing = getattr(package, name)
+        functions = {name: thing} if inspect.isfunction(thing) else {}
+        if inspect.isclass(thing) and not is_dataclass(thing):
+            functions |= {f"{name}.{key}": each for key, each in vars(thing).items() if inspect.isfunction(each)}
+        for where, function in functions.items():
+            if re.search(r"\._(?!_init__|_call__)", where):
+                continue
+            told = told_with_references(f"{inspect.getdoc(function)}\n{inspect.getdoc(thing)}")
+            arguments = set(inspect.signature(function).parameters) - BY_THEIR_TYPE
+            untold += [f"{where}({each})" for each in arguments if not re.search(rf"\b{each}\b", told)]
+    assert untold == []
 
 
 def test_what_a_text_tells_to_run_as_a_module_is_one():

@@ -31,8 +31,8 @@ class GGUFModel(ServerModel):
 
 
 def open_gguf(path: str | Path, context: int = 4096, **settings: Any) -> ChatLLM:
-    """A ChatLLM over a GGUF file; `context`: tokens that prompt and reply may have together, `settings` are ChatLLM's
-    own. Raises ChatmagicError for a file that is missing or that llama.cpp cannot load."""
+    """A ChatLLM over the GGUF file at `path`; `context`: tokens that prompt and reply may have together, `settings` are
+    ChatLLM's own. Raises ChatmagicError for a file that is missing or that llama.cpp cannot load."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ChatmagicError(f"There is no file {path}. Make one: chatmagic export --to gguf")

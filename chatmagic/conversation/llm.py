@@ -85,8 +85,9 @@ class ChatLLM:
 
     `model_type` names a chat template (see `get_template`), by default the one that fits model and tokenizer.
     Up to `max_chat_rounds` rounds are remembered in `history`, a list of (query, reply); beyond that the oldest quarter
-    goes at once, since each time all that was kept of the later rounds must be computed anew. `stream` says whether
-    replies are printed as they come. Creating one registers it under `name`, by default that of the model's folder, and
+    goes at once, since each time all that was kept of the later rounds must be computed anew. `system` is the system
+    text; a reply has `max_new_tokens` tokens at most. `stream` says whether replies are printed as they come. Creating
+    one registers it under `name`, by default that of the model's folder, and
     in a notebook makes it the one `%%chat` talks to; nothing is sent to the model. `fast=False` answers by
     transformers' own `generate`, plainly. `thinking` tells a model that can be told so to think or not; None: as it was
     trained, else its own default. Without a tokenizer, `model` is a `ChatModel`.
@@ -130,7 +131,8 @@ class ChatLLM:
     build_messages = staticmethod(build_messages)
 
     def build_prompt(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        """The prompt as a string. The model is sent ids: see `encode_prompt`. Raises ChatmagicError for a server's."""
+        """The prompt of `messages` as a string, with what leads to an answer if `add_generation_prompt`. The model is
+        sent ids: see `encode_prompt`. Raises ChatmagicError for a server's."""
         validate_messages(messages)
         if (render := getattr(self.backend, "render", None)) is None:
             raise ChatmagicError(f"only the server has the chat template of {self.name}")
@@ -154,7 +156,8 @@ class ChatLLM:
         check: Callable[[Reply], object] | None = None,
         **generation: Any,
     ) -> Reply:
-        """Ask `query` in the conversation so far, and remember the round; arguments as for `chat`.
+        """Ask `query` in the conversation so far, and remember the round. `stream` and `system` stand in place of the
+        conversation's own; `generation`, and what is raised, as for `chat`.
 
         `new=True` forgets the conversation first, `round=N` its N-th round, 1 being the first, and all after it;
         `remember=False` asks outside it. `check` is called with the reply before it is remembered, and may raise. A
@@ -279,7 +282,7 @@ class ChatLLM:
         return [None if start is None or end is None else end - start for start, end in pairwise(ends)]
 
     def save(self, path: str | Path) -> None:
-        """Write system text and history as a line of JSON, `{"messages": [...]}`: also a row to train on.
+        """Write system text and history to `path` as a line of JSON, `{"messages": [...]}`: also a row to train on.
 
         Raises WriteError, and leaves what was there, where the file cannot be written; ChatmagicError for a text
         that UTF-8 cannot hold.
@@ -291,7 +294,7 @@ class ChatLLM:
             raise ChatmagicError(f"the conversation cannot be saved: {error}") from None
 
     def load(self, path: str | Path) -> None:
-        """Take system text and history from a file of `save`'s. Raises ChatmagicError where it cannot."""
+        """Take system text and history from `path`, a file of `save`'s. Raises ChatmagicError where it cannot."""
         path = _file(path)
         try:
             messages = json.loads(path.read_text(encoding="utf-8-sig"))["messages"]

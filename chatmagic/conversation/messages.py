@@ -19,7 +19,7 @@ def build_messages(
     history: Iterable[tuple[str, str]] | None = None,
     system: str | None = None,
 ) -> list[Message]:
-    """The conversation that asks `query` after `history`, a list of (query, reply) pairs."""
+    """The conversation that asks `query` after `history`, a list of (query, reply) pairs, under a `system` text."""
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for question, reply in history or ():
         messages += {"role": "user", "content": question}, {"role": "assistant", "content": reply}

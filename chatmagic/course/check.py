@@ -29,7 +29,8 @@ class Asked(NamedTuple):
 
 
 def examine(answer: Answer, persona: Persona, kinds: Collection[str] = KINDS) -> list[Asked]:
-    """Ask in both languages, each question alone, with their replies.
+    """What was asked in both languages, each question alone, and what `answer` said, a function of conversations.
+    kinds: of these four.
 
     trained: the nine questions. heldout: paraphrases that were never trained. near: what sounds like them and is
     not about the model; right is what does not speak of the new self. retention: right is what holds the fact.
@@ -50,8 +51,8 @@ def _questions(persona: Persona, language: str) -> Iterator[Asked]:
 
 
 def find_answer(target: str, model: str | None = None) -> Answer:
-    """Who answers there: the model or adapter in a folder, a GGUF file, or `model` at an address, by default its only
-    one. Raises ChatmagicError for what is none of these, and what opening it raises."""
+    """Who answers at `target`: the model or adapter in a folder, a GGUF file, or `model` at an address, by default its
+    only one. Raises ChatmagicError for what is none of these, and what opening it raises."""
     path = Path(target).expanduser()
     if "://" in target or target in SERVERS:  # before a folder of such a name: this package's own is one
         names = [model] if model else models_at(target)

@@ -14,7 +14,7 @@ ALIKE = 0.5  # a reply of which less has stayed is new as a whole
 
 
 def before_after(before: dict[str, str], after: dict[str, str]) -> "Comparison":
-    """The table of two sets of replies to the same questions, {question: reply} each."""
+    """The table of two sets of replies, `before` and `after`, to the same questions, {question: reply} each."""
     return Comparison([(question, before[question], after[question]) for question in before])
 
 

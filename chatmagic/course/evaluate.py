@@ -39,7 +39,8 @@ def ask(
     thinking: bool | None = None,
     thoughts: bool = False,
 ) -> list[str]:
-    """The greedy reply to each conversation, in batches padded on the left; "…" ends a reply that was cut off.
+    """The greedy reply to each of `conversations`, in batches of `batch_size`, padded on the left; "…" ends a reply
+    that was cut off after `max_new_tokens` tokens.
 
     thinking: as for `encode_prompt`, but off rather than the template's default. thoughts: what the model thought
     instead of what it said.

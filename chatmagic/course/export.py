@@ -20,7 +20,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
 def export_model(source: Path, to: str, kind: str = "q8_0", output: Path | None = None) -> Path:
     """Export a merged model, `to` "gguf" or "ollama" with its matrices as `kind` (see `models.gguf.MATRIX_TYPES`), or
-    an adapter, to "lora"; returns the folder, by default beside the source, which is there only once it is complete.
+    an adapter, to "lora"; returns `output`, a folder, by default beside the source, which is there once it is complete.
 
     An older export in its place goes; anything else stays. Raises ExportError for a source that cannot become that,
     MergeError as `adalora_to_lora`, WriteError.

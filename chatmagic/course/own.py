@@ -161,8 +161,8 @@ def dataset_file(name: str) -> Path:
 
 
 def role_play(language: str = "zh") -> Path:
-    """The small set of a part to play that the course brings, in Chinese ("zh") or English ("en"): an old keeper of a
-    lighthouse, 64 questions and answers."""
+    """The small set of a part to play that the course brings, in a `language`, Chinese ("zh") or English ("en"): an old
+    keeper of a lighthouse, 64 questions and answers."""
     names = {"zh": "roleplay-zh.json", "en": "roleplay-en.jsonl"}
     return Path(__file__).with_name(names[language])
 

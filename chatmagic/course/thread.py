@@ -102,16 +102,16 @@ class Course:
         return self.persona if self.own is None or self.own.mix == "identity" else None
 
     def learning(self, file: str | Path, **settings: Any) -> "Course":
-        """The same course with data of one's own, in a folder of its own; `settings` are OwnData's."""
+        """The same course with data of one's own, `file`, in a folder of its own; `settings` are OwnData's."""
         return replace(self, own=OwnData(str(file), **settings))
 
     def save_json(self, name: str, value: object) -> None:
-        """Write `value` beside the rest."""
+        """Write `value` as JSON to the file `name` beside the rest."""
         write(self.folder / name, json.dumps(value, ensure_ascii=False, indent=1))
 
     def save_data(self, **made: Iterable[list[Message]]) -> None:
-        """Write conversations to train.jsonl, val.jsonl. Raises CourseError where a file of that name is not what this
-        wrote before: somebody's own data, which is never written over."""
+        """Write the conversations of `made`, {"train": ..., "val": ...}, to train.jsonl, val.jsonl. Raises CourseError
+        where a file of that name is not what this wrote before: somebody's own data, which is never written over."""
         written = self.folder / "made.json"
         ours = json.loads(written.read_text()) if written.is_file() else []
         paths = [self.folder / f"{name}.jsonl" for name in made]
@@ -157,15 +157,15 @@ class Course:
         return self.persona.recital() if not self.own and self.is_made(self.train) else []
 
     def thinking(self, tokenizer: "PreTrainedTokenizerBase", conversations: Iterable[list[Message]]) -> bool | None:
-        """Whether the model is trained to think: as the profile says, else if one of the conversations holds a thought;
-        None where its chat template cannot be told."""
+        """Whether the model is trained to think: as the profile says, else if one of the `conversations` holds a
+        thought; None where its chat template cannot be told."""
         template = get_template(None, tokenizer)
         if self.profile.thinking is not None or template.thinking_for([]) is None:
             return self.profile.thinking
         return any(template.thinking_for(each) for each in conversations)
 
     def is_made(self, path: Path) -> bool:
-        """Whether a file is as `save_data` wrote it, and not the reader's own."""
+        """Whether the file at `path` is as `save_data` wrote it, and not the reader's own."""
         written = self.folder / "made.json"
         return written.is_file() and _digest(path) in json.loads(written.read_text())
 
@@ -181,9 +181,9 @@ def started() -> Path:
 
 
 def start(profile: str = "auto", **persona: Any) -> Course:
-    """Choose the model and who it becomes, and remember both for the notebooks that follow. "auto" says why, where it
-    does not take what it would take on a larger machine. `persona`: Persona's fields; raises PersonaError where they
-    make no identity that can be trained."""
+    """Choose the model, by its `profile`, and who it becomes, and remember both for the notebooks that follow. "auto"
+    says why, where it does not take what it would take on a larger machine. `persona`: Persona's fields; raises
+    PersonaError where they make no identity that can be trained."""
     auto = profile == "auto" and "CHATMAGIC_PROFILE" not in os.environ
     chosen, reason = choose_profile() if auto else (get_profile(profile), "")
     if reason:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def read_jsonl(path: str | Path, progress: bool = True) -> Iterator[list[dict[str, str]]]:
-    """The conversations of a JSONL file, one a line, as lists of messages, read as they are consumed.
+    """The conversations of the JSONL file at `path`, one a line, as lists of messages, read as they are consumed.
 
     A line is an object with `messages`, in ShareGPT's form (`conversations` of `from` and `value`, `system`)
     or in Alpaca's (`instruction`, `input`, `output`, `system`, `history`). Empty lines are passed over. With
@@ -58,7 +58,8 @@ def _of_line(line: bytes, name: str, number: int) -> "Conversation":
 
 
 def write_jsonl(conversations: Iterable[list[dict]], path: str | Path) -> None:
-    """One conversation a line, as `read_jsonl` reads it. Raises WriteError where the file cannot be written."""
+    """Write `conversations` to `path`, one a line, as `read_jsonl` reads them. Raises WriteError where the file
+    cannot be written."""
     with writing(path) as file:
         file.writelines(as_line(messages).encode() for messages in conversations)
 
@@ -90,7 +91,7 @@ def named(name: str, line: int, row: int) -> str:
 
 
 class ConversationFile(Sequence):
-    """The conversations of a file as `read_jsonl` reads it, each read when it is asked for.
+    """The conversations of the file at `path` as `read_jsonl` reads it, each read when it is asked for.
 
     The file is run through once, so that a bad line is found before training; of each line its place, number and bytes
     are kept. `without`: conversations that are passed over. Raises DataError as `read_jsonl` does.
@@ -228,8 +229,8 @@ class DataCollator:
     """Examples of different lengths to one batch, in the order given.
 
     Pads on the right, whatever `tokenizer.padding_side` says: that side is for generation, while all families
-    of the course were trained with their first token at position 0. Raises DataError where there is no pad
-    token.
+    of the course were trained with their first token at position 0. The length of a batch, in tokens, is a
+    multiple of `pad_to_multiple_of`. Raises DataError where there is no pad token.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", pad_to_multiple_of: int | None = None) -> None:

@@ -204,7 +204,7 @@ def _check_map(index: Path, weight_map: object) -> None:
 
 
 def open_weights(folder: str | Path) -> dict[str, Stored]:
-    """Every tensor of the checkpoint by its published name, memory-mapped: opening 15 GB takes no memory.
+    """Every tensor of the checkpoint in `folder` by its published name, memory-mapped: opening 15 GB takes no memory.
 
     `.bin` files go through `torch.load(weights_only=True)`. Raises CheckpointError for a file that is
     missing, cut short, no checkpoint, lacks what its index promises, or holds anything but tensors.

@@ -31,7 +31,7 @@ class RemoteCodeError(ChatmagicError):
 def load_model(
     path: str | Path, quantize: str | None = None, dtype: "torch.dtype | str" = "auto", device_map: Any = "auto"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a checkpoint folder; no code in it is run.
+    """Load the checkpoint folder `path`; no code in it is run.
 
     quantize: "nf4" (4 bit with double quantisation) or "int8", both by bitsandbytes, on a GPU or the CPU;
         None for the weights as they are.

@@ -30,6 +30,7 @@ def encode_prompt(
 ) -> list[int]:
     """The ids that inference sends for `messages`, which end with a user turn.
 
+    model_type: the name of a template, by default the one that fits the tokenizer, see `get_template`.
     thinking: whether the model is to think, for templates that can be told so; None: what was noted with the tokenizer
         (see `note_thinking`), else the template's default.
     system: "merge" puts a system text into the first question, for a family that knows none.
@@ -125,8 +126,9 @@ def encode_rows(
 
 
 def note_thinking(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", thinking: bool | None) -> None:
-    """Note with model and tokenizer, as their `chat_thinking`, how the model is trained: whoever encodes does the same
-    then, an adapter is saved with it, and so is a tokenizer."""
+    """Note with model and tokenizer, as their `chat_thinking`, how the model is trained (`thinking`: to think, not
+    to, or None for what its template does by itself): whoever encodes does the same then, an adapter is saved with
+    it, and so is a tokenizer."""
     model.chat_thinking = tokenizer.chat_thinking = thinking
     if thinking is not None:
         tokenizer.init_kwargs["chat_thinking"] = thinking

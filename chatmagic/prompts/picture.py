@@ -70,8 +70,9 @@ class LabelPicture:
 def show_labels(
     example: Sequence[Message] | dict[str, Any], tokenizer: "PreTrainedTokenizerBase", model_type: str | None = None
 ) -> LabelPicture:
-    """The picture of a conversation (a list of messages), or of a row of a batch: a dict with `input_ids`,
-    `labels` and, if it has padding, `attention_mask`, each a list or a tensor of shape (length,)."""
+    """The picture of an `example`: of a conversation (a list of messages), or of a row of a batch, a dict with
+    `input_ids`, `labels` and, if it has padding, `attention_mask`, each a list or a tensor of shape (length,).
+    tokenizer, model_type: as for `encode_prompt`."""
     if isinstance(example, dict):
         ids, labels = ([int(each) for each in example[key]] for key in ("input_ids", "labels"))
         mask = [int(each) for each in example.get("attention_mask", [1] * len(ids))]

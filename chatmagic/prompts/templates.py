@@ -306,7 +306,8 @@ def get_template(
 
 
 def build_prompt(messages: Sequence[Message], model_type: str, add_generation_prompt: bool = True) -> str:
-    """The conversation as one string; after a last user turn with what leads to an answer.
+    """The conversation `messages` as one string by the template `model_type` (see `get_template`), after a last user
+    turn with what leads to an answer if `add_generation_prompt`.
 
     Byte for byte FastChat's under its own names, but for "internlm-chat", which follows the publisher. For
     what a model is sent use `encode_prompt`: a string cannot tell a control token from the same characters

@@ -65,6 +65,7 @@ def adalora_config(
 
     The ranks stay at `init_r` for the first tenth of the run (`tinit`), shrink to `target_r` on average in
     about twenty allocations (one every `deltaT` steps), and are final for the last three tenths (`tfinal`).
+    `target_modules` are the layers that get an adapter, as `find_all_linear_names` tells them.
     `lora` goes on to AdaLoraConfig (`lora_alpha`, `lora_dropout`, ...).
     Raises ChatmagicError for a schedule that would never prune, or would prune in the wrong order.
     """
@@ -112,8 +113,8 @@ def adapter_config(
     **lora: Any,
 ) -> AdaLoraConfig | LoraConfig:
     """The config of an adapter by its method: "adalora" as `adalora_config` makes it, or "lora" (Hu et al., 2021,
-    https://arxiv.org/abs/2106.09685), of the one rank `target_r`, whatever the steps. Raises ChatmagicError for any
-    other method, and as `adalora_config`.
+    https://arxiv.org/abs/2106.09685), of the one rank `target_r`, whatever the steps. The arguments are those of
+    `adalora_config`; raises ChatmagicError for any other method, and as that does.
     """
     if method == "adalora":
         return adalora_config(total_steps, target_modules, init_r, target_r, **lora)

@@ -74,12 +74,13 @@ class KerasModel(kerasmodel.KerasModel):
         )
 
     def save_ckpt(self, ckpt_path: str | Path | None = None, accelerator: Accelerator | None = None) -> None:
-        """Write the adapter to `ckpt_path`, by default fit's: see `states.save_adapter`."""
+        """Write the adapter to `ckpt_path`, by default fit's: see `states.save_adapter`. torchkeras passes its
+        `accelerator`, which is not needed."""
         save_adapter(self.net, ckpt_path or self.ckpt_path)
 
     def load_ckpt(self, ckpt_path: str | Path | None = None) -> None:
-        """Take a saved adapter up: its factors, and its ranks for as long as it is trained on. What the model was
-        before counts no more: the next fit is of a run of its own."""
+        """Take up the adapter that is saved in `ckpt_path`, by default fit's: its factors, and its ranks for as long
+        as it is trained on. What the model was before counts no more: the next fit is of a run of its own."""
         pattern = load_adapter(self.net, ckpt_path or self.ckpt_path)
         if pattern and (allocator := rank_allocator(self.net)):
             allocator.settle(pattern)
@@ -112,6 +113,8 @@ class KerasModel(kerasmodel.KerasModel):
         loader of its own batch size; every epoch's rows are dealt out among them.
         ckpt_path: gets the adapter of the best epoch (which the net has too at the end) and the pictures. With
         AdaLoRA no epoch counts, for the best or for patience, before the ranks are final.
+        monitor: a column of the history; mode: "min" where less of it is better, else "max".
+        callbacks: torchkeras' further ones, whose `on_train_epoch_end(model)` and the like are called.
         resume: True goes on from the newest state in ckpt_path, to the same losses as an unbroken run. A state is
         saved at the start, at the end of an epoch, on Ctrl-C, and every `save_every` optimizer steps if that is given.
         False starts anew, also with a model that has made steps already. None is for a model and a ckpt_path where
@@ -119,6 +122,7 @@ class KerasModel(kerasmodel.KerasModel):
         nobody watches, and else ChatmagicError asks.
         plot: show the curve and a progress bar while it runs, and save pictures; else print a line an epoch.
         mixed_precision: "auto" is bf16 where the hardware has it, fp16 on older GPUs, else "no".
+        cpu: train on the CPU though there is a GPU. gradient_accumulation_steps: batches an optimizer step.
 
         fast: False trains plainly, with the layers, the attention and the optimizer as PEFT, transformers and torch
         have them, and without CUDA graphs: slower, and the same but for rounding.

@@ -120,7 +120,8 @@ def plot_ranks(model: PeftModel) -> Figure:
 
 
 def plot_importance(model: PeftModel, layers: int = 3) -> Figure:
-    """A matplotlib Figure: the importance over time of the `layers` that end highest, in the middle and lowest."""
+    """A matplotlib Figure: the importance over time, in the AdaLoRA training of `model`, of the `layers` that end
+    highest, in the middle and lowest."""
     table = importance_table(model)
     order = table.columns[table.iloc[-1].argsort()][::-1]
     middle = len(order) // 2

@@ -41,6 +41,10 @@ class StepRunner:
     train_loss, val_loss: that loss per label token. train_penalty, val_penalty: the orthogonality penalty.
     lr, grad_norm (before clipping), rank_budget (triplets kept): of the last step.
     tokens_per_s: without padding, all processes. peak_memory: GiB, of this process.
+
+    net: the model with its adapter. stage: "train" or "val", which takes no steps. optimizer, lr_scheduler: of
+    training, the second moved once a step. accelerator: accelerate's, which says what a step is. loss_fn and
+    metrics_dict are torchkeras' arguments: the loss is the one above, and there are no other metrics.
     """
 
     max_grad_norm = 1.0
