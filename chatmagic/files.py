@@ -180,7 +180,7 @@ def nearest_existing(folder: Path) -> Path:
 @contextmanager
 def in_words(path: Path, hint: str) -> Iterator[None]:
     """Say what kept the block, or a library in it, from writing to `path`: raises WriteError, with `hint` for what to
-    do about it; an error of another kind goes through."""
+    do about a full disk; an error of another kind goes through."""
     try:
         yield
     except Exception as error:
@@ -200,7 +200,7 @@ def _said(error: BaseException | None, path: Path, hint: str) -> str | None:
     if number in FULL:
         free = shutil.disk_usage(found).free / 1e6
         said = f"The disk of {folder} is full: {free:.0f} MB are free, and {path.name} does not fit."
-        advice = "Make room there, or name a folder on another disk."
+        advice = hint or "Make room there, or name a folder on another disk."
     elif not isinstance(error, OSError):
         return None
     elif not found.is_dir():
@@ -214,7 +214,7 @@ def _said(error: BaseException | None, path: Path, hint: str) -> str | None:
         said, advice = f"{path} is a folder that is there already.", f"Name another, or: rm -r {path}"
     else:
         return None
-    return f"{said} What was there is as it was. {hint or advice}"
+    return f"{said} What was there is as it was. {advice}"
 
 
 def _errno(error: BaseException | None) -> int | None:

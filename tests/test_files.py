@@ -126,8 +126,11 @@ def test_a_folder_that_is_closed(act, disk, tmp_path):
     else:
         for folder, _, _ in os.walk(disk):
             Path(folder).chmod(0o555)
-    with pytest.raises(WriteError, match=rf"{disk}.* cannot be written: {disk}.* is closed to you, or read-only"):
+    with pytest.raises(
+        WriteError, match=rf"{disk}.* cannot be written: {disk}.* is closed to you, or read-only"
+    ) as told:
         act(disk, 2)
+    assert "chmod" in str(told.value) and "room" not in str(told.value)  # which would be for a full one
     assert left_in(disk) == before
 
 

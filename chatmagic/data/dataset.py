@@ -1,5 +1,6 @@
 """From files of conversations to padded batches."""
 
+import hashlib
 import json
 import random
 from array import array
@@ -119,6 +120,13 @@ class ConversationFile(Sequence):
             conversation.place = self.path.name, self.numbers[index], self.numbers[index]
         return conversation
 
+    def digest(self) -> str:
+        """A SHA-256 of the file, and of which of its lines count."""
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(self.starts.tobytes())
+        return digest.hexdigest()
+
 
 class Examples(Sequence):
     """Conversations as examples, each encoded when it is drawn: a map-style dataset for torch's DataLoader.
@@ -142,6 +150,12 @@ class Examples(Sequence):
     def __getitem__(self, index: int) -> list[dict[str, list]]:
         """The rows of one conversation, which DataCollator puts into the same batch."""
         return encode_example(self.conversations[index], self.tokenizer, **self.cut)
+
+    def digest(self) -> str:
+        """A SHA-256 of the conversations, and of how they are cut: by it a run that goes on knows its data again."""
+        file = isinstance(self.conversations, ConversationFile)
+        of = self.conversations.digest() if file else json.dumps([*self.conversations])
+        return hashlib.sha256(f"{self.cut} {of}".encode()).hexdigest()
 
     def summary(self) -> str:
         """The tokens that are trained, of a thousand examples scaled up where there are more, and the longest row.

@@ -14,6 +14,11 @@ def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]
     return ((name, param) for name, param in model.named_parameters() if param.requires_grad)
 
 
+def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has made a step; some, as Adagrad, have a state from their beginning."""
+    return any(float(state.get("step", 1)) for state in optimizer.state.values() if state)
+
+
 def experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The weights of the experts of a mixture, of all of a layer in one tensor, by their names; {} where there is none.
 

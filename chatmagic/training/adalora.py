@@ -6,6 +6,7 @@ important ones until the budget of `target_r` triplets a layer, on average, is l
 """
 
 import re
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -67,8 +68,10 @@ def adalora_config(
     about twenty allocations (one every `deltaT` steps), and are final for the last three tenths (`tfinal`).
     `target_modules` are the layers that get an adapter, as `find_all_linear_names` tells them.
     `lora` goes on to AdaLoraConfig (`lora_alpha`, `lora_dropout`, ...).
-    Raises ChatmagicError for a schedule that would never prune, or would prune in the wrong order.
+    Raises ChatmagicError for a schedule that would never prune, or would prune in the wrong order, and for settings
+    that AdaLoraConfig does not take.
     """
+    _check_whole(total_steps=total_steps, init_r=init_r, target_r=target_r)
     if not 0 < target_r < init_r:
         raise ChatmagicError(
             f"AdaLoRA shrinks the rank from init_r to target_r, so it wants 0 < target_r < init_r, not "
@@ -91,8 +94,8 @@ def adalora_config(
             f"leaves {shrinking} for shrinking every deltaT={deltaT} steps. Keep tinit >= 0, tfinal >= 1, deltaT >= 1 "
             f"and tinit + tfinal < {total_steps}."
         )
-    return AdaLoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+    return _make(
+        AdaLoraConfig,
         target_modules=target_modules,
         init_r=init_r,
         target_r=target_r,
@@ -119,8 +122,25 @@ def adapter_config(
     if method == "adalora":
         return adalora_config(total_steps, target_modules, init_r, target_r, **lora)
     if method == "lora":
-        return LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=target_modules, r=target_r, **lora)
+        _check_whole(target_r=target_r)
+        if target_r < 1:
+            raise ChatmagicError(f"target_r={target_r}: a LoRA adapter's rank is 1 or more.")
+        return _make(LoraConfig, target_modules=target_modules, r=target_r, **lora)
     raise ChatmagicError(f"method={method!r} is neither 'adalora' nor 'lora'{did_you_mean(method, METHODS)}")
+
+
+def _check_whole(**numbers: object) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, Integral):
+            raise ChatmagicError(f"{name}={value!r} is no whole number.")
+
+
+def _make(kind: type[LoraConfig], **settings: Any) -> Any:
+    """A config of PEFT's for a causal language model."""
+    try:
+        return kind(task_type=TaskType.CAUSAL_LM, **settings)
+    except (TypeError, ValueError) as error:  # an unknown name, or settings that exclude each other
+        raise ChatmagicError(f"PEFT makes no {kind.__name__} of these settings: {error}") from error
 
 
 def rank_table(config: AdaLoraConfig) -> pd.DataFrame:

@@ -4,10 +4,14 @@ A check is a function of the KerasModel whose fit is about to begin; it returns 
 or None. They run before anything is written: those of what fit was given, of the model alone, then of the run.
 """
 
+import hashlib
 import inspect
+import json
+import os
+from collections import Counter
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.tracking import get_available_trackers
@@ -43,6 +47,14 @@ def setting_of_another_kind(run: "KerasModel") -> str | None:
     for name, value in {"monitor": run.monitor, "mode": run.mode}.items():
         if not isinstance(value, str):
             return f"{name}={value!r} is no name. Leave it out, or give monitor='train_loss', mode='min'."
+    if not isinstance(run.ckpt_path, str | os.PathLike):
+        return f"ckpt_path={run.ckpt_path!r} is no folder. Leave it out, or give ckpt_path='checkpoint'."
+    if not isinstance(run.callbacks, list | tuple):
+        return f"callbacks is a {type(run.callbacks).__name__}; expected a list: callbacks=[...]."
+    try:
+        json.dumps(dict(run.about), default=str)
+    except (TypeError, ValueError) as error:
+        return f"about is nothing that run.json could hold ({error}): give a dict of plain values by their names."
 
 
 def no_loader(run: "KerasModel") -> str | None:
@@ -73,6 +85,16 @@ def nothing_trainable(run: "KerasModel") -> str | None:
         return "No parameter is trainable. PeftModel.from_pretrained wants is_trainable=True to go on training."
 
 
+def too_coarse_to_train(run: "KerasModel") -> str | None:
+    """Parameters in float16, as PEFT copies modules_to_save from a base of it: Adam's numbers vanish there, and torch
+    unscales no gradients of theirs."""
+    if coarse := [name for name, param in trainable(run.net) if param.dtype == torch.float16]:
+        return (
+            f"{len(coarse)} trainable parameters are float16, the first is {coarse[0]}, and fp16 wants those in "
+            "float32: for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data"
+        )
+
+
 def optimizer_of_others(run: "KerasModel") -> str | None:
     """An optimizer of other parameters."""
     params = {id(param) for _, param in trainable(run.net)}
@@ -81,7 +103,9 @@ def optimizer_of_others(run: "KerasModel") -> str | None:
 
 
 def no_learning_rate(run: "KerasModel") -> str | None:
-    """A learning rate of 0, in all groups."""
+    """A learning rate of 0, in all groups; or none, where an optimizer finds its own."""
+    if any(group["lr"] is None for group in run.optimizer.param_groups):
+        return f"This {type(run.optimizer).__name__} has no learning rate (lr=None). Give it one, or use AdamW."
     if not any(group.get("initial_lr", group["lr"]) for group in run.optimizer.param_groups):
         return "The learning rate is 0. Try lr=1e-3."
 
@@ -116,7 +140,10 @@ def adapter_on_an_adapter(run: "KerasModel") -> str | None:
 
 def not_saved(run: "KerasModel") -> str | None:
     """Parameters that would be trained and lost."""
-    ours, theirs = saved_names(run.net).keys(), peft_tensors(run.net).keys()
+    try:
+        ours, theirs = saved_names(run.net).keys(), peft_tensors(run.net).keys()
+    except (ValueError, KeyError) as error:
+        return f"PEFT cannot save this adapter ({error}): it would be trained and lost. Use adapter_config(...)."
     if lost := sorted(ours ^ theirs):
         return (
             f"{len(lost)} trainable parameters would not be in the saved adapter by the name that they have, the first "
@@ -234,7 +261,9 @@ def scheduler_of_others(run: "KerasModel") -> str | None:
 
 
 def optimizer_that_asks(run: "KerasModel") -> str | None:
-    """An optimizer that computes the loss itself, again and again."""
+    """An optimizer that computes the loss itself, again and again, or is for gradients that no adapter has."""
+    if isinstance(run.optimizer, torch.optim.SparseAdam):
+        return "SparseAdam is for sparse gradients, and an adapter's are dense. Use AdamW."
     closure = inspect.signature(run.optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         return f"{type(run.optimizer).__name__} asks for the loss again and again, which fit cannot give. Use AdamW."
@@ -242,15 +271,17 @@ def optimizer_that_asks(run: "KerasModel") -> str | None:
 
 def schedule_too_short(run: "KerasModel") -> str | None:
     """A learning rate schedule that ends before the run."""
-    longest = getattr(run.lr_scheduler, "total_steps", run.steps)
-    if run.steps > longest:
-        return f"The lr_scheduler ends after {longest} of {run.steps} optimizer steps: give it total_steps={run.steps}."
+    made_with = getattr(run.lr_scheduler, "__dict__", {}) | (run.settings["lr_scheduler"] or {})
+    for name in ("total_steps", "num_training_steps"):
+        if run.steps > (longest := made_with.get(name, run.steps)):
+            return f"The lr_scheduler ends after {longest} of {run.steps} optimizer steps: give it {name}={run.steps}."
 
 
 OF_THE_ARGUMENTS: list[Callable[..., str | None]] = [setting_of_another_kind, no_loader]
 OF_THE_MODEL: list[Callable[..., str | None]] = [no_adapter, adapter_on_an_adapter, nothing_trainable, repacked_weights]
 OF_THE_RUN: list[Callable[..., str | None]] = [
     not_saved,
+    too_coarse_to_train,
     optimizer_of_others,
     no_learning_rate,
     optimizer_that_asks,
@@ -278,14 +309,20 @@ def refuse(checks: list[Callable[..., str | None]], run: "KerasModel") -> None:
 
 # --- whether a state is of this run
 
+# Of an optimizer: its rate, which is told by itself, and what makes it faster.
+HOW_IT_STEPS = ("lr", "fused", "foreach", "capturable", "differentiable")
+
 
 def run_settings(run: "KerasModel", train_data: DataLoader) -> dict:
     """What makes a run the one that it is: plain values by their names."""
     config = run.net.peft_config[run.net.active_adapter].to_dict()
     adapter = {name: value for name, value in config.items() if type(value) in (int, float, bool)}
     optimizer, scheduler = run.optimizer, run.lr_scheduler
+    loaders = {"train": run.train_loader, "val": run.val_loader, "learnt": run.learnt}
     return {
+        "data": {name: data_hash(loader) for name, loader in loaders.items()},
         "rows": len(train_data.dataset) if hasattr(train_data.dataset, "__len__") else None,
+        "sampler": type(run.samplers[0]).__name__,
         "batch_size": train_data.batch_size,
         "batches": len(run.train_loader),
         "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
@@ -294,20 +331,53 @@ def run_settings(run: "KerasModel", train_data: DataLoader) -> dict:
         "monitor": run.monitor,
         "mode": run.mode,
         "optimizer": type(optimizer).__name__,
-        "learning_rate": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
-        "lr_scheduler": scheduler and schedule_settings(scheduler),
+        "optimizer_settings": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in optimizer.defaults.items()
+            if name not in HOW_IT_STEPS and isinstance(value, int | float | str | tuple)
+        },
+        "learning_rate": [float(group.get("initial_lr", group["lr"]) or 0) for group in optimizer.param_groups],
+        "lr_scheduler": scheduler and schedule_settings(scheduler, run.steps),
         "adapter": {name: value for name, value in adapter.items() if name != "inference_mode"},
     }
 
 
-def schedule_settings(scheduler: LRScheduler) -> dict:
-    """The class of a torch scheduler and the plain values that it was made with."""
-    names = inspect.signature(type(scheduler).__init__).parameters.keys() - {"last_epoch"}
-    made_with = {name: value for name, value in vars(scheduler).items() if name in names}
-    for function in getattr(scheduler, "lr_lambdas", []):  # as transformers' get_cosine_schedule_with_warmup makes it
-        made_with |= getattr(function, "keywords", {})
-    plain = {name: value for name, value in made_with.items() if type(value) in (int, float, bool, str)}
-    return {"class": type(scheduler).__name__} | plain
+def data_hash(loader: DataLoader | None) -> str | None:
+    """A SHA-256 of the ids and labels of a dataset that is a list, or what another says of itself, as Examples; None
+    where it says nothing, and may draw its rows."""
+    if callable(digest := getattr(getattr(loader, "dataset", None), "digest", None)):
+        return digest()
+    rows = rows_of(loader, "input_ids", "labels") if loader else []
+    if not rows:
+        return None
+    digest = hashlib.sha256()
+    for row in rows:
+        for name in ("input_ids", "labels"):
+            digest.update(json.dumps(torch.as_tensor(row[name]).tolist()).encode())
+    return digest.hexdigest()
+
+
+def schedule_settings(scheduler: LRScheduler, steps: int) -> dict:
+    """The class of a torch scheduler and the plain values that it was made with; of functions those that they hold, as
+    transformers' do, or what they give at the start, in the middle and at the end of so many steps."""
+    names = {name.removesuffix("s") for name in inspect.signature(type(scheduler).__init__).parameters}
+    settings: dict[str, Any] = {"class": type(scheduler).__name__}
+    for name, value in vars(scheduler).items():
+        name = name.strip("_")
+        if name == "lr_lambdas":
+            for function in value:
+                gives = {"factors": [float(function(step)) for step in (0, steps // 2, steps)]}
+                settings |= getattr(function, "keywords", gives)
+        elif name == "schedulers":
+            settings |= {f"{number}": schedule_settings(part, steps) for number, part in enumerate(value)}
+        elif name.removesuffix("s") in names - {"last_epoch", "optimizer"}:
+            settings[name] = sorted(value.elements()) if isinstance(value, Counter) else value
+    return {name: value for name, value in settings.items() if is_plain(value)}
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is a number, a word, or a list or dict."""
+    return type(value) in (int, float, bool, str, list, dict)
 
 
 def refuse_another_run(state: RunState, run: "KerasModel") -> None:
@@ -326,16 +396,24 @@ def refuse_another_run(state: RunState, run: "KerasModel") -> None:
     if not state.settings and state.of not in (None, run.steps):  # of an earlier version
         now, then = {"steps": run.steps}, {"steps": state.of}
     free = {"epochs"} if run.allocator is None and run.lr_scheduler is None else set()
+    free |= set() if run.monitor.startswith("val_") else {"data.val"}
     names = dict.fromkeys([*now, *then] if then else [])
     others = [name for name in names if name not in free and now.get(name) != then.get(name)]
     if others:
-        told = ", ".join(f"{name} {then.get(name)}, now {now.get(name)}" for name in others)
+        told = ", ".join(f"{name} {_short(then.get(name))}, now {_short(now.get(name))}" for name in others)
         raise ChatmagicError(
             f"{where} of another run: {told}. Give fit what it had then, or start anew with fit(..., resume=False)."
         )
 
 
+def _short(value: object) -> str:
+    """A value in words; of a hash as much as tells it from another."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
 def flat(settings: dict) -> dict:
-    """Settings within settings by names with a dot."""
-    parts = (({f"{n}.{k}": v for k, v in s.items()} if isinstance(s, dict) else {n: s}) for n, s in settings.items())
+    """Settings within settings by names with dots."""
+    parts = (
+        {f"{n}.{k}": v for k, v in flat(s).items()} if isinstance(s, dict) else {n: s} for n, s in settings.items()
+    )
     return {name: value for part in parts for name, value in part.items()}

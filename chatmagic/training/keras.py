@@ -30,11 +30,12 @@ from ..accel.captured import CapturedStep, why_not
 from ..accel.layers import fast_layers, why_padded
 from ..errors import ChatmagicError
 from ..files import alone_in
-from ..models.parts import experts, trainable
+from ..models.parts import experts, has_stepped, trainable
+from ..text import did_you_mean
 from . import functional
 from .checks import OF_THE_ARGUMENTS, OF_THE_MODEL, OF_THE_RUN, flat, refuse, refuse_another_run, run_settings
 from .plots import EpochLines, StepBar, pictures
-from .record import write_history, write_run
+from .record import HISTORY, write_history, write_run
 from .runtime import Batches, best_precision, get_rng, lost_peer, noted_interrupt, seeded, set_rng
 from .states import STATE, RunState, load_adapter, newest_state, save_adapter, save_state, state_folder
 from .step import StepRunner
@@ -64,6 +65,7 @@ class KerasModel(kerasmodel.KerasModel):
         lr_scheduler: LRScheduler | None = None,
     ) -> None:
         super().__init__(net, loss_fn, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        self.ckpt_path = Path("checkpoint")  # until fit says another
 
     def fit_ddp(self, *args: object, **kwargs: object) -> None:
         """Refused with a ChatmagicError, which names the ways there are."""
@@ -141,10 +143,12 @@ class KerasModel(kerasmodel.KerasModel):
         and for a full disk, TrainingInterrupted on Ctrl-C.
         """
         self.epochs, self.patience, self.monitor, self.mode = epochs, patience, monitor, mode
-        self.ckpt_path, self.save_every, self.fast, self.log_with = Path(ckpt_path), save_every, fast, log_with
+        self.ckpt_path, self.save_every, self.fast, self.log_with = ckpt_path, save_every, fast, log_with
+        self.callbacks, self.about = callbacks or [], about or {}
         self.train_loader, self.val_loader, self.learnt = train_data, val_data, learnt
         self.accumulation, self.precision = gradient_accumulation_steps, mixed_precision
         refuse(OF_THE_ARGUMENTS, self)
+        self.ckpt_path = Path(ckpt_path)
         # One process may fit twice, with another precision; accelerate's singletons would refuse.
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -170,11 +174,11 @@ class KerasModel(kerasmodel.KerasModel):
         rng = gather_object([get_rng(self.samplers)])
         self.state = RunState(settings=self.settings, epoch_rng=rng, rng=rng)
         self.trackers = []
-        self.callbacks = [*(pictures() if plot else [EpochLines()]), StepBar(), *(callbacks or [])]
+        self.callbacks = [*(pictures() if plot else [EpochLines()]), StepBar(), *self.callbacks]
         with alone_in(self.ckpt_path) if self.accelerator.is_main_process else nullcontext():
-            return self._train(resume, about or {})
+            return self._train(resume)
 
-    def _train(self, resume: bool, about: dict) -> pd.DataFrame:
+    def _train(self, resume: bool) -> pd.DataFrame:
         try:
             self._place()
             if resume:
@@ -185,7 +189,7 @@ class KerasModel(kerasmodel.KerasModel):
                 self._start()
             self.captured = self._capture()
             self._say_what_is_left_out()
-            self._on_main(write_run, self, about)
+            self._on_main(write_run, self, self.about)
             self.trackers = self._trackers()
             self._call_back("on_fit_start")
             with ExitStack() as stack:
@@ -216,8 +220,7 @@ class KerasModel(kerasmodel.KerasModel):
             ) from error
         finally:
             self.captured = self.runner = None  # the graphs hold memory
-            for tracker in self.trackers:
-                tracker.finish()
+            self._tell(lambda: [tracker.finish() for tracker in self.trackers])
             self.net.eval()
             self.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return pd.DataFrame(self.history)
@@ -254,7 +257,7 @@ class KerasModel(kerasmodel.KerasModel):
     def _has_steps(self) -> bool:
         """Whether the optimizer has made steps, the adapter is on its way through its ranks, or it is not what it was
         when a fit began with it."""
-        if self.optimizer.state or (self.allocator and self.allocator.step):
+        if has_stepped(self.optimizer) or (self.allocator and self.allocator.step):
             return True
         if self.net not in BEGINNINGS:
             return False
@@ -267,7 +270,7 @@ class KerasModel(kerasmodel.KerasModel):
             BEGINNINGS[self.net] = self._snapshot().to_bytes()
         elif self.net in BEGINNINGS:
             state = RunState.read(io.BytesIO(BEGINNINGS[self.net]))
-            if not self.optimizer.state:  # made again since, perhaps with another rate
+            if not has_stepped(self.optimizer):  # made again since, perhaps with another rate
                 state = replace(state, optimizer=None, lr_scheduler=None)
             self._restore(replace(state, settings=self.settings))
         else:
@@ -288,11 +291,29 @@ class KerasModel(kerasmodel.KerasModel):
 
     def _trackers(self) -> list:
         """accelerate's, told what the run is. They are ended one by one: `end_training` ends the processes too."""
-        if self.log_with:
-            self.accelerator.log_with = filter_trackers(self.log_with, self.ckpt_path)
-            plain = {name: str(value) for name, value in flat(self.settings).items()}
+        if not self.log_with:
+            return []
+        self.accelerator.log_with = filter_trackers(self.log_with, self.ckpt_path)
+        plain = {name: str(value) for name, value in flat(self.settings).items()}
+        try:
             self.accelerator.init_trackers("chatmagic", config=plain)
-        return self.accelerator.trackers if self.log_with else []
+        except Exception as error:  # whatever its library raises: no key, no network, a full disk
+            raise ChatmagicError(
+                f"{self.log_with} does not start: {str(error) or type(error).__name__}. Set it up, or train without "
+                "log_with: history.csv holds the same."
+            ) from error
+        return self.accelerator.trackers
+
+    def _tell(self, act: Callable[[], object]) -> None:
+        """Let the trackers be told something; one that fails costs no run."""
+        try:
+            act()
+        except Exception as error:
+            self.trackers = []
+            warnings.warn(
+                f"{self.log_with} fails, and is told no more: {str(error) or type(error).__name__}. The run goes on, "
+                f"and {self.ckpt_path / HISTORY} holds the same."
+            )
 
     def _capture(self) -> CapturedStep | None:
         """The step as CUDA graphs, or None, with the reason told where that is not that nobody wants it."""
@@ -320,24 +341,40 @@ class KerasModel(kerasmodel.KerasModel):
         self._call_back("on_train_epoch_end")
         if self.val_loader is not None:
             with torch.no_grad():
-                self._run_stage("val", self.val_loader)
+                self._run_stage("val", Batches(self.val_loader))
+        if self.monitor not in state.history:  # a StepRunner of somebody's: what it reports, none can know before
+            raise ChatmagicError(
+                f"monitor={self.monitor!r} is nothing that {self.StepRunner.__name__} reports, which is "
+                f"{', '.join(state.history)}{did_you_mean(self.monitor, state.history)}"
+            )
+        for column in state.history.values():
+            column += [math.nan] * (state.epoch - len(column))
         score = state.history[self.monitor][-1]
         if math.isnan(score):
             raise ChatmagicError(f"{self.monitor} is not a number. Has val_data any label that is not -100?")
         final = self.allocator is None or self.allocator.final
         if self.learnt is not None:
-            state.history.setdefault("unlearnt", []).append(self._count_unlearnt() if final else math.nan)
+            self._note({"unlearnt": self._count_unlearnt() if final else math.nan})
         if final and self._improves(score):
             state.best = {"epoch": state.epoch, "score": score, "unlearnt": self._unlearnt()}
             self._on_main(self.save_ckpt, self.ckpt_path, accelerator=self.accelerator)
         self._call_back("on_validation_epoch_end")
         self._on_main(write_history, state.history, self.ckpt_path)
         if self.trackers:
-            self.accelerator.log({name: values[-1] for name, values in state.history.items()}, step=state.epoch)
+            log = {name: values[-1] for name, values in state.history.items()}
+            self._tell(lambda: self.accelerator.log(log, step=state.epoch))
         state.epoch, state.batch, state.sums = state.epoch + 1, 0, None
         self._extend()
         state.epoch_rng = gather_object([get_rng(self.samplers)])
         self._between_steps(save_due=True)
+
+    def _note(self, measured: dict) -> None:
+        """Add to the history of this epoch. A column has a number for each epoch: NaN where nothing was measured, as
+        by another StepRunner, or before val_data was given."""
+        for name, value in measured.items():
+            column = self.history.setdefault(name, [])
+            column += [math.nan] * (self.state.epoch - 1 - len(column))
+            column[self.state.epoch - 1 :] = [value]
 
     def _run_stage(self, stage: str, batches: Iterable[dict]) -> None:
         training = stage == "train"
@@ -358,8 +395,7 @@ class KerasModel(kerasmodel.KerasModel):
             self.runner.sums, self.runner.skipped = self.state.sums or [0.0, 0.0], self.state.skipped
         log = self.EpochRunner(self.runner, quiet=True)(batches)
         self.state.skipped = getattr(self.runner, "skipped", 0) if training else self.state.skipped
-        for name, value in (({"epoch": self.state.epoch} if training else {}) | log).items():
-            self.state.history.setdefault(name, []).append(value)
+        self._note(({"epoch": self.state.epoch} if training else {}) | log)
 
     def _on_skipped(self) -> None:
         set_rng(self.state.rng[self.accelerator.process_index], self.samplers)
@@ -393,7 +429,9 @@ class KerasModel(kerasmodel.KerasModel):
     @torch.no_grad()
     def _count_unlearnt(self) -> int:
         runner = StepRunner(self.net, self.loss_fn, self.accelerator, "val")  # ours: another's need not know how
-        counts = torch.tensor([runner.unlearnt(batch) for batch in self.learnt], device=self.accelerator.device)
+        counts = torch.tensor(
+            [runner.unlearnt(batch) for batch in Batches(self.learnt)], device=self.accelerator.device
+        )
         return int(self.accelerator.reduce(counts.sum()))
 
     def _unlearnt(self) -> int | None:

@@ -1,6 +1,5 @@
 """What a run was, beside its adapter: run.json, and the history as history.csv."""
 
-import hashlib
 import json
 import platform
 import time
@@ -9,13 +8,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
 
 from ..files import write
 from ..machine import package_version
 from ..models.checkpoint import read_manifest
 from ..models.provenance import base_name
-from .checks import rows_of
 
 if TYPE_CHECKING:
     from .keras import KerasModel
@@ -39,14 +36,16 @@ def write_run(run: "KerasModel", about: dict) -> None:
             "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
             "quantization": quantised.to_dict() if hasattr(quantised, "to_dict") else quantised,
         },
-        "data": {"train": data_hash(run.train_loader), "val": data_hash(run.val_loader)},
-        "settings": run.settings
+        "data": run.settings["data"],
+        "settings": {name: value for name, value in run.settings.items() if name != "data"}
         | {
+            "resumed_from_step": run.step,
             "patience": run.patience,
             "save_every": run.save_every,
             "mixed_precision": run.accelerator.mixed_precision,
             "processes": run.accelerator.num_processes,
             "fast": run.fast,
+            "log_with": run.log_with,
             "captured": run.captured is not None,
         },
         "device": torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else platform.machine(),
@@ -58,15 +57,3 @@ def write_run(run: "KerasModel", about: dict) -> None:
 def write_history(history: dict[str, list], folder: Path) -> None:
     """Write history.csv: a row an epoch, a column a measurement."""
     write(folder / HISTORY, pd.DataFrame(history).to_csv(index=False))
-
-
-def data_hash(loader: DataLoader | None) -> str | None:
-    """A SHA-256 of the ids and labels of a dataset that is a list; None for any other, which may draw its rows."""
-    rows = rows_of(loader, "input_ids", "labels") if loader else []
-    if not rows:
-        return None
-    digest = hashlib.sha256()
-    for row in rows:
-        for name in ("input_ids", "labels"):
-            digest.update(json.dumps(torch.as_tensor(row[name]).tolist()).encode())
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
 
+from ..errors import ChatmagicError
 from ..models.parts import BEYOND_FLOAT16, activations, free_memory
 
 S = TypeVar("S", bound=Sampler)
@@ -52,10 +53,15 @@ class Batches:
 
     They are drawn so that a dataset that makes its samples up goes through the same random numbers again.
     `on_skipped` is called after the last of them; `after_step(number)` after each step but the epoch's last.
+    Raises ChatmagicError where there are fewer than the loader says, and for rows that make no batch.
     """
 
     def __init__(
-        self, loader: DataLoader, skip: int, on_skipped: Callable[[], None], after_step: Callable[[int], None]
+        self,
+        loader: DataLoader,
+        skip: int = 0,
+        on_skipped: Callable[[], None] = lambda: None,
+        after_step: Callable[[int], None] = lambda number: None,
     ) -> None:
         self.loader, self.skip, self.on_skipped, self.after_step = loader, skip, on_skipped, after_step
 
@@ -63,13 +69,37 @@ class Batches:
         return len(self.loader) - self.skip
 
     def __iter__(self) -> Iterator[dict]:
-        for number, batch in enumerate(self.loader, 1):
+        number = 0
+        for number, batch in enumerate(self._drawn(), 1):
             if number > self.skip:
                 yield batch
                 if number < len(self.loader):
                     self.after_step(number)
             elif number == self.skip:
                 self.on_skipped()
+        if number < len(self.loader):
+            raise ChatmagicError(
+                f"The data ended after {number} of {len(self.loader)} batches: its dataset is shorter than its len() "
+                "says, or gives its rows only once. Give a list of the rows."
+            )
+
+    def _drawn(self) -> Iterator[dict]:
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (RuntimeError, ValueError) as error:
+                if "does not contain any data" in str(error):  # accelerate's, of an epoch without a row
+                    return
+                if "stack expects each tensor to be equal size" not in str(error):
+                    raise
+                raise ChatmagicError(
+                    "The rows of a batch are of different lengths, and torch's own collate_fn pads none. "
+                    "DataLoader(..., collate_fn=DataCollator(tokenizer)) does."
+                ) from error
+            if batch is None:
+                return
+            yield batch
 
 
 def seeded(sampler: S) -> S:

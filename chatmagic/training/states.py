@@ -34,6 +34,8 @@ from ..models.quantize import names_in_nf4
 ADAPTER, ADAPTER_CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.pt"
 FILES = {ADAPTER, ADAPTER_CONFIG, PROVENANCE, STATE}
 HINT = "Make room, and go on with fit(resume=True)."
+# What the factors of an adapter are multiplied by goes by these.
+SCALING = ("lora_alpha", "use_rslora", "alpha_pattern", "init_r")
 
 
 @dataclass
@@ -90,8 +92,9 @@ def load_adapter(model: PeftModel, folder: str | Path) -> dict[str, list[bool]]:
     """Put a saved adapter into the live factors of a PEFT model with the same targets, in place; returns its rank
     pattern, {} where it has none.
 
-    Pruned triplets get E = 0, which leaves the update that was saved. Raises ChatmagicError if there is no adapter
-    or its names or shapes are not the model's (`load_state_dict(strict=False)` would do nothing, in silence).
+    Pruned triplets get E = 0, which leaves the update that was saved. Raises ChatmagicError if there is no adapter,
+    its names or shapes are not the model's (`load_state_dict(strict=False)` would do nothing, in silence), or it is
+    scaled otherwise.
     """
     folder = Path(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -103,11 +106,18 @@ def load_adapter(model: PeftModel, folder: str | Path) -> dict[str, list[bool]]:
     if not files:
         raise ChatmagicError(f"There is no adapter in {folder}: no {ADAPTER}. Train one with fit(ckpt_path=...).")
     saved = open_file(files[0])
-    pattern = read_json(folder / ADAPTER_CONFIG).get("rank_pattern") or {}
+    config, ours = read_json(folder / ADAPTER_CONFIG), model.peft_config[model.active_adapter].to_dict()
+    pattern = config.get("rank_pattern") or {}
     params = saved_names(model)
     if params.keys() != saved.keys():
         other = sorted(params.keys() ^ saved.keys())
         raise ChatmagicError(f"The adapter in {folder} is for other layers: {len(other)} names differ, as {other[0]}.")
+    for name in SCALING:
+        if name in config and (config[name] or False) != (ours.get(name) or False):
+            raise ChatmagicError(
+                f"The adapter in {folder} was trained with {name}={config[name]!r}, this model's has "
+                f"{name}={ours.get(name)!r}: its factors would be scaled otherwise. Make the adapter as it was then."
+            )
     for name, param in params.items():
         layer, _, factor = name.removeprefix("base_model.model.").rpartition(".")
         rank_axis = 1 if factor == "lora_B" else 0

@@ -160,7 +160,8 @@ class StepRunner:
         return inputs, rows * inputs["input_ids"].shape[1] + columns
 
     def _refuse_odd(self, batch: dict) -> None:
-        """What is no batch; and ids that the model has no row for, which would end in an index error of the device."""
+        """What is no batch; ids that the model has no row for, which would end in an index error of the device; and
+        labels where nobody reads, which would be compared with what the model says elsewhere."""
         place = f"Batch {self.batch} of the {self.stage} data"
         if not isinstance(batch, Mapping) or {"input_ids", "labels"} - batch.keys():
             found = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
@@ -174,7 +175,26 @@ class StepRunner:
         if ids.dim() != 2 or ids.shape != labels.shape or not ids.numel():
             shapes = f"{tuple(ids.shape)} and {tuple(labels.shape)}"
             raise ChatmagicError(f"{place}: input_ids and labels are of shapes {shapes}; expected (rows, tokens) both.")
-        least, most, label = torch.stack([ids.amin(), ids.amax(), labels.amax()]).tolist()
+        for name in ("attention_mask", "replayed"):
+            each = batch.get(name, ids)
+            if not isinstance(each, torch.Tensor) or each.shape != ids.shape:
+                found = (
+                    f"a tensor of shape {tuple(each.shape)}"
+                    if isinstance(each, torch.Tensor)
+                    else f"a {type(each).__name__}"
+                )
+                raise ChatmagicError(f"{place}: {name} is {found}; expected a tensor of shape {tuple(ids.shape)}.")
+        there, asked = batch.get("attention_mask", torch.ones_like(ids)) != 0, labels != -100
+        numbers = [ids.amin(), ids.amax(), labels.amax(), labels.masked_fill(~asked, 0).amin(), there.sum()]
+        least, most, label, lowest, read, unread = torch.stack([*numbers, (asked & ~there).sum()]).tolist()
+        if unread or not read:
+            what = f"{unread} labels where" if unread else "no token but such as"
+            raise ChatmagicError(
+                f"{place} has {what} its attention_mask is 0, which is padding that nobody reads. Labels there are "
+                "-100; DataCollator(tokenizer) makes both."
+            )
+        if lowest < 0:
+            raise ChatmagicError(f"{place} has the label {lowest}. What is not to be learnt is -100, all else a token.")
         if self.vocabulary and (least < 0 or max(most, label) >= self.vocabulary):
             odd = least if least < 0 else max(most, label)
             raise ChatmagicError(
@@ -262,7 +282,8 @@ class StepRunner:
         norm = norm.item()
         # A scaler skips the step if gradients overflow in fp16, and scales less; it cannot mend the loss itself.
         refuse_not_finite(loss, 0.0 if self.accelerator.scaler else norm)
-        self.log |= {"train_penalty": penalty.item()} if self.allocator else {}
+        if self.allocator:
+            self.log |= {"train_penalty": penalty.item(), "rank_budget": self.allocator.budget}
         self.log |= {"lr": float(self.optimizer.param_groups[0]["lr"]), "grad_norm": norm}
         take_step(self.optimizer, self.allocator)
         if not self.accelerator.optimizer_step_was_skipped:

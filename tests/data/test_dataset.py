@@ -6,7 +6,7 @@ import torch
 
 from chatmagic import DataCollator, load_model, read_jsonl
 from chatmagic.conversation.messages import MessagesError
-from chatmagic.data.dataset import Conversation, DataError, encode_example
+from chatmagic.data.dataset import Conversation, ConversationFile, DataError, Examples, encode_example, write_jsonl
 from chatmagic.prompts.labels import LabelsError
 from chatmagic.prompts.templates import TemplateError
 from quick import first
@@ -244,3 +244,16 @@ def test_a_chat_template_that_refuses_or_drops_a_greeting(tokenizer, template):
     assert encode_example(TALK, own) == encode_example(TALK, tokenizer)
     with pytest.raises(TemplateError, match="begins with the assistant, .* no place for that. Leave its greeting out"):
         encode_example([GREETING, *TALK], own)
+
+
+def test_data_is_known_again_by_what_it_says_and_how_it_is_cut(tmp_path):
+    """What `fit(resume=True)` compares, of a file and of a list."""
+    talk = [[{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "yes"}] for n in range(3)]
+    write_jsonl(talk, file := tmp_path / "train.jsonl")
+    same = [Examples(ConversationFile(file), None).digest(), Examples(ConversationFile(file), None).digest()]
+    without = Examples(ConversationFile(file, without=talk[1:2]), None).digest()
+    cut = Examples(ConversationFile(file), None, max_length=9).digest()
+    write_jsonl([*talk[:2], [talk[2][0], {"role": "assistant", "content": "no!"}]], file)
+    changed = Examples(ConversationFile(file), None).digest()
+    assert len({*same, without, cut, changed}) == 4
+    assert Examples(talk, None).digest() == Examples([*talk], None).digest() != Examples(talk[:2], None).digest()

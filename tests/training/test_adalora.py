@@ -30,6 +30,13 @@ def test_schedule_fits_the_run():
         ({"total_steps": 100, "tfinal": 0}, "tfinal >= 1"),
         ({"total_steps": 100, "deltaT": 0}, "deltaT >= 1"),
         ({"total_steps": 100, "r": 32}, "init_r"),
+        ({"total_steps": "100"}, "total_steps='100' is no whole number"),
+        ({"total_steps": 100, "init_r": 12.0}, "init_r=12.0 is no whole number"),
+        (
+            {"total_steps": 100, "use_dora": True},
+            "PEFT makes no AdaLoraConfig of these settings.*does not support DoRA",
+        ),
+        ({"total_steps": 100, "lora_alfa": 8}, "PEFT makes no AdaLoraConfig of these settings.*lora_alfa"),
     ],
 )
 def test_impossible_schedules_are_refused(settings, words):
@@ -45,6 +52,10 @@ def test_the_method_is_one_word():
     assert (config.peft_type, config.r, config.lora_alpha, config.lora_dropout) == ("LORA", 3, 16, 0.1)
     with pytest.raises(ChatmagicError, match="method='adlora' is neither .*did you mean 'adalora'"):
         adapter_config("adlora", 120, PROJECTIONS)
+    with pytest.raises(ChatmagicError, match="target_r=0: a LoRA adapter's rank is 1 or more"):
+        adapter_config("lora", 4, PROJECTIONS, target_r=0)
+    with pytest.raises(ChatmagicError, match="PEFT makes no LoraConfig of these settings.*lora_alfa"):
+        adapter_config("lora", 4, PROJECTIONS, lora_alfa=8)
 
 
 def test_lora_has_no_ranks_to_show():

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from transformers import Adafactor, get_cosine_schedule_with_warmup
 
 from chatmagic import ChatmagicError
-from chatmagic.training import KerasModel, checks
+from chatmagic.training import KerasModel, StepRunner, checks
 from quick import first
 from tiny_runs import adalora, fit, loader, lora, rows, tiny_llama
 
@@ -68,6 +69,29 @@ def lbfgs(params, lr):
     return torch.optim.LBFGS([param for param in params if param.requires_grad], lr)
 
 
+def short_cosine(optimizer):
+    return get_cosine_schedule_with_warmup(optimizer, 2, 20)
+
+
+def sparse(params, lr):
+    return torch.optim.SparseAdam([param for param in params if param.requires_grad], lr)
+
+
+def relative(params, lr):
+    """It finds its rate by itself."""
+    return Adafactor(params)
+
+
+def over_float16():
+    """PEFT makes its factors float32, and a copy of a layer what that was."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    return get_peft_model(tiny_llama().half(), config)
+
+
+def never_saved():
+    return get_peft_model(tiny_llama(), VeraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"]))
+
+
 class Endless(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(rows(8))
@@ -82,6 +106,7 @@ CASES = {
     "not_saved": (with_one_more, {}, "1 trainable parameters would not be in the saved adapter.*norm.weight.*Freeze"),
     "nothing_to_validate_on": (adalora, {"val": loader([])}, "val_data is empty.*monitor='train_loss'"),
     "nothing_to_know_by_heart": (lora, {"learnt": loader([])}, "learnt is empty.*leave it out"),
+    "too_coarse_to_train": (over_float16, {}, "1 trainable parameters are float16.*lm_head.*p.data.float()"),
     "unknown_mode": (adalora, {"mode": "mim"}, "mode='mim' is neither 'min' nor 'max'; did you mean 'min'"),
     "unknown_monitor": (lora, {"monitor": "val_los"}, "monitor='val_los' is nothing.*did you mean 'val_loss'"),
     "rows_beyond_the_context": (
@@ -121,6 +146,13 @@ OTHER_CASES = [
     (lora, {"mixed_precision": "bf61"}, "mixed_precision='bf61' is none of auto, no, bf16, fp16"),
     (lora, {"monitor": None}, "monitor=None is no name"),
     (lora, {"mode": None}, "mode=None is no name"),
+    (lora, {"callbacks": print}, "callbacks is a builtin_function_or_method; expected a list"),
+    (lora, {"about": ["mine"]}, "about is nothing that run.json could hold.*give a dict"),
+    (lora, {"about": {"rows": {(1, 2): 3}}}, "about is nothing that run.json could hold.*not tuple"),
+    (lora, {"optimizer": sparse}, "SparseAdam is for sparse gradients.*Use AdamW"),
+    (lora, {"optimizer": relative}, r"Adafactor has no learning rate \(lr=None\)"),
+    (lora, {"scheduler": short_cosine}, "ends after 20 of 40 optimizer steps: give it num_training_steps=40"),
+    (never_saved, {}, "PEFT cannot save this adapter.*trained and lost"),
     (lora, {"val": rows(4)}, "val_data is a list; expected a DataLoader"),
     (lora, {"learnt": rows(4)}, "learnt is a list; expected a DataLoader"),
     (lora, {"train": loader(Endless())}, "train_data has no length"),
@@ -142,6 +174,12 @@ def test_other_ways_to_the_same(tmp_path, model, settings, words):
     with pytest.raises(ChatmagicError, match=words):
         fit(model(), tmp_path / "adapter", **settings)
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_a_path_that_is_none(path):
+    with pytest.raises(ChatmagicError, match=f"ckpt_path={path} is no folder"):
+        fit(lora(), path)
 
 
 def test_fit_ddp_is_not_inherited():
@@ -181,6 +219,29 @@ def changed(part, value):
     return loader(samples)
 
 
+def masked(mask, name="attention_mask", **more):
+    more = {part: torch.tensor(value) for part, value in more.items()}
+    return loader([row | {name: torch.tensor(mask)} | more for row in rows(8)])
+
+
+def lists(samples):
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return batch | {"attention_mask": [[1] * 12] * len(samples)}
+
+
+class Promising(torch.utils.data.IterableDataset):
+    """Rows that are fewer than its length says."""
+
+    def __init__(self, samples):
+        self.rows = samples
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
 def kept(*parts):
     return loader([{part: row[part] for part in parts} for row in rows(8)])
 
@@ -197,6 +258,17 @@ def kept(*parts):
         ({"train": loader([tuple(row.values()) for row in rows(8)])}, "input_ids and labels; found a list"),
         ({"train": loader(rows(8, length=0))}, r"of shapes \(2, 0\) and \(2, 0\)"),
         ({"learnt": kept("input_ids")}, "must be a dict with input_ids and labels; found input_ids"),
+        ({"train": changed("labels", -1)}, "Batch 4 of the train data has the label -1"),
+        ({"train": masked([1] * 5)}, r"attention_mask is a tensor of shape \(2, 5\); expected .* \(2, 12\)"),
+        ({"train": masked([1] * 8 + [0] * 4)}, "Batch 1 of the train data has 8 labels where its attention_mask is 0"),
+        ({"train": masked([0] * 12, labels=[-100] * 12)}, "has no token but such as its attention_mask is 0"),
+        ({"val": masked([1] * 8 + [0] * 4)}, "Batch 1 of the val data has 8 labels where"),
+        ({"train": masked([0] * 5, "replayed")}, r"replayed is a tensor of shape \(2, 5\)"),
+        ({"train": loader(rows(8), collate_fn=lists)}, "attention_mask is a list; expected a tensor"),
+        ({"train": loader(rows(3) + rows(3, length=9))}, "different lengths, .*collate_fn=DataCollator"),
+        ({"train": loader(Promising(rows(4)))}, "ended after 2 of 4 batches"),
+        ({"val": loader(Promising([]))}, "ended after 0 of 4 batches"),
+        ({"learnt": loader(Promising(rows(4)))}, "ended after 2 of 4 batches"),
         (
             {"train": loader([{name: ids.float() for name, ids in row.items()} for row in rows(8)])},
             "must be tensors of torch.int64",
@@ -236,6 +308,14 @@ def test_runs_that_train_nothing_are_stopped(tmp_path, model, settings, words):
     with pytest.raises(ChatmagicError, match=words):
         fit(model(), tmp_path, **settings)
     assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_a_monitor_that_a_runner_of_ones_own_does_not_report(tmp_path):
+    class Runner(StepRunner):
+        pass
+
+    with pytest.raises(ChatmagicError, match="nothing that Runner reports, which is .*did you mean 'val_loss'"):
+        fit(lora(), tmp_path, runner=Runner, monitor="val_los")
 
 
 def test_a_missing_gradient_is_named(tmp_path):

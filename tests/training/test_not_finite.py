@@ -132,6 +132,13 @@ def test_fp16_that_skips_every_step_is_stopped_and_named(tmp_path, monkeypatch, 
     assert newest_state(tmp_path).step == 16
 
 
+@pytest.mark.parametrize("make", [lora, adalora])
+def test_fp16_that_skips_an_epoch_has_its_row_in_the_history(tmp_path, monkeypatch, make):
+    """The first steps of fp16 find its scale; with few steps an epoch that is a whole one."""
+    history = fit(make(), tmp_path, optimizer=overflowing(monkeypatch, 6))
+    assert history.epoch.tolist() == list(range(1, 11)) and not history.isna().any(axis=None)
+
+
 def test_fp16_that_finds_its_scale_goes_on(tmp_path, monkeypatch):
     history = fit(lora(), tmp_path, optimizer=overflowing(monkeypatch, 19))
     assert len(history) == 10 and history.train_loss.iloc[-1] < history.train_loss.iloc[0] - 0.02

@@ -2,6 +2,7 @@
 
 import json
 
+import accelerate
 import pandas as pd
 import pytest
 import torch
@@ -41,6 +42,43 @@ def test_the_history_so_far_is_there_where_a_run_is_broken_off(tmp_path):
     with pytest.raises(ChatmagicError, match="stopped"):
         fit(lora(), tmp_path, runner=Stopping)
     assert pd.read_csv(tmp_path / "history.csv").epoch.tolist() == [1, 2, 3]
+
+
+class Failing:
+    """A tracker of accelerate's that fails where it is told to."""
+
+    def __init__(self, where):
+        self.where = where
+
+    def __call__(self, *_, **__):
+        return self._fails("init") or self
+
+    def _fails(self, where):
+        if where == self.where:
+            raise OSError(f"no network at {where}")
+
+    name, requires_logging_directory, main_process_only = "tensorboard", False, True
+    start = store_init_configuration = lambda self, *_: None
+    tracker = None
+
+    def log(self, *_, **__):
+        self._fails("log")
+
+    def finish(self):
+        self._fails("finish")
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_tracker_that_fails_costs_no_run(tmp_path, monkeypatch, where):
+    """It is refused where nothing is trained yet; later the run goes on without."""
+    monkeypatch.setitem(accelerate.accelerator.LOGGER_TYPE_TO_CLASS, "tensorboard", Failing(where))
+    if where == "init":
+        with pytest.raises(ChatmagicError, match="tensorboard does not start: no network at init.*without log_with"):
+            fit(lora(), tmp_path, epochs=3, log_with="tensorboard")
+        return
+    with pytest.warns(UserWarning, match=f"tensorboard fails.*no network at {where}.*history.csv holds the same"):
+        history = fit(lora(), tmp_path, epochs=3, log_with="tensorboard")
+    assert len(history) == 3 and (tmp_path / "adapter_model.safetensors").is_file()
 
 
 def test_a_tracker_is_told_by_one_word(tmp_path):

@@ -9,20 +9,24 @@ import resource
 import shutil
 import signal
 import sys
+from functools import partial
 
+import pandas as pd
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from transformers import get_cosine_schedule_with_warmup
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, SequentialLR, StepLR
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from chatmagic import ChatmagicError
 from chatmagic.models.parts import trainable
 from chatmagic.training import KerasModel, StepRunner, adalora_config
 from chatmagic.training.keras import TrainingInterrupted
-from chatmagic.training.states import load_adapter, newest_state
+from chatmagic.training.states import load_adapter, newest_state, save_adapter
 from disk import contents
 from quick import first
-from tiny_runs import Drawn, adalora, fit, loader, lora, processes, rows, runner_that, tiny_llama
+from tiny_runs import PROJECTIONS, Drawn, adalora, fit, loader, lora, processes, rows, runner_that, tiny_llama
 
 LOSSES = ["train_loss", "train_penalty", "val_loss", "val_penalty", "lr", "grad_norm", "rank_budget"]
 
@@ -314,6 +318,10 @@ def stopped(path, **settings):
         fit(lora(), path, runner=runner_that_in_a_step(lambda: os.kill(os.getpid(), signal.SIGINT), 13), **settings)
 
 
+def warmup(optimizer):
+    return get_constant_schedule_with_warmup(optimizer, 4)
+
+
 def cosine(optimizer, steps=40):
     return get_cosine_schedule_with_warmup(optimizer, 4, steps)
 
@@ -330,8 +338,30 @@ def cosine(optimizer, steps=40):
             ({}, {"monitor": "train_loss"}, "monitor val_loss, now train_loss"),
             ({}, {"optimizer": torch.optim.SGD}, "optimizer AdamW, now SGD"),
             ({"scheduler": cosine}, {"scheduler": lambda opt: cosine(opt, 80)}, "num_training_steps 40, now 80"),
-            ({"scheduler": cosine}, {"scheduler": cosine, "epochs": 12}, "epochs 10, now 12"),
+            ({"scheduler": cosine}, {"scheduler": cosine, "epochs": 8}, "epochs 10, now 8"),
+            ({"scheduler": warmup}, {"scheduler": warmup, "epochs": 12}, "epochs 10, now 12"),
             ({"scheduler": cosine}, {}, "lr_scheduler.class LambdaLR, now None"),
+            ({}, {"train": loader(rows(8, seed=9))}, "data.train [0-9a-f]{12}, now [0-9a-f]{12}"),
+            ({}, {"val": loader(rows(4, seed=9))}, "data.val [0-9a-f]{12}, now [0-9a-f]{12}"),
+            ({"learnt": loader(rows(2))}, {"learnt": loader(rows(2, seed=9))}, "data.learnt [0-9a-f]{12}, now"),
+            ({}, {"train": loader(rows(8), shuffle=True)}, "sampler SequentialSampler, now RandomSampler"),
+            ({}, {"optimizer": partial(AdamW, weight_decay=0.5)}, "weight_decay 0.01, now 0.5"),
+            ({}, {"optimizer": partial(AdamW, betas=(0.5, 0.9))}, r"betas \[0.9, 0.999\], now \[0.5, 0.9\]"),
+            (
+                {"scheduler": lambda opt: LambdaLR(opt, lambda step: 1 / (1 + step))},
+                {"scheduler": lambda opt: LambdaLR(opt, lambda step: 1)},
+                r"factors \[1.0, .*\], now \[1.0, 1.0, 1.0\]",
+            ),
+            (
+                {"scheduler": lambda opt: MultiStepLR(opt, [10, 20])},
+                {"scheduler": lambda opt: MultiStepLR(opt, [20, 30])},
+                r"milestones \[10, 20\], now \[20, 30\]",
+            ),
+            (
+                {"scheduler": lambda opt: SequentialLR(opt, [StepLR(opt, 5), StepLR(opt, 7)], [20])},
+                {"scheduler": lambda opt: SequentialLR(opt, [StepLR(opt, 5), StepLR(opt, 9)], [20])},
+                "lr_scheduler.1.step_size 7, now 9",
+            ),
         ],
     ),
 )
@@ -352,7 +382,62 @@ def test_what_can_go_on_does(tmp_path, now):
     assert history.epoch.tolist() == list(range(1, now.get("epochs", 10) + 1))
 
 
+class Counting(StepRunner):
+    """Reports one number more, from its fourth epoch on."""
+
+    def __call__(self, batch):
+        losses, metrics = super().__call__(batch)
+        return losses, metrics | ({f"{self.stage}_more": 1.0} if self.epoch > 3 else {})
+
+
+@pytest.mark.parametrize(
+    "then, now, column, missing",
+    [
+        ({}, {"val": False}, "val_loss", range(4, 11)),
+        ({"val": False}, {"val": loader(rows(4, seed=1))}, "val_loss", range(1, 4)),
+        ({}, {"runner": Counting}, "val_more", range(1, 4)),
+    ],
+)
+def test_what_was_not_measured_in_an_epoch_is_no_number_of_it(tmp_path, then, now, column, missing):
+    stopped(tmp_path, monitor="train_loss", **then)
+    history = fit(lora(), tmp_path, monitor="train_loss", resume=True, **then | now)
+    assert history.epoch[history[column].isna()].tolist() == list(missing)
+    assert pd.read_csv(tmp_path / "history.csv").round(6).equals(history.round(6))
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adagrad, AdamW])
+def test_an_optimizer_with_a_state_from_its_beginning_is_a_new_one(tmp_path, make):
+    def optimizer(params, lr):
+        return make([param for param in params if param.requires_grad], lr)
+
+    first = fit(lora(), tmp_path / "whole", optimizer=optimizer)
+    stopped(tmp_path / "broken", optimizer=optimizer)
+    columns = ["train_loss", "val_loss", "grad_norm"]
+    assert fit(lora(), tmp_path / "broken", optimizer=optimizer, resume=True)[columns].equals(first[columns])
+    assert len(first) == 10
+
+
 # --- an adapter is taken up again
+
+
+@pytest.mark.parametrize("settings", [{"lora_alpha": 99}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2}}])
+def test_an_adapter_is_not_taken_up_where_it_would_be_scaled_otherwise(tmp_path, settings):
+    save_adapter(lora(), tmp_path)
+    other = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=PROJECTIONS, **settings))
+    (name,) = settings
+    with pytest.raises(ChatmagicError, match=f"trained with {name}=.* has {name}=.*scaled otherwise"):
+        load_adapter(other, tmp_path)
+    load_adapter(lora(), tmp_path)
+
+
+def test_without_a_path_it_is_the_one_that_fit_would_take(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = KerasModel(lora(), optimizer=AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    with pytest.raises(ChatmagicError, match="no adapter in checkpoint"):
+        model.load_ckpt()
+    model.save_ckpt()
+    assert (tmp_path / "checkpoint" / "adapter_model.safetensors").is_file()
+    model.load_ckpt()
 
 
 def taken_up_by_peft(path, base):
