@@ -11,7 +11,7 @@ from ..errors import ChatmagicError
 from ..machine import home
 from ..progress import Bar
 from ..prompts.templates import name_family
-from .checkpoint import CheckpointError, Stored, open_file, open_weights, read_json
+from .checkpoint import CheckpointError, Stored, first_not_finite, open_file, open_weights, read_json
 from .quantize import mend_adalora_over_int8, mend_bitsandbytes, quantization_config
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def load_trained(
 ) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
     """Load what training left: a model's folder as `load_model` does, or an adapter's, over the base that it names and
     quantised as it was trained unless `quantize` says otherwise; thinking as trained. Raises as `load_model` does, and
-    CheckpointError where that base is not here."""
+    CheckpointError where that base is not here, or the adapter is not whole."""
     folder = Path(folder).expanduser()
     adapter = read_json(folder / "adapter_config.json")
     if not adapter:
@@ -82,6 +82,16 @@ def load_trained(
     from .provenance import base_folder, trained_in_nf4, trained_thinking
 
     named = adapter.get("base_model_name_or_path") or ""
+    if not isinstance(named, str):
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'} has base_model_name_or_path = {named!r}, which is no name."
+        )
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
+    if not files:
+        raise CheckpointError(f"{folder} has no adapter_model.safetensors. Take the folder as it was saved.")
+    tensors = open_file(files[0])
+    if spoilt := first_not_finite(tensors):
+        raise CheckpointError(f"{files[0]} holds numbers that are not finite, first in {spoilt}. Train it again.")
     base = base_folder(named)
     if base is None:
         raise CheckpointError(
@@ -89,19 +99,23 @@ def load_trained(
             f"download` brings a model with a name; any other is looked for at {home() / Path(named).name}."
         )
     model, tokenizer = load_model(base, quantize or ("nf4" if trained_in_nf4(folder) else None))
-    from peft import PeftModel  # after load_model, which spares us what bitsandbytes says on import
+    from peft import PeftModel, get_peft_model_state_dict  # after load_model, which quiets bitsandbytes' import
 
     note_thinking(model, tokenizer, trained_thinking(folder))
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
-            open_file(folder / name)  # one that is cut is named
     try:
-        return PeftModel.from_pretrained(model, folder), tokenizer
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
-        first = str(error).strip().split("\n")[0]
+        trained = PeftModel.from_pretrained(model, folder)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError, ImportError) as error:
+        said = " ".join(line.strip() for line in str(error).strip().split("\n")[:2])
         raise CheckpointError(
-            f"PEFT makes no adapter for {base} of {folder}: {first}. Take the folder as it was saved, or train again."
+            f"PEFT makes no adapter for {base} of {folder}: {said}. Take the folder as it was saved, or train again."
         ) from error
+    # Where some are missing PEFT warns, and goes on with layers that do nothing.
+    if missing := sorted(get_peft_model_state_dict(trained, save_embedding_layers=False).keys() - tensors.keys()):
+        raise CheckpointError(
+            f"{files[0]} is half an adapter: it lacks {len(missing)} tensors, the first is {missing[0]}. Take the "
+            "folder as it was saved, or train again."
+        )
+    return trained, tokenizer
 
 
 @contextmanager

@@ -108,6 +108,10 @@ def load_adapter(model: PeftModel, folder: str | Path) -> dict[str, list[bool]]:
     saved = open_file(files[0])
     config, ours = read_json(folder / ADAPTER_CONFIG), model.peft_config[model.active_adapter].to_dict()
     pattern = config.get("rank_pattern") or {}
+    if not isinstance(pattern, dict) or not all(isinstance(kept, list | int) for kept in pattern.values()):
+        raise ChatmagicError(f"{folder / ADAPTER_CONFIG} has a rank_pattern that PEFT never writes: {pattern!r:.80}.")
+    if spoilt := first_not_finite(saved):
+        raise ChatmagicError(f"The adapter in {folder} is not finite, first in {spoilt}: train it again.")
     params = saved_names(model)
     if params.keys() != saved.keys():
         other = sorted(params.keys() ^ saved.keys())
@@ -121,7 +125,7 @@ def load_adapter(model: PeftModel, folder: str | Path) -> dict[str, list[bool]]:
     for name, param in params.items():
         layer, _, factor = name.removeprefix("base_model.model.").rpartition(".")
         rank_axis = 1 if factor == "lora_B" else 0
-        keep = torch.tensor(pattern.get(f"{layer}.lora_E", []), dtype=torch.bool, device=param.device)
+        keep = torch.tensor(pattern.get(f"{layer}.lora_E", []), dtype=torch.bool, device=param.device).reshape(-1)
         if param.shape == saved[name].shape:
             param.copy_(saved[name])
         elif len(keep) == param.shape[rank_axis] and keep.sum() == saved[name].shape[rank_axis]:

@@ -5,12 +5,15 @@ import os
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipConfig
 
 from chatmagic import ChatmagicError, load_model
 from chatmagic.models.checkpoint import CheckpointError, open_weights
-from chatmagic.models.load import _resolve_dtype, check_config, context_limit
+from chatmagic.models.load import _resolve_dtype, check_config, context_limit, load_trained
+from chatmagic.training.states import save_adapter
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 7, 3]])
 
@@ -255,3 +258,72 @@ def test_bin_without_names(copy):
     torch.save([torch.zeros(1)], copy / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pytorch_model.bin is no checkpoint but a list"):
         load_model(copy)
+
+
+# --- an adapter over its base
+
+
+def setting(**settings):
+    def change(folder):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return change
+
+
+def tensors(change):
+    def rewrite(folder):
+        file = folder / "adapter_model.safetensors"
+        save_file(change(dict(sorted(load_file(file).items()))), file)
+
+    return rewrite
+
+
+def content(name, written):
+    return lambda folder: (folder / name).write_bytes(written)
+
+
+NO_ADAPTER = "PEFT makes no adapter for .*base of .*adapter: "
+BROKEN = {
+    "another rank": (setting(r=9), NO_ADAPTER + "Error.*size mismatch for .*lora_A"),
+    "a rank that is no number": (setting(r="4"), NO_ADAPTER),
+    "a kind that PEFT does not know": (setting(peft_type="NEW"), NO_ADAPTER + "'NEW'"),
+    "a task that PEFT does not know": (setting(task_type="NEW"), NO_ADAPTER + "Invalid task type"),
+    "layers that the base does not have": (setting(target_modules=["nope"]), NO_ADAPTER + "Target modules .'nope'"),
+    "patterns of another kind": (setting(rank_pattern=[1]), NO_ADAPTER),
+    "an initialisation that wants more": (setting(init_lora_weights="corda"), NO_ADAPTER),
+    "a base that is no name": (setting(base_model_name_or_path=3), "base_model_name_or_path = 3, which is no name"),
+    "no base": (setting(base_model_name_or_path=None), "a model that it does not name, which is not here"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "empty weights": (content("adapter_model.safetensors", b""), "adapter_model.safetensors is cut short"),
+    "settings that are cut": (content("adapter_config.json", b'{"r": 4'), "adapter_config.json is no JSON"),
+    "half of a layer": (
+        tensors(lambda held: dict([*held.items()][1:])),
+        "half an adapter: it lacks 1 tensors, the first is .*lora_A",
+    ),
+    "no tensors": (tensors(lambda held: {}), "half an adapter: it lacks 8 tensors"),
+    "a factor of another shape": (
+        tensors(lambda held: held | {min(held): torch.zeros(2, 2)}),
+        NO_ADAPTER + "Error.*size mismatch",
+    ),
+    "numbers that are none": (
+        tensors(lambda held: held | {min(held): held[min(held)] * torch.nan}),
+        "numbers that are not finite, first in .*lora_A",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_adapter_that_cannot_be_put_on_its_base_is_told_in_words(llama, tmp_path, name):
+    breaks, words = BROKEN[name]
+    (tmp_path / "base").symlink_to(llama)
+    model = get_peft_model(
+        load_model(tmp_path / "base")[0],
+        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    save_adapter(model, adapter := tmp_path / "adapter")
+    ids = torch.arange(40)[None]
+    assert torch.equal(load_trained(adapter)[0](ids).logits, model.eval()(ids).logits)
+    breaks(adapter)
+    with pytest.raises(CheckpointError, match=words):
+        load_trained(adapter)

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, SequentialLR, StepLR
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
@@ -428,6 +429,24 @@ def test_an_adapter_is_not_taken_up_where_it_would_be_scaled_otherwise(tmp_path,
     with pytest.raises(ChatmagicError, match=f"trained with {name}=.* has {name}=.*scaled otherwise"):
         load_adapter(other, tmp_path)
     load_adapter(lora(), tmp_path)
+
+
+def test_an_adapter_of_no_numbers_is_not_taken_up(tmp_path):
+    save_adapter(lora(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    save_file(whole | {min(whole): whole[min(whole)] * torch.nan}, file)
+    model = lora()
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(ChatmagicError, match="is not finite, first in .*lora_A"):
+        load_adapter(model, tmp_path)
+    save_file(whole, file)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for pattern in ([1], {"model.layers.0.mlp.up_proj.lora_E": "all"}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": pattern}))
+        with pytest.raises(ChatmagicError, match="rank_pattern that PEFT never writes"):
+            load_adapter(model, tmp_path)
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_without_a_path_it_is_the_one_that_fit_would_take(tmp_path, monkeypatch):
