@@ -88,7 +88,7 @@ def course_of_a_test(tmp_path, monkeypatch):
 def shared() -> Path:
     """The folder of golden data. Absent elsewhere: skipped there, but a failure where CI demands it."""
     if not (SHARED / "vectors").is_dir():
-        reason = f"golden data not found at {SHARED}"
+        reason = f"needs the publishers' tokenizers, the ids and logits of their own code, and the seed, in {SHARED}"
         (pytest.fail if os.environ.get("CHATMAGIC_REQUIRE_SHARED") else pytest.skip)(reason)
     return SHARED
 
