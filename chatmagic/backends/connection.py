@@ -72,7 +72,9 @@ class Connection:
             raise ChatmagicError(f"{self._proxy} needs a package: %pip install socksio; {way}") from None
         authorization = {"Authorization": f"Bearer {found}"} if found else {}
         try:
-            self._client = httpx2.Client(headers=authorization | (headers or {}), timeout=limit, transport=transport)
+            self._client: httpx2.Client = httpx2.Client(
+                headers=authorization | (headers or {}), timeout=limit, transport=transport
+            )
         except (TypeError, ValueError, AttributeError) as error:
             raise ChatmagicError(f"these headers cannot be sent: {error}") from None
 
@@ -186,7 +188,8 @@ class Connection:
             return f"has no model {name!r}: it has {', '.join(nearest(name, names, cutoff=0))}"
         if names is not None:
             return f"has no model loaded: load {name!r} there{own}"
-        root, path = re.match(r"(\w+://[^/]+)(.*)", self.url).groups()
+        root = "/".join(self.url.split("/")[:3])
+        path = self.url.removeprefix(root)
         parents = [root + path[:at] for at in range(len(path)) if path[at] == "/"]
         for other in dict.fromkeys([f"{self.url}/v1", *reversed(parents), f"{root}/v1"]):
             if other != self.url and self._models(other) is not None:
@@ -223,7 +226,10 @@ def _trusted(verify: bool | str | Path) -> bool | ssl.SSLContext:
     context = ssl.create_default_context()
     try:
         path = Path(verify).expanduser()
-        context.load_verify_locations(**{"capath" if path.is_dir() else "cafile": path})
+        if path.is_dir():
+            context.load_verify_locations(capath=path)
+        else:
+            context.load_verify_locations(cafile=path)
     except (OSError, ValueError, TypeError) as error:
         raise ChatmagicError(f"verify={str(verify)!r} holds no certificates in PEM form: {error}") from None
     return context

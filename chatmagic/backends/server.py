@@ -10,6 +10,7 @@ from time import sleep, time
 from typing import TYPE_CHECKING, Any
 
 from ..conversation.llm import ChatLLM
+from ..conversation.messages import Message
 from ..conversation.pieces import Notice, Parting, Thought
 from ..conversation.reply import Stats
 from ..errors import ChatmagicError
@@ -115,7 +116,7 @@ class ServerModel:
         self._left_out: set[str] = set()  # what it refused in requests
         self._tokens_per_byte = 1 / 3  # some three bytes are a token: a Chinese character, most of an English word
 
-    def count(self, messages: list[dict], thinking: bool | None = None) -> int | None:
+    def count(self, messages: list[Message], thinking: bool | None = None) -> int | None:
         """Tokens of the prompt, estimated where `context` was given; only the server has the tokenizer."""
         return ceil(_bytes(messages) * self._tokens_per_byte) if self.context else None
 
@@ -124,7 +125,7 @@ class ServerModel:
 
     def stream(
         self,
-        messages: list[dict],
+        messages: list[Message],
         stats: Stats,
         greedy: bool = False,
         thinking: bool | None = None,
@@ -205,7 +206,7 @@ class ServerModel:
                 return True
         return False
 
-    def _hear(self, response: "httpx2.Response", messages: list[dict], stats: Stats) -> Generator[str, None, None]:
+    def _hear(self, response: "httpx2.Response", messages: list[Message], stats: Stats) -> Generator[str, None, None]:
         """The pieces of a reply; fills `stats`."""
         parting, finished, hidden, whole, refused, first = Parting(), "", 0, False, False, None
         heard: set[type] = set()  # the kinds of pieces there were
@@ -231,8 +232,8 @@ class ServerModel:
                 thought, words = thought_and_words(said)
                 if thought:
                     parting.apart()
-                if isinstance(said, dict) and (refusal := text_in(said.get("refusal"))):
-                    words, refused = words + refusal, True
+                if isinstance(said, dict) and (declined := text_in(said.get("refusal"))):
+                    words, refused = words + declined, True
                 for piece in [Thought(thought)] * bool(thought) + parting.push(words):
                     heard.add(type(piece))
                     yield piece
@@ -281,6 +282,6 @@ def _seconds(after: str | None) -> float | None:
         return None
 
 
-def _bytes(messages: list[dict]) -> int:
+def _bytes(messages: list[Message]) -> int:
     """The bytes of the messages in UTF-8, and some for what a chat template writes around each."""
     return sum(len(message["content"].encode("utf-8", "replace")) + 12 for message in messages)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..backends.presets import SERVERS
 from ..backends.server import connect, models_at
@@ -41,11 +41,14 @@ def examine(answer: Answer, persona: Persona, kinds: Collection[str] = KINDS) ->
 
 
 def _questions(persona: Persona, language: str) -> Iterator[Asked]:
+    def is_quiet(reply: str, asked: str) -> bool:
+        return not persona.leaks(asked, reply)
+
     for kind in ("trained", "heldout"):
         for topic, question in persona.asked(kind, language):
             yield Asked(kind, language, question, partial(persona.knows, topic, language=language))
     for question in questions()[language]["near"]:
-        yield Asked("near", language, question, lambda reply, asked=question: not persona.leaks(asked, reply))
+        yield Asked("near", language, question, partial(is_quiet, asked=question))
     for question, *facts in questions()[language]["retention"]:
         yield Asked("retention", language, question, partial(holds, words=facts))
 
@@ -74,7 +77,7 @@ def find_answer(target: str, model: str | None = None) -> Answer:
         raise ChatmagicError(f"{target} is no folder that is here, no GGUF file, and no address such as http://HOST/v1")
 
     def answer(conversations: Sequence[list[Message]]) -> list[str]:
-        replies, options = [], {"greedy": True, "max_new_tokens": REPLY_TOKENS}
+        replies, options = [], dict[str, Any](greedy=True, max_new_tokens=REPLY_TOKENS)
         for messages in conversations:
             reply = llm.chat(messages, **options)
             if reply.thinking and not reply.strip() and "thinking" not in options:

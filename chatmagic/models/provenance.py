@@ -39,7 +39,7 @@ def base_fingerprint(folder: str | Path) -> str | None:
 
 
 @cache
-def _fingerprint(folder: Path, files: tuple) -> str:
+def _fingerprint(folder: Path, files: tuple[Any, ...]) -> str:
     """Of the folder while its files are these: a run asks at each state that it saves."""
     left_out, config = NOT_OF_THE_MODEL.split(), read_json(folder / "config.json")
     config = {name: value for name, value in config.items() if name not in left_out and value is not None}

@@ -3,7 +3,7 @@
 import re
 import sys
 from argparse import Action, ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from keyword import iskeyword
 from typing import Any
 
@@ -23,7 +23,7 @@ class AskingLine(EscapedCommand):
 
     def __init__(self, start: tuple[int, int]) -> None:
         super().__init__(start)
-        self.mark, self.start_col = self.start_col, -1  # sorted before all else on the line
+        self.mark, self.start_col = start[1], -1  # sorted before all else on the line
 
     @classmethod
     def find(cls, tokens_by_line: list[list[Any]]) -> "AskingLine | None":
@@ -61,7 +61,7 @@ def tidy(lines: list[str]) -> list[str]:
     return [asked, *body] if "".join(body).strip() else [asked, "\n"]
 
 
-tidy.has_side_effects = True  # to IPython: not for telling whether a cell in a terminal goes on
+tidy.has_side_effects = True  # type: ignore[attr-defined]  # to IPython: not for telling whether a cell in a terminal goes on
 CELL = re.compile(r"[\s\ufeff\u200b]*%%chat\u200b*(?=\s|$)")
 
 # Options
@@ -166,7 +166,7 @@ def _field(text: str) -> tuple[str, Any, str, str]:
         marks = [match.start() for match in re.finditer("[:!]", inner)]
         for mark in [len(inner), *marks]:
             tail = re.fullmatch(r"(?s)(?:!([rsa]))?(?::(.*))?", inner[mark:])
-            form = tail and (tail[2] or "")
+            form = tail[2] or "" if tail else ""
             if tail and inner[:mark].strip() and form.count("{") == form.count("}"):
                 try:
                     code = compile(f"({inner[:mark].strip()}\n)", "--vars", "eval")
@@ -179,7 +179,8 @@ def _field(text: str) -> tuple[str, Any, str, str]:
 
 
 def _filled(field: str, code: Any, conversion: str, form: str, variables: Mapping[str, Any]) -> str:
-    convert = {"r": repr, "s": str, "a": ascii}.get(conversion)
+    converts: dict[str, Callable[[Any], str]] = {"r": repr, "s": str, "a": ascii}
+    convert = converts.get(conversion)
     try:
         value = eval(code, dict(variables))
         if convert or form:
@@ -221,7 +222,7 @@ def _table(value: Any) -> str:
         return value.to_string()
 
 
-IN_FULL = {
+IN_FULL: dict[tuple[str, str], Callable[[Any], str]] = {
     ("pandas", "DataFrame"): _table,
     ("pandas", "Series"): _table,
     ("numpy", "ndarray"): _array,

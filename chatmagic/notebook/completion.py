@@ -3,6 +3,7 @@
 import re
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion
 
@@ -14,7 +15,7 @@ def complete(
     parsers: Mapping[str, ArgumentParser],
     values: Mapping[str, Iterable[str]],
     variables: Iterable[str],
-) -> dict:
+) -> dict[str, Any]:
     """IPython's answer for the cursor's place. `values`: what an option, by its `dest`, takes."""
     first, before = context.full_text.split("\n", 1)[0], context.text_until_cursor
     below = context.cursor_line > 0 and re.match(r"\s*%%chat\b", first)  # in the text of a question

@@ -55,7 +55,7 @@ def render_markdown(text: str) -> str:
         return f"{HIDDEN}{len(formulas) - 1}{HIDDEN}"
 
     def image(self: "RendererHTML", tokens: Sequence["Token"], index: int, options: "OptionsDict", env: Any) -> str:
-        source, alt = escapeHtml(tokens[index].attrs["src"]), escapeHtml(tokens[index].content)
+        source, alt = escapeHtml(str(tokens[index].attrs["src"])), escapeHtml(tokens[index].content)
         return f'<a href="{source}">{alt or source}</a>'
 
     def words(self: "RendererHTML", tokens: Sequence["Token"], index: int, options: "OptionsDict", env: Any) -> str:

@@ -199,7 +199,7 @@ class ChatMagics(Magics):
                 say(stopped.reply)
             raise
 
-    def _generation(self, args: Namespace) -> dict:
+    def _generation(self, args: Namespace) -> dict[str, Any]:
         """The options that go to the model; what nobody set is left out."""
         generation = {name: self._option(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
         generation = {name: value for name, value in generation.items() if value is not None}
@@ -339,7 +339,7 @@ class ChatMagics(Magics):
             self._kept.look(list(registered.values()))
 
     @context_matcher()
-    def complete(self, context: CompletionContext) -> dict:
+    def complete(self, context: CompletionContext) -> dict[str, Any]:
         """A matcher for options, their values, and with `--vars` the `{names` in a cell."""
         parsers = {name: getattr(ChatMagics, name).parser for name in self.magics["line"]}
         variables = [name for name in self.shell.user_ns if not name.startswith("_")]

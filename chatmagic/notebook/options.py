@@ -1,6 +1,7 @@
 """The options of the magics that ask a model."""
 
 from collections.abc import Callable
+from typing import Any
 
 from IPython.core.magic_arguments import argument, magic_arguments
 
@@ -39,7 +40,7 @@ ASKING = [
 """The options of all magics that ask."""
 
 
-def asking(magic: Callable) -> Callable:
+def asking(magic: Callable[..., Any]) -> Callable[..., Any]:
     """Give a magic the options of those that ask."""
     for each in reversed(ASKING):
         magic = each(magic)

@@ -3,9 +3,9 @@
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
@@ -95,13 +95,14 @@ def make_app(llms: Iterable[ChatLLM], key: str | None = None, longest: int = 32)
         known = ", ".join(models)
         raise HTTPException(404, f"the model {name!r} does not exist here{did_you_mean(name, models)}; here is {known}")
 
-    for kind, answer in {
+    handlers: dict[type[Exception], Any] = {  # each takes its own kind alone
         RequestValidationError: _invalid,
         HTTPException: _http,
         Full: _full,
         ChatmagicError: _refused,
         Exception: _failed,
-    }.items():
+    }
+    for kind, answer in handlers.items():
         app.add_exception_handler(kind, answer)
     return app
 
@@ -127,16 +128,18 @@ async def unless_left(request: Request, coming: Awaitable[T]) -> T | None:
             task.cancel()
 
 
-async def _last(pieces: AsyncIterator[str]) -> Reply:
+async def _last(pieces: AsyncGenerator[str, None]) -> Reply:
     async with aclosing(pieces):
-        return [piece async for piece in pieces][-1]
+        return cast(Reply, [piece async for piece in pieces][-1])
 
 
-async def _written(first: str, rest: AsyncIterator[str], written: Written, with_usage: bool) -> AsyncIterator[str]:
+async def _written(
+    first: str, rest: AsyncGenerator[str, None], written: Written, with_usage: bool
+) -> AsyncIterator[str]:
     """The events of a reply, of which the first piece has come."""
     async with aclosing(rest):
         yield written.piece({"role": "assistant", "content": ""})
-        piece: str | None = first
+        piece = first
         try:
             while not isinstance(piece, Reply):
                 if isinstance(piece, Thought):
@@ -160,7 +163,7 @@ class Events(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        async with aclosing(self.body_iterator):
+        async with aclosing(cast("AsyncGenerator[str, None]", self.body_iterator)):
             await super().__call__(scope, receive, send)
 
 

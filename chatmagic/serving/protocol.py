@@ -171,6 +171,8 @@ def usage(stats: Stats) -> dict[str, Any]:
     }
 
 
-def error(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None) -> dict:
+def error(
+    message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
     """The body of an error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -6,12 +6,13 @@ Streamlit runs this file anew for every visitor and every click; what is to last
 import os
 import secrets
 import sys
+from typing import Any
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from chatmagic.backends.server import connect, models_at
-from chatmagic.conversation.messages import build_messages
+from chatmagic.conversation.messages import Message, build_messages
 from chatmagic.conversation.pieces import Notice, Thought
 from chatmagic.errors import ChatmagicError
 from chatmagic.serving.reach import is_asked_here
@@ -37,7 +38,7 @@ def admit() -> None:
         st.stop()
 
 
-def answer_into(address: str, name: str, messages: list, reply: dict, place: DeltaGenerator) -> None:
+def answer_into(address: str, name: str, messages: list[Message], reply: dict[str, Any], place: DeltaGenerator) -> None:
     """Write the reply there as it comes, and into `reply`, which keeps it however this ends."""
     place.markdown("▌")
 
@@ -52,7 +53,7 @@ def answer_into(address: str, name: str, messages: list, reply: dict, place: Del
         reply["notices"] += str(error)
 
 
-def show(reply: dict, place: DeltaGenerator) -> None:
+def show(reply: dict[str, Any], place: DeltaGenerator) -> None:
     """What there is of a reply."""
     with place.container():
         if reply["thought"]:
@@ -77,7 +78,7 @@ def page(address: str) -> None:
         rounds.clear()
     if query := st.chat_input(translated("Say something"), submit_mode="stop", disabled=not chosen):
         rounds.append({"query": query, "replies": {}})
-    histories = {name: [] for name in chosen}
+    histories: dict[str, list[tuple[str, str]]] = {name: [] for name in chosen}
     for each in rounds:
         st.chat_message("user").markdown(each["query"])
         places = {}
