@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from xllamacpp import CommonParams, Server
 
 from chatmagic.conversation.messages import Message, build_messages
-from chatmagic.course.check import KINDS, MOST, Answer, examine, find_answer
+from chatmagic.course.check import KINDS, REPLY_TOKENS, Answer, examine, find_answer
 from chatmagic.course.evaluate import perplexity
 from chatmagic.course.export import export_model
 from chatmagic.course.persona import questions
@@ -51,7 +51,7 @@ def as_ollama(folder: Path, tokenizer) -> Answer:
     params = CommonParams()
     params.model.path, params.n_ctx, params.port, params.verbosity, params.ui = str(file), 4096, 0, -1, False
     server = Server(params)
-    fields = {"n_predict": MOST, "temperature": 0, "repeat_penalty": 1.0, "stop": stops}
+    fields = {"n_predict": REPLY_TOKENS, "temperature": 0, "repeat_penalty": 1.0, "stop": stops}
 
     def answer(conversations: Sequence[list[Message]]) -> list[str]:
         replies = []

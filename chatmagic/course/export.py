@@ -31,6 +31,8 @@ def export_model(source: Path, to: str, kind: str = "q8_0", output: Path | None 
         raise ExportError(f"{source} is not the folder of {wanted}, which --to {to} takes. Make one: {mend}")
     made = find_made(source)
     output = output or source.absolute().parent / f"export-{to}{'' if to == 'lora' else f'-{kind}'}"
+    if source.resolve().is_relative_to(output.expanduser().resolve()):  # the older export, which goes, has the source
+        raise ExportError(f"{output} is where {source} lies, and would take its place. Name another: --output FOLDER")
     size = sum(file.stat().st_size for file in weight_files(source)) if to != "lora" else 0
     with new_folder(output, needed=2 * size, over=(output / EXPORTED).is_file()) as folder:
         use = _lora(made, folder) if to == "lora" else _gguf(made, folder, kind, to == "ollama")

@@ -23,7 +23,7 @@ from gguf import (
 )
 
 from ..errors import ChatmagicError
-from ..files import remove
+from ..files import FULL, remove
 from ..progress import Bar
 from .checkpoint import read_json
 
@@ -63,6 +63,8 @@ def write_gguf(folder: Path, file: Path, kind: str, converter: Path, name: str, 
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        if full := next((each for each in FULL if f"[Errno {each}]" in said), None):
+            raise OSError(full, said)  # which says nothing of the model
         raise ExportError(
             f"llama.cpp's converter does not convert {folder}; it says: {said} Serve it as it is: chatmagic serve "
             f"{folder}"

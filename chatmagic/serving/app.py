@@ -173,6 +173,10 @@ def _answer(status: int, *words: Any, headers: dict[str, str] | None = None, **m
 
 def _invalid(request: Request, problem: RequestValidationError) -> JSONResponse:
     found = problem.errors()[0]
+    if found["type"] == "json_invalid":  # its place is one in the body
+        return _answer(400, f"the body is no JSON: {found['ctx']['error']} at character {found['loc'][1]}")
+    if found["loc"] == ("body",) and found["type"] == "missing":
+        return _answer(400, "the body is empty: send a JSON object, with Content-Type: application/json")
     where = ".".join(map(str, found["loc"][1:]))
     said = f"{where}: {found['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     if found["type"] == "extra_forbidden":

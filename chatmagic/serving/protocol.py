@@ -22,9 +22,15 @@ UNREAD = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_c
 
 def _text(content: Any) -> Any:
     """The text of a content that is a list of parts, each of them text; anything else as it is."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(str(part.get("text", "")) for part in content)
-    return content
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(
+                f"only text is read here, a valid string or parts of type 'text' with one, and no {kind!r}"
+            )
+    return "".join(part["text"] for part in content)
 
 
 def _texts(stop: Any) -> Any:

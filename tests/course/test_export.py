@@ -25,6 +25,7 @@ from chatmagic.course.thread import start
 from chatmagic.files import FULL, WriteError, make_folder, write
 from chatmagic.models.checkpoint import sha256
 from chatmagic.models.gguf import CONVERTER, ExportError
+from disk import contents
 from over_nf4 import trained_over_nf4
 from tiny_gguf import tiny_gguf
 
@@ -241,6 +242,27 @@ def test_an_export_is_whole_or_not_there_and_takes_no_place_of_others(course, ca
     assert not list(course.folder.glob("*f16*")) and not list(course.folder.glob(".*"))
     with pytest.raises(WriteError, match="exists, and nothing is written over it"):
         exporting.export_model(course.adapter, "lora", output=course.merged)
+
+
+def test_an_export_does_not_take_the_place_of_what_it_is_made_of(course, capsys):
+    """Its own card says more than one that is made of it alone could."""
+    folder = exporting.export_model(course.adapter, "lora")
+    before = contents(folder)
+    assert export(folder, "--to", "lora") == 1
+    assert "would take its place. Name another: --output FOLDER" in capsys.readouterr().err
+    shutil.copytree(course.adapter, folder / "again")
+    assert export(folder / "again", "--to", "lora", "--output", folder) == 1
+    shutil.rmtree(folder / "again")
+    assert contents(folder) == before and export(folder, "--to", "lora", "--output", course.folder / "more") == 0
+
+
+@pytest.mark.parametrize("full", sorted(FULL))
+def test_a_disk_that_fills_while_the_converter_writes_is_no_fault_of_the_model(course, tmp_path, capsys, full):
+    (tmp_path / "converter" / CONVERTER).write_text(f"raise OSError({full}, 'No space left on device')")
+    assert export("--to", "gguf") == 1
+    said = capsys.readouterr().err
+    assert "is full: " in said and "does not convert" not in said
+    assert not list(course.folder.glob("*gguf*")) and not list(course.folder.glob(".*"))
 
 
 def test_the_wrong_folder_is_told_apart(course, capsys):

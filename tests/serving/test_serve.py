@@ -167,6 +167,10 @@ def test_what_asks_for_nothing_is_no_error(url):
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "system"),
         ({"messages": [{"role": "user", "content": "x", "name": "Li"}]}, "messages.0.name", "not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "valid string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "no 'image_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content", "'text' with one"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content", "only text"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content", "no 'str'"),
         ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, None, "nothing to reply to"),
         ({"messages": [*HI, *HI]}, None, "Message 1 has role 'user'"),
     ],
@@ -198,6 +202,21 @@ def test_errors_have_openais_shape(url, fake, openai):
         with pytest.raises(openai.APIError, match=str(failure)):
             list(client(url).chat.completions.create(model="fake", messages=HI, stream=True))
     assert post(url).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("{", "no JSON: Expecting property name enclosed in double quotes at character 1"),
+        ('{"model": }', "no JSON: Expecting value at character 10"),
+        ("", "the body is empty: send a JSON object"),
+        ("[1]", "valid dictionary"),
+    ],
+)
+def test_a_body_that_is_no_object_names_no_field(url, fake, body, words):
+    answer = httpx2.post(f"{url}/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    said = answer.json()["error"]
+    assert answer.status_code == 400 and words in said["message"] and said["param"] is None and fake.asked == []
 
 
 def test_half_a_character_is_mended(url, fake):
