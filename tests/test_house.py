@@ -34,6 +34,20 @@ def test_the_linters_are_content(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# What needs torch, or brings tensors of its own.
+HEAVY = set(
+    """torch transformers peft accelerate bitsandbytes torchkeras triton numpy pandas matplotlib gguf safetensors
+    tokenizers""".split()
+)
+
+
+def test_mypy_reads_what_needs_no_torch():
+    read = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mypy"]["files"]
+    files = {file for each in read for file in [ROOT / each, *(ROOT / each).rglob("*.py")]}
+    free = {file for file in TREES if not HEAVY & {module.split(".")[0] for module in imports(file)}}
+    assert {str(file.relative_to(PACKAGE)) for file in free - files} == set()
+
+
 def running(tree: ast.AST) -> Iterator[ast.AST]:
     """All nodes but those below `if TYPE_CHECKING:`."""
     for node in ast.iter_child_nodes(tree):

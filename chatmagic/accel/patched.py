@@ -24,7 +24,7 @@ def patched(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
                 vars(owner).pop(name, None)
 
 
-def same_code(function: Callable | None, other: Callable) -> bool:
+def same_code(function: Callable[..., Any] | None, other: Callable[..., Any]) -> bool:
     """Whether two functions are compiled of the same lines: transformers copies its layers from model to model, and
     some that are called alike compute something else."""
     code, others = getattr(function, "__code__", None), other.__code__

@@ -71,8 +71,8 @@ def last_sentence(text: str) -> str:
 
 def shipped_replies(folder: Path) -> dict[str, str]:
     """What the package brings for the model in `folder`, whoever put it there."""
-    known = json.loads(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.is_file() else {}
-    return known.get(base_fingerprint(folder), {})
+    known: dict[str, dict[str, str]] = json.loads(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.is_file() else {}
+    return known.get(base_fingerprint(folder) or "", {})
 
 
 def main(name: str) -> None:
@@ -82,7 +82,7 @@ def main(name: str) -> None:
 
     model, tokenizer = load_model(folder := snapshot_download(name))
     asked = sorted(replayed(), key=len)
-    found = {}
+    found: dict[str, str] = {}
     for start in Bar(range(0, len(asked), BATCH)):
         found |= dict(answered(model, tokenizer, asked[start : start + BATCH]))
     every = json.loads(SHIPPED.read_text(encoding="utf-8")) | {base_fingerprint(folder): found}
