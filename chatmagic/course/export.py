@@ -9,7 +9,7 @@ from ..models.adapter import FACTORS
 from ..models.checkpoint import read_json, weight_files
 from ..models.gguf import ExportError, write_gguf
 from ..models.plain_lora import NothingToFold, adalora_to_lora
-from ..models.provenance import PROVENANCE
+from ..models.provenance import BASE_HERE, PROVENANCE
 from .card import Made, find_made, write_card
 from .converter import find_converter
 from .hubs import HUBS, without_password
@@ -92,4 +92,6 @@ def _lora(made: Made, folder: Path) -> str:
         base = made.profile.name
     elif made.profile:
         write(folder / "adapter_config.json", json.dumps(config | {"base_model_name_or_path": base}, indent=2))
+        noted = read_json(folder / PROVENANCE) | {BASE_HERE: made.profile.name}  # so that it is found here, too
+        write(folder / PROVENANCE, json.dumps(noted))
     return f"vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules {made.name}=."

@@ -79,7 +79,7 @@ def load_trained(
     if not adapter:
         return load_model(folder, quantize)
     from ..prompts.labels import note_thinking
-    from .provenance import base_folder, trained_in_nf4, trained_thinking
+    from .provenance import BASE_HERE, base_folder, read_provenance, trained_in_nf4, trained_thinking
 
     named = adapter.get("base_model_name_or_path") or ""
     if not isinstance(named, str):
@@ -92,7 +92,7 @@ def load_trained(
     tensors = open_file(files[0])
     if spoilt := first_not_finite(tensors):
         raise CheckpointError(f"{files[0]} holds numbers that are not finite, first in {spoilt}. Train it again.")
-    base = base_folder(named)
+    base = base_folder(named) or base_folder(read_provenance(folder).get(BASE_HERE, ""))
     if base is None:
         raise CheckpointError(
             f"{folder} is an adapter for {named or 'a model that it does not name'}, which is not here. `chatmagic "

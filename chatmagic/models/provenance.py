@@ -14,8 +14,9 @@ from .checkpoint import CheckpointError, open_weights, read_json, weight_files
 
 # Beside an adapter: {BASE: base_fingerprint(of what it is for), "thinking": how it was trained, see `note_thinking`,
 # "nf4": names of the weights that were in NF4 while it was trained,
-# "on_disk": names_in_checkpoint(the weights that it changes)}.
-PROVENANCE, BASE = "chatmagic.json", "base_tensors"
+# "on_disk": names_in_checkpoint(the weights that it changes),
+# "base_here": the folder's name among the models, of one whose adapter_config.json has the hub's for others}.
+PROVENANCE, BASE, BASE_HERE = "chatmagic.json", "base_tensors", "base_here"
 # Settings of a base that say how it is run or who wrote it, not what it computes.
 NOT_OF_THE_MODEL = """
     use_cache transformers_version _name_or_path name_or_path torch_dtype dtype architectures auto_map tokenizer_class
@@ -72,7 +73,7 @@ def base_folder(name: str) -> Path | None:
     return next((place for place in places if name and (place / "config.json").is_file()), None)
 
 
-_KINDS = {BASE: str, "thinking": bool, "nf4": list, "on_disk": dict}
+_KINDS = {BASE: str, BASE_HERE: str, "thinking": bool, "nf4": list, "on_disk": dict}
 
 
 def read_provenance(adapter: Path) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chatmagic import merge_adapter
+from chatmagic import build_messages, merge_adapter
 from chatmagic.cli import main
 from chatmagic.course import converter
 from chatmagic.course import export as exporting
 from chatmagic.course.card import Made, find_made, words, write_card
+from chatmagic.course.check import find_answer
 from chatmagic.course.converter import ARCHIVE, find_converter
 from chatmagic.course.evaluate import POSITIONS, summary
 from chatmagic.course.hubs import HUBS
@@ -23,7 +24,7 @@ from chatmagic.course.persona import LANGUAGES, Persona
 from chatmagic.course.profile import profiles
 from chatmagic.course.thread import start
 from chatmagic.files import FULL, WriteError, make_folder, write
-from chatmagic.models.checkpoint import sha256
+from chatmagic.models.checkpoint import CheckpointError, sha256
 from chatmagic.models.gguf import CONVERTER, ExportError
 from disk import contents
 from over_nf4 import trained_over_nf4
@@ -217,6 +218,17 @@ def test_an_adapter_of_somebody_elses_is_exported_for_the_base_that_it_names(tmp
     assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules adapter=." in card
     assert (f"原模型：{base}" if named else "原模型：没有记录") in card
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == named
+
+
+def test_an_exported_adapter_is_asked_over_the_base_that_is_here(course, tiny_models):
+    """Whatever the hub calls it."""
+    folder = exporting.export_model(course.adapter, "lora")
+    with pytest.raises(CheckpointError, match="for Qwen/Qwen-7B-Chat, which is not here"):
+        find_answer(str(folder))
+    make_folder(course.model.parent)
+    course.model.symlink_to(tiny_models / CHAT)
+    hi = [build_messages("hi")]
+    assert find_answer(str(folder))(hi) == find_answer(str(course.adapter))(hi)
 
 
 def write_adapter(folder, kind, base):
