@@ -4,7 +4,7 @@ import math
 import os
 import random
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_wi
 from ..conversation.messages import Message
 from ..data.dataset import ConversationFile, DataCollator, Examples, read_jsonl, write_jsonl
 from ..errors import ChatmagicError
+from ..models.checkpoint import is_whole, weight_files
 from ..models.load import load_model
 from ..prompts.labels import note_thinking
 from ..prompts.templates import get_template
@@ -36,6 +37,7 @@ from ..training.runtime import lost_peer
 from ..training.states import newest_state
 from .own import make_own_data, used
 from .persona import make_conversations
+from .profile import check_machine
 from .replies import own_replies
 from .thread import Course, fetch
 from .thread import resume as resume_course
@@ -45,13 +47,17 @@ def run(
     course: Course, resume: bool | None = None, save_every: int | None = None, method: str = "adalora"
 ) -> pd.DataFrame:
     """Go through 00-setup to 04-train-adalora, as one process or as one of those that a launcher started; returns
-    fit's history. SIGTERM is taken as Ctrl-C is. Raises ChatmagicError where another process has ended."""
+    fit's history. SIGTERM is taken as Ctrl-C is. Raises ChatmagicError where another process has ended, ProfileError
+    where this machine has not the memory or the disk for it."""
     signal.signal(signal.SIGTERM, interrupted)
     if resume and newest_state(course.adapter, read=False) is None:  # before anything is downloaded or made
         raise ChatmagicError(
             f"Nothing to resume in {course.adapter}: no run was broken off there. Start one: chatmagic train, without "
             "--resume. Another model or persona has a folder of its own: name them as then."
         )
+    if is_whole(course.model):  # which a download has measured for where it is to go, and not for here
+        there = sum(file.stat().st_size for file in weight_files(course.model))
+        check_machine(replace(course.profile, bytes=there), course.model)
     try:
         state = PartialState(
             # Without it accelerate looks for the other processes on GPUs alone.

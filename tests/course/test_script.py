@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from chatmagic import cli, merge_adapter
-from chatmagic.course import script
+from chatmagic.course import profile, script
 from chatmagic.course import thread as course
 from chatmagic.course.profile import profiles
 from chatmagic.training.step import StepRunner
@@ -137,6 +137,17 @@ def test_a_process_that_is_lost_while_they_join_is_told(home, monkeypatch, capsy
 def test_nothing_to_resume_is_told(home, capsys):
     assert train(home, "--resume") == 1
     assert "Nothing to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu, where", [(0, "RAM"), (2 * 10**9, "GPU memory")])
+def test_the_machine_is_measured_where_the_model_is_there_too(home, capsys, monkeypatch, gpu, where):
+    """It may have been brought from another machine; without memory the process would be killed, in silence."""
+    monkeypatch.setattr(profile, "ram", lambda: 2 * 10**9)
+    monkeypatch.setattr(profile, "gpu_memory", lambda: gpu)
+    monkeypatch.setattr(script, "fetch", lambda course: pytest.fail("the run began"))
+    assert train(home) == 1
+    assert f"needs 3.0 GB of {where}, and there are 2.0" in capsys.readouterr().err
+    assert not (home / "course").exists()
 
 
 def test_each_process_loads_the_quantised_base_to_its_own_device(monkeypatch, home):
