@@ -112,6 +112,8 @@ def _check_base(base: Path, adapter: Path) -> None:
         name = read_settings(adapter).get("base_model_name_or_path") or ""
         found = base_folder(name)
         there = f": merge_adapter(base={str(found)!r}, ...)" if found else ", which is not here"
+        if found and found.samefile(base):
+            there = ", and that is this folder: its files were changed since"
         names = f"It names {name!r}{there}. " if name else ""
         raise MergeError(
             f"{adapter} was trained on another model than {base}: config or weights differ. {names}If you know that it "

@@ -263,6 +263,11 @@ def test_a_base_other_than_the_one_trained_on_is_refused(tmp_path, base, adapter
         merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
     assert merge_adapter(tmp_path / "merged", adapter, tmp_path / "twice", any_base=True) == tmp_path / "twice"
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(MergeError, match=rf"names '{base}', and that is this folder: its files were changed since. If"):
+        merge_adapter(base, adapter, tmp_path / "third")
 
 
 @pytest.mark.parametrize(
