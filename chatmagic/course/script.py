@@ -4,9 +4,8 @@ import math
 import os
 import random
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
-from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +30,6 @@ from ..errors import ChatmagicError
 from ..models.checkpoint import is_whole, weight_files
 from ..models.load import load_model
 from ..prompts.labels import note_thinking
-from ..prompts.templates import get_template
 from ..training.plots import pictures
 from ..training.runtime import lost_peer
 from ..training.states import newest_state
@@ -139,7 +137,6 @@ def train(course: Course, method: str = "adalora", **settings: Any) -> pd.DataFr
     drawn = RandomSampler(train_data, num_samples=samples)
     train_loader = DataLoader(train_data, profile.batch_size, sampler=drawn, collate_fn=collator)
     val_loader = DataLoader(val_data, profile.batch_size, collate_fn=collator)
-    template = get_template(None, tokenizer)
     lean = any(gather_object([prepare(model)]))  # one for all: by different optimizers the processes would drift apart
     total_steps = profile.epochs * math.ceil(len(train_loader) / state.num_processes)
     adapter = {name: getattr(profile, name) for name in ("init_r", "target_r", "lora_alpha", "lora_dropout")}
@@ -161,12 +158,6 @@ def train(course: Course, method: str = "adalora", **settings: Any) -> pd.DataFr
         callbacks=pictures(),
         plot=False,
         cpu=state.device.type == "cpu",
-        about={
-            "profile": profile.name,
-            "persona": asdict(course.becomes) if course.becomes else None,
-            "template": template.name,
-            "thinking": thinking,
-            "files": {file.name: sha256(file.read_bytes()).hexdigest() for file in (course.train, course.val)},
-        },
+        about=course.about(tokenizer, thinking),
         **settings,
     )

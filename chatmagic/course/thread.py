@@ -164,6 +164,17 @@ class Course:
             return self.profile.thinking
         return any(template.thinking_for(each) for each in conversations)
 
+    def about(self, tokenizer: "PreTrainedTokenizerBase", thinking: bool | None) -> dict[str, Any]:
+        """What `fit` is to write into run.json of a run on this course's data, besides what it knows itself. thinking:
+        as `thinking` gave it."""
+        return {
+            "profile": self.profile.name,
+            "persona": asdict(self.becomes) if self.becomes else None,
+            "template": get_template(None, tokenizer).name,
+            "thinking": thinking,
+            "files": {file.name: _digest(file) for file in (self.train, self.val)},
+        }
+
     def is_made(self, path: Path) -> bool:
         """Whether the file at `path` is as `save_data` wrote it, and not the reader's own."""
         written = self.folder / "made.json"

@@ -1,10 +1,12 @@
 """Profiles, downloads and the thread through the notebooks: what bad input meets, and what it must not lose."""
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from chatmagic.course import profile as profiles
 from chatmagic.course.download import DownloadError, snapshot_download
 from chatmagic.course.profile import ProfileError, check_machine, get_profile
 from chatmagic.course.thread import CourseError, fetch, resume, start
+from chatmagic.prompts.templates import get_template
 
 
 @pytest.fixture(autouse=True)
@@ -277,3 +280,18 @@ def test_doctor_prints_what_this_machine_has(home):
     done = subprocess.run([sys.executable, "-m", "chatmagic.cli", "doctor"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "RAM" in done.stdout and "fits this machine" in done.stdout
+
+
+@pytest.mark.parametrize("language", ["", "en/"])
+def test_what_the_notebook_trains_tells_of_itself(tokenizer, language):
+    """Persona, data, template and thinking stand in run.json, of a notebook's run as of a script's."""
+    training = (Path(__file__).parents[2] / "notebooks" / f"{language}04-train-adalora.ipynb").read_text("utf-8")
+    assert "about=course.about(tokenizer, thinking)" in training
+    course = start(SMALL, name="小炉")
+    course.save_data(train=[[{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]], val=[])
+    about = course.about(tokenizer, False)
+    assert about["persona"]["name"] == "小炉" and about["thinking"] is False
+    assert (about["profile"], about["template"]) == (SMALL, get_template(None, tokenizer).name)
+    assert about["files"] == {
+        name: hashlib.sha256((course.folder / name).read_bytes()).hexdigest() for name in ("train.jsonl", "val.jsonl")
+    }
