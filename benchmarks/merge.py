@@ -4,7 +4,8 @@
 
 A Llama checkpoint of the size's shape with random bfloat16 weights, and an adapter of ranks 0 to 12 on every linear
 layer, are written to FOLDER. Each merge runs in a process of its own, with the base in the page cache: time without
-imports, the best of three (at 7B the only one), and that process's peak of resident memory. Prints a table, compares
+imports, until what was merged is safe on the disk, the best of three (at 7B the only one), and that process's peak of
+resident memory. Prints a table, compares
 the merged weights bit by bit and writes benchmarks/results/merge-SIZE.json.
 """
 
@@ -89,6 +90,7 @@ def measure(way: str, base: Path, adapter: Path, output: Path) -> None:
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+        os.sync()  # as ours does, which is not done before it is safe on the disk
     seconds = time.perf_counter() - start
     # VmHWM and not ru_maxrss, which a process inherits from the one that started it.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
