@@ -20,6 +20,7 @@ from ..models.parts import trainable
 from .allocator import rank_allocator
 from .layers import gathered
 
+NOT_HELD = {"params", "lr", "initial_lr", "capturable"}  # of an optimizer's group: what a graph reads anew, or sets
 INPUTS = {"input_ids", "labels", "attention_mask", "replayed"}
 
 
@@ -100,6 +101,12 @@ class CapturedStep:
             group["lr"] = torch.as_tensor(group["lr"], device=device)
         for state in optimizer.state.values():
             state["step"] = state["step"].to(device)
+        self.constants = self._constants()
+
+    def _constants(self) -> list[dict]:
+        """What a graph of the update holds as it was when it was captured."""
+        groups = self.optimizer.param_groups
+        return [{name: value for name, value in group.items() if name not in NOT_HELD} for group in groups]
 
     def __call__(self, batch: dict) -> StepNumbers | None:
         """A step of all processes on their batches; None if it is none for this step to make: if this process's batch
@@ -113,7 +120,8 @@ class CapturedStep:
         shape = (*inputs["input_ids"].shape, *inputs["positions"].shape, "replayed" in inputs)
         self.run(shape, self.backward, inputs)
         self.functions.add_up(self.sums, self.accelerator.num_processes)
-        numbers = self.run("update", self.update, {})
+        # A schedule may change what a graph holds as it was: OneCycleLR the betas, a callback the weight decay.
+        numbers = self.run("update", self.update, {}) if self._constants() == self.constants else self.update({})
         increment_version(self.params)  # as in-place steps do, for whoever keeps what the adapter has computed
         return StepNumbers(*numbers.tolist())
 

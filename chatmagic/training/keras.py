@@ -284,10 +284,16 @@ class KerasModel(kerasmodel.KerasModel):
         if next(self.net.parameters()).device != device:
             self.net.to(device)
         broadcast([param.detach() for _, param in trainable(self.net)])
-        if self.fast and type(self.optimizer) is torch.optim.AdamW:
-            for group in self.optimizer.param_groups:
-                group |= {"fused": True, "foreach": False}
+        self._fuse(self.optimizer)
         self.optimizer = self.accelerator.prepare(self.optimizer)
+
+    def _fuse(self, optimizer: torch.optim.Optimizer) -> None:
+        """AdamW's step as one kernel, if this run is to be fast; else as it was made. A state that was loaded says how
+        the run before it had it."""
+        if type(optimizer) is torch.optim.AdamW:
+            plainly = {name: optimizer.defaults[name] for name in ("fused", "foreach")}
+            for group in optimizer.param_groups:
+                group |= {"fused": True, "foreach": False} if self.fast else plainly
 
     def _trackers(self) -> list:
         """accelerate's, told what the run is. They are ended one by one: `end_training` ends the processes too."""
@@ -482,6 +488,7 @@ class KerasModel(kerasmodel.KerasModel):
         for part in ("allocator", "optimizer", "lr_scheduler"):
             if (its_state := getattr(state, part)) is not None:
                 getattr(self, part).load_state_dict(its_state)
+        self._fuse(self.optimizer.optimizer)
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.state = state

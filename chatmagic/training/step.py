@@ -184,6 +184,8 @@ class StepRunner:
                     else f"a {type(each).__name__}"
                 )
                 raise ChatmagicError(f"{place}: {name} is {found}; expected a tensor of shape {tuple(ids.shape)}.")
+        if (kind := batch["replayed"].dtype if "replayed" in batch else torch.bool) is not torch.bool:
+            raise ChatmagicError(f"{place}: replayed is of {kind}; expected torch.bool, True at labels that are.")
         there, asked = batch.get("attention_mask", torch.ones_like(ids)) != 0, labels != -100
         numbers = [ids.amin(), ids.amax(), labels.amax(), labels.masked_fill(~asked, 0).amin(), there.sum()]
         least, most, label, lowest, read, unread = torch.stack([*numbers, (asked & ~there).sum()]).tolist()

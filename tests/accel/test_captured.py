@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from chatmagic.accel.captured import CapturedStep, why_not
 from chatmagic.accel.layers import fast_layers
 from chatmagic.models.parts import trainable
-from chatmagic.training import KerasModel, StepRunner, functional
+from chatmagic.training import KerasModel, StepRunner, functional, keras
 from tiny_runs import Replayed, adalora, fit, loader, lora, rows, tiny_llama, uneven_rows
 
 
@@ -54,6 +54,32 @@ def test_the_captured_step_is_the_eager_one(replayed):
     assert model.peft_config["default"].rank_pattern == plain.peft_config["default"].rank_pattern
     for (_, param), (_, other) in zip(trainable(model), trainable(plain)):
         torch.testing.assert_close(param, other, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=40),
+        lambda optimizer: Decaying(optimizer, last_epoch=-1),
+    ],
+    ids=["betas", "weight decay"],
+)
+def test_what_a_schedule_changes_beside_the_rate_is_heard(tmp_path, monkeypatch, scheduler):
+    """A graph holds such numbers as they were."""
+    expected = fit(adalora(), tmp_path / "eager", scheduler=scheduler)
+    monkeypatch.setattr(keras, "why_not", lambda *_: None)
+    monkeypatch.setattr(keras, "CapturedStep", Replayed)
+    found = fit(adalora(), tmp_path / "captured", scheduler=scheduler)
+    assert found["train_loss"].tolist() == pytest.approx(expected["train_loss"].tolist(), rel=1e-4)
+
+
+class Decaying(torch.optim.lr_scheduler.LRScheduler):
+    """More weight decay with every step."""
+
+    def get_lr(self):
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.last_epoch / 2
+        return [group["lr"] for group in self.optimizer.param_groups]
 
 
 def test_a_replay_is_seen_as_a_step():

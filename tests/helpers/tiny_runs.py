@@ -108,14 +108,22 @@ def runner_that(acts, batch):
 
 
 class Replayed(CapturedStep):
-    """Computes each replay anew, from the graph's inputs, where there is no GPU to record on."""
+    """Computes each replay anew, from the graph's inputs, where there is no GPU to record on; with the optimizer's
+    numbers as they were when it was captured, which a graph holds."""
 
     def capture(self, function, inputs):
         inputs, result = {name: tensor.clone() for name, tensor in inputs.items()}, torch.zeros(6)
+        groups = self.optimizer.param_groups
+        held = [{name: group[name] for name in ("betas", "eps", "weight_decay")} for group in groups]
 
         def replay():
+            now = [dict(group) for group in groups]
+            for group, numbers in zip(groups, held):
+                group |= numbers
             if (found := function(inputs)) is not None:
                 result.copy_(found)
+            for group, numbers in zip(groups, now):
+                group |= numbers
 
         return Recording(SimpleNamespace(replay=replay), inputs, result)
 

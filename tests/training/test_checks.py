@@ -264,6 +264,7 @@ def kept(*parts):
         ({"train": masked([0] * 12, labels=[-100] * 12)}, "has no token but such as its attention_mask is 0"),
         ({"val": masked([1] * 8 + [0] * 4)}, "Batch 1 of the val data has 8 labels where"),
         ({"train": masked([0] * 5, "replayed")}, r"replayed is a tensor of shape \(2, 5\)"),
+        ({"train": masked([0] * 12, "replayed")}, "replayed is of torch.int64; expected torch.bool"),
         ({"train": loader(rows(8), collate_fn=lists)}, "attention_mask is a list; expected a tensor"),
         ({"train": loader(rows(3) + rows(3, length=9))}, "different lengths, .*collate_fn=DataCollator"),
         ({"train": loader(Promising(rows(4)))}, "ended after 2 of 4 batches"),

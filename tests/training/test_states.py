@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -499,6 +500,16 @@ def test_a_run_with_an_adapter_taken_up_goes_on(tmp_path, take_up):
         fit(take_up(tmp_path / "first", tiny_llama()), tmp_path / "broken", epochs=4, runner=runner)
     model = take_up(tmp_path / "first", tiny_llama())
     assert fit(model, tmp_path / "broken", epochs=4, resume=True)[LOSSES].equals(whole[LOSSES])
+
+
+@pytest.mark.parametrize("then, now", first(1, [(False, True), (True, False)]))
+def test_adamw_steps_as_this_run_is_to_and_not_as_that_of_the_state(tmp_path, then, now):
+    """A captured step wants AdamW as one kernel, and a plain one has it as it was made."""
+    fused = []
+    told = SimpleNamespace(on_train_epoch_end=lambda model: fused.append(model.optimizer.param_groups[0]["fused"]))
+    stopped(tmp_path, fast=then)
+    fit(lora(), tmp_path, resume=True, fast=now, callbacks=[told])
+    assert set(fused) == {True if now else None}
 
 
 @pytest.mark.parametrize("make", first(1, [lora, adalora]))
