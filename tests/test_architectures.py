@@ -170,7 +170,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("architecture", first(1, ARCHITECTURES, of=kind), indirect=True)
+@pytest.mark.parametrize("architecture", first(1, ARCHITECTURES), indirect=True)
 @pytest.mark.parametrize("method", first(1, METHODS))
 def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, method, tmp_path, capsys):
     name, folder, model = architecture

@@ -183,6 +183,7 @@ def test_a_kernel_that_was_killed_is_told_and_the_same_command_goes_on(run):
     assert status == 0 and "00" in said and "done before" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_told_and_the_same_command_goes_on(tmp_path):
     (tmp_path / "notebooks").mkdir()
     code = "open('ran', 'w').close(); import time; time.sleep(60)"

@@ -220,6 +220,7 @@ def test_an_adapter_of_somebody_elses_is_exported_for_the_base_that_it_names(tmp
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == named
 
 
+@pytest.mark.slow
 def test_an_exported_adapter_is_asked_over_the_base_that_is_here(course, tiny_models):
     """Whatever the hub calls it."""
     folder = exporting.export_model(course.adapter, "lora")

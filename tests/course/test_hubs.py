@@ -194,6 +194,7 @@ def test_what_somebody_else_put_there_is_used_in_place(hubs, tmp_path):
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_what_is_nowhere_says_how_to_carry_it_over(hubs, tmp_path):
     with proxied(hubs, lambda url: "503 for all") as proxy:
         status, _, err = run(proxy, tmp_path, ID)

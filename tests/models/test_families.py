@@ -320,6 +320,7 @@ def test_a_reloaded_native_checkpoint_keeps_the_reason(loaded, tmp_path):
 # Baichuan2-13B's attention
 
 
+@pytest.mark.slow
 def test_alibi_under_each_attention(published):
     model, _, answers = published("baichuan2-13b-chat")
     before = model.config._attn_implementation

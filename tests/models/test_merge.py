@@ -107,7 +107,7 @@ def weights(folder):
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", first(1, [torch.bfloat16, torch.float32, torch.float16]))
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_merged_weights_equal_those_of_peft_to_the_last_bit(tmp_path, kind, dtype):
     base = make_base(tmp_path / "base", dtype)
@@ -596,6 +596,7 @@ def test_a_full_disk_is_told_before_the_start(tmp_path, base, adapter, monkeypat
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.slow
 def test_a_merge_that_breaks_leaves_nothing_and_a_killed_one_nothing_in_the_way(tmp_path, base, adapter, monkeypatch):
     def full(target, *_):
         target.write_bytes(b"half a shard")

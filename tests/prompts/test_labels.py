@@ -93,6 +93,7 @@ def cases(shared, model):
         + [("baichuan2-13b-chat", "baichuan2-chat"), ("qwen-14b-chat", "qwen-7b-chat")],
     ),
 )
+@pytest.mark.slow
 def test_prompts_and_answers_are_the_publishers_ids(shared, loaded, model, name):
     tokenizer = loaded(FAMILIES[name], "golden")[1]  # the two larger models have the tokenizer files of the smaller
     assert get_template(tokenizer=tokenizer).name == name

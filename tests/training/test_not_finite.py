@@ -133,6 +133,7 @@ def test_fp16_that_skips_every_step_is_stopped_and_named(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("make", [lora, adalora])
+@pytest.mark.slow
 def test_fp16_that_skips_an_epoch_has_its_row_in_the_history(tmp_path, monkeypatch, make):
     """The first steps of fp16 find its scale; with few steps an epoch that is a whole one."""
     history = fit(make(), tmp_path, optimizer=overflowing(monkeypatch, 6))

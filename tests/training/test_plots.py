@@ -10,6 +10,7 @@ from chatmagic.training.plots import LiveCurve
 from tiny_runs import adalora, fit
 
 
+@pytest.mark.slow
 def test_pictures_lie_beside_the_adapter(tmp_path):
     fit(adalora(), tmp_path, plot=True)
     for name in ("history", "ranks", "importance"):

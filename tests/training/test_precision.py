@@ -13,6 +13,7 @@ from quick import first
 from tiny_runs import LAYERS, PROJECTIONS, adalora, fit, loader, rows, tiny_llama
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32(tmp_path):
     full = fit(adalora(), tmp_path)
     half = fit(adalora(), tmp_path, mixed_precision="bf16")
@@ -74,6 +75,7 @@ def test_quantised_bases_train_on_the_cpu(tmp_path, bits):
 
 @pytest.mark.parametrize("quantize", first(1, ["int8", "nf4"]))
 @pytest.mark.parametrize("precision", first(1, ["bf16", "no"]))
+@pytest.mark.slow
 def test_a_quantised_base_trains_and_answers_in_bf16(tmp_path, quantize, precision):
     tiny_llama(size=64).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     config = quantization_config(quantize, torch.bfloat16)

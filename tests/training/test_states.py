@@ -400,6 +400,7 @@ class Counting(StepRunner):
         ({}, {"runner": Counting}, "val_more", range(1, 4)),
     ],
 )
+@pytest.mark.slow
 def test_what_was_not_measured_in_an_epoch_is_no_number_of_it(tmp_path, then, now, column, missing):
     stopped(tmp_path, monitor="train_loss", **then)
     history = fit(lora(), tmp_path, monitor="train_loss", resume=True, **then | now)
@@ -408,6 +409,7 @@ def test_what_was_not_measured_in_an_epoch_is_no_number_of_it(tmp_path, then, no
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adagrad, AdamW])
+@pytest.mark.slow
 def test_an_optimizer_with_a_state_from_its_beginning_is_a_new_one(tmp_path, make):
     def optimizer(params, lr):
         return make([param for param in params if param.requires_grad], lr)
@@ -492,6 +494,7 @@ def test_a_trained_adapter_is_taken_up_again(tmp_path, take_up, dtype):
 
 
 @pytest.mark.parametrize("take_up", first(1, [taken_up_by_load_ckpt, taken_up_by_peft]))
+@pytest.mark.slow
 def test_a_run_with_an_adapter_taken_up_goes_on(tmp_path, take_up):
     fit(adalora(), tmp_path / "first")
     whole = fit(take_up(tmp_path / "first", tiny_llama()), tmp_path / "whole", epochs=4)
@@ -513,6 +516,7 @@ def test_adamw_steps_as_this_run_is_to_and_not_as_that_of_the_state(tmp_path, th
 
 
 @pytest.mark.parametrize("make", first(1, [lora, adalora]))
+@pytest.mark.slow
 def test_a_trained_model_with_a_new_optimizer_is_asked_for(tmp_path, make):
     """Not only the optimizer knows that a model was trained: anew is from its beginning, with LoRA as well."""
     model = make()
