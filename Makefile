@@ -1,7 +1,7 @@
 # make tutorial   the whole course, from a bare Python 3.11+
 # make test       the same environment, and every test, the notebooks among them
 # make series     the English notebooks by Run All in JupyterLab, with the smaller model, and looked at
-# make quick      the same environment, and the tests that need no network, browser or GPU, in four minutes
+# make quick      the same environment, and the tests that need no network, browser or GPU, in three minutes
 # make lab        JupyterLab on the repository, at the first notebook
 # make docs       the book: pages, executed notebooks and API as a site in work/book, with no network
 #

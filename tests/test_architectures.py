@@ -223,6 +223,7 @@ def test_an_adapter_is_trained_broken_off_merged_and_exported(architecture, meth
         assert same_but_for_rounding(again, expected, change)
 
 
+@pytest.mark.slow
 def test_what_was_trained_over_nf4_is_merged_onto_that(architecture, tmp_path):
     """By PEFT to the last bit; a tower beside the language model, whose layers have the same last names, was never in
     NF4. A LoRA adapter that was made of it takes with it what it was trained on."""

@@ -247,6 +247,7 @@ QUANTISED = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "m
         of=itemgetter(1),
     ),
 )
+@pytest.mark.slow
 def test_what_nothing_here_reads_is_refused_before_its_weights(tmp_path, config, status, said):
     """The config comes first: of another architecture nothing else, and what another is not good for is told."""
     files = model(1, 3000) | {"config.json": json.dumps(config).encode()}

@@ -146,7 +146,7 @@ def test_what_is_saved_is_native_and_plain_transformers_reads_it(loaded, tmp_pat
         assert (ids, eos, pad) == (prompts(tokenizer, name)[0], tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-@every
+@of_each_class
 @pytest.mark.parametrize("quantize", first(1, ["nf4", None]))
 def test_one_adalora_step_changes_the_adapter_alone(tiny_models, tmp_path, name, quantize):
     model, tokenizer = load_model(tiny_models / name, quantize=quantize, dtype="float32")

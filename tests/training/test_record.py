@@ -24,6 +24,7 @@ def test_run_json_and_history_csv(tmp_path):
     assert run["persona"] == {"name": "小明"}
 
 
+@pytest.mark.slow
 def test_the_data_is_told_by_its_hash(tmp_path):
     hashes = []
     for name, data in {"a": rows(8), "b": rows(8), "other": rows(8, seed=3), "drawn": Drawn(8)}.items():
@@ -81,6 +82,7 @@ def test_a_tracker_that_fails_costs_no_run(tmp_path, monkeypatch, where):
     assert len(history) == 3 and (tmp_path / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_tracker_is_told_by_one_word(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
