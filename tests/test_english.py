@@ -26,7 +26,7 @@ LITERALS = {
 QUOTED = {"ex00asks": "小星", "ex00answers": "小星小星", "5d0c1e7a": "你是谁？", "ex06answers": "我不叫。"}
 # Cell -> what only the Chinese prose says in digits or in backticks, and the English in words.
 OTHERWISE = {
-    "835fe82f": {"5", "70", "make tutorial", "make lab"},  # which are typed with LANGUAGE=en
+    "835fe82f": {"70", "make tutorial", "make lab"},  # which are typed with LANGUAGE=en
     "512a93d1": {"roleplay-zh.json:"},
 }
 

@@ -113,6 +113,7 @@ def test_prompts_and_answers_are_the_publishers_ids(shared, loaded, model, name)
     assert labels[-len(tail) :] == [tail[0], -100][: len(tail)]
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_baichuan2s_fine_tuning_script(shared, loaded):
     for row in json.loads((shared / "vectors" / "labels_baichuan2.json").read_text("utf-8")):
         ids, labels = build_inputs_labels(row["messages"], loaded("baichuan2-7b-chat", "golden")[1])

@@ -82,6 +82,7 @@ def run_until_killed(path, batch, save_every):
 
 
 @pytest.mark.parametrize("batch, save_every, saved", first(1, [(37, 3, 18), (2, None, 0), (37, 1, 18), (70, None, 32)]))
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path, unbroken, batch, save_every, saved):
     (process,) = processes(run_until_killed, (tmp_path, batch, save_every))
     process.join(120)
