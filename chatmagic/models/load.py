@@ -71,9 +71,10 @@ def load_model(
 def load_trained(
     folder: str | Path, quantize: str | None = None
 ) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
-    """Load what training left: a model's folder as `load_model` does, or an adapter's, over the base that it names and
-    quantised as it was trained unless `quantize` says otherwise; thinking as trained. Raises as `load_model` does, and
-    CheckpointError where that base is not here, or the adapter is not whole."""
+    """Load what training left: a model's folder as `load_model` does, or an adapter's, over the base that it names, in
+    NF4 if it was trained so and else in 16 bit (also after int8), unless `quantize` says otherwise; thinking as
+    trained. Raises as `load_model` does, and CheckpointError where that base is not here, or the adapter is not
+    whole."""
     folder = Path(folder).expanduser()
     adapter = read_json(folder / "adapter_config.json")
     if not adapter:
