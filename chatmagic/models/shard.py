@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,4 +54,8 @@ def write_shard(target: Path, parts: dict[str, Part], wrote: Callable[[int], obj
     with writing(target) as whole, ThreadPoolExecutor(WORKERS) as pool:
         whole.write(len(header).to_bytes(8, "little") + header)
         whole.flush()
-        list(pool.map(write, (names[i::WORKERS] for i in range(WORKERS))))
+        writers = [pool.submit(write, names[i::WORKERS]) for i in range(WORKERS)]
+        while wait(writers, timeout=0.1).not_done:
+            os.fsync(whole.fileno())  # the disk takes what there is while the rest is made, not all of it at the end
+        for writer in writers:
+            writer.result()
