@@ -3,7 +3,7 @@
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from ..errors import ChatmagicError
 from ..models.load import context_limit
 from ..models.parts import trainable
 from ..models.quantize import never_packed
+from .batch import refuse_beyond, refuse_odd, rows_in
 from .functional import add_up, base_at, clip, logits_at, summed_loss, take_step
 
 CALMER = "Lower the learning rate, or train with mixed_precision='no'."
@@ -81,7 +82,7 @@ class StepRunner:
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict[str, float]]:
         self.batch += 1
         self._refuse_odd(batch)
-        self._refuse_beyond_context(batch)
+        refuse_beyond(batch, self.batch, self.context, self.context_reason)
         batch = self._without_repeated(batch)
         self.since_step[self.batch] = batch
         try:
@@ -152,70 +153,15 @@ class StepRunner:
         inputs = {name: tensor[some, : columns.max() + 1] for name, tensor in inputs.items()}
         return base_at(self.net, *self._placed(inputs, rows, columns), self.accelerator.autocast)
 
+    def _refuse_odd(self, batch: dict) -> None:
+        refuse_odd(batch, f"Batch {self.batch} of the {self.stage} data", self.vocabulary)
+
     def _placed(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> tuple[dict, torch.Tensor]:
         """The inputs, without their padding if the model takes them so, and where in them laid flat places are."""
         if "attention_mask" in inputs and takes_rows(self.net):
             inputs, places = flattened(inputs)
             return inputs, places[rows, columns]
         return inputs, rows * inputs["input_ids"].shape[1] + columns
-
-    def _refuse_odd(self, batch: dict) -> None:
-        """What is no batch; ids that the model has no row for, which would end in an index error of the device; and
-        labels where nobody reads, which would be compared with what the model says elsewhere."""
-        place = f"Batch {self.batch} of the {self.stage} data"
-        if not isinstance(batch, Mapping) or {"input_ids", "labels"} - batch.keys():
-            found = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-            raise ChatmagicError(
-                f"{place} must be a dict with input_ids and labels; found {found}. DataLoader(..., "
-                "collate_fn=DataCollator(tokenizer)) makes such of encode_example's rows."
-            )
-        ids, labels = batch["input_ids"], batch["labels"]
-        if not all(isinstance(each, torch.Tensor) and each.dtype == torch.int64 for each in (ids, labels)):
-            raise ChatmagicError(f"{place}: input_ids and labels must be tensors of torch.int64.")
-        if ids.dim() != 2 or ids.shape != labels.shape or not ids.numel():
-            shapes = f"{tuple(ids.shape)} and {tuple(labels.shape)}"
-            raise ChatmagicError(f"{place}: input_ids and labels are of shapes {shapes}; expected (rows, tokens) both.")
-        for name in ("attention_mask", "replayed"):
-            each = batch.get(name, ids)
-            if not isinstance(each, torch.Tensor) or each.shape != ids.shape:
-                found = (
-                    f"a tensor of shape {tuple(each.shape)}"
-                    if isinstance(each, torch.Tensor)
-                    else f"a {type(each).__name__}"
-                )
-                raise ChatmagicError(f"{place}: {name} is {found}; expected a tensor of shape {tuple(ids.shape)}.")
-        if (kind := batch["replayed"].dtype if "replayed" in batch else torch.bool) is not torch.bool:
-            raise ChatmagicError(f"{place}: replayed is of {kind}; expected torch.bool, True at labels that are.")
-        there, asked = batch.get("attention_mask", torch.ones_like(ids)) != 0, labels != -100
-        numbers = [ids.amin(), ids.amax(), labels.amax(), labels.masked_fill(~asked, 0).amin(), there.sum()]
-        least, most, label, lowest, read, unread = torch.stack([*numbers, (asked & ~there).sum()]).tolist()
-        if unread or not read:
-            what = f"{unread} labels where" if unread else "no token but such as"
-            raise ChatmagicError(
-                f"{place} has {what} its attention_mask is 0, which is padding that nobody reads. Labels there are "
-                "-100; DataCollator(tokenizer) makes both."
-            )
-        if lowest < 0:
-            raise ChatmagicError(f"{place} has the label {lowest}. What is not to be learnt is -100, all else a token.")
-        if self.vocabulary and (least < 0 or max(most, label) >= self.vocabulary):
-            odd = least if least < 0 else max(most, label)
-            raise ChatmagicError(
-                f"{place} has the token {odd}, and the model's vocabulary goes from 0 to {self.vocabulary - 1}. Is the "
-                "tokenizer this model's? For one with tokens added: model.resize_token_embeddings(len(tokenizer)) "
-                "before get_peft_model."
-            )
-
-    def _refuse_beyond_context(self, batch: dict) -> None:
-        """Where a row is longer than what the model can place: it would be trained on noise, or end in an index error
-        of the device."""
-        if self.context is None or batch["input_ids"].shape[1] <= self.context:
-            return
-        lengths = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1).tolist()
-        if (longest := max(lengths)) > self.context:
-            raise ChatmagicError(
-                f"Row {lengths.index(longest)} of batch {self.batch} has {longest} tokens, and the model's context "
-                f"ends at {self.context}, since {self.context_reason}. Shorten such rows, or leave them out."
-            )
 
     @torch.no_grad()
     def _suspects(self) -> str:
@@ -315,15 +261,6 @@ class StepRunner:
             self.tokens += tokens
             self.log["tokens_per_s"] = self.tokens / (time.perf_counter() - self.started)
             self.log["peak_memory"] = peak_memory(self.accelerator.device)
-
-
-def rows_in(batch: dict) -> list[dict]:
-    """The batch row by row, each a batch of one."""
-    count = len(batch["labels"])
-    return [
-        {name: tensor[row : row + 1] if len(tensor) == count else tensor for name, tensor in batch.items()}
-        for row in range(count)
-    ]
 
 
 def refuse_not_finite(loss: float, norm: float) -> None:
