@@ -134,10 +134,10 @@ class KerasModel(kerasmodel.KerasModel):
         about: what else run.json is to say of the run, plain values: that file, beside the adapter, says what the run
         was; history.csv is the history.
         learnt: a DataLoader of what is to be known by heart. At an epoch's end, once the ranks are final, one pass asks
-        whether each of its label tokens that are not replayed is the likeliest; `unlearnt` in the history counts those
-        that are not, and fewer of them make an epoch a better one. Training ends when there is none for two epochs in a
-        row. Where some are left at the end it goes on, at the rate that the schedule ended with, for at most half as
-        many epochs again, and then says what to try.
+        whether each of its label tokens that are not replayed is the likeliest, by more than bfloat16 rounds;
+        `unlearnt` in the history counts those that are not, and fewer of them make an epoch a better one. Training ends
+        when there is none for two epochs in a row. Where some are left at the end it goes on, at the rate that the
+        schedule ended with, for at most half as many epochs again, and then says what to try.
 
         The lr_scheduler moves once an optimizer step. Raises ChatmagicError for settings that would train nothing
         and for a full disk, TrainingInterrupted on Ctrl-C.
@@ -206,8 +206,8 @@ class KerasModel(kerasmodel.KerasModel):
             if left := self.best and self.best.get("unlearnt"):
                 curve = " → ".join(f"{count:.0f}" for count in self.history["unlearnt"] if not math.isnan(count))
                 warnings.warn(
-                    f"Not all is learnt: {left} tokens of the answers are not the likeliest ({curve}, epoch by epoch). "
-                    "Try more epochs, another learning rate, more data, or a smaller share of replay."
+                    f"Not all is learnt: {left} tokens of the answers are not, or hardly, the likeliest ({curve}, by "
+                    "epoch). Try more epochs, another learning rate, more data, or a smaller share of replay."
                 )
             self._call_back("on_fit_end")
         except RuntimeError as error:

@@ -21,6 +21,7 @@ from .functional import add_up, base_at, clip, logits_at, summed_loss, take_step
 
 CALMER = "Lower the learning rate, or train with mixed_precision='no'."
 SKIPPED = 20  # steps in a row that fp16 may skip: by then the scale of the loss has halved to a millionth
+LEAD = 2 * torch.finfo(torch.bfloat16).eps  # of a logit, what rounding it and its rival may take
 ROWS_SHOWN = 3  # rows that an error shows, of those it is about
 
 
@@ -137,7 +138,8 @@ class StepRunner:
         return loss, tokens.new_tensor(len(rows)), tokens
 
     def unlearnt(self, batch: dict[str, torch.Tensor]) -> int:
-        """How many label tokens of a batch, but those replayed, are not the likeliest after what stands before them."""
+        """How many label tokens of a batch, but those replayed, are not the likeliest after what stands before them, or
+        by no more than bfloat16 rounds: merged, or asked in another batch, the model might say another."""
         self._refuse_odd(batch)
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "replayed")}
         asked = batch["labels"] != -100
@@ -145,7 +147,9 @@ class StepRunner:
             asked &= ~batch["replayed"]
         rows, columns = asked[:, 1:].nonzero(as_tuple=True)
         logits = logits_at(self.net, *self._placed(inputs, rows, columns), self.accelerator.autocast)
-        return int((logits.argmax(-1) != batch["labels"][rows, columns + 1]).sum())
+        targets = batch["labels"][rows, columns + 1, None]
+        right, rival = logits.gather(1, targets), logits.scatter(1, targets, -math.inf).amax(1, keepdim=True)
+        return int((right - rival <= LEAD * right.abs()).sum())
 
     def _base(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`base_at` of positions, for which it reads no more of the batch than it has to."""
