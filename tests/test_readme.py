@@ -4,6 +4,7 @@ The notebooks come first in `make test`, so that here the course is run already:
 notebook, as after a failure.
 """
 
+import base64
 import json
 import os
 import re
@@ -181,3 +182,11 @@ def test_pictures_and_links_exist(readme):
         twins = [re.sub(r"^notebooks/", "notebooks/en/", target.replace(".md", ".en.md")) for target in targets]
         led = [target for target, twin in zip(targets, twins) if target != twin and (ROOT / twin).exists()]
         assert set(led) == {"README.md"}, "to an English page, where there is one"
+
+
+def test_the_training_curve_is_the_one_in_the_notebook():
+    """And not one of an earlier run."""
+    cells = nbformat.read(ROOT / "notebooks" / "04-train-adalora.ipynb", as_version=4).cells
+    outputs = [output for cell in cells if "keras_model.fit(" in cell.source for output in cell.get("outputs", [])]
+    (curve,) = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert base64.b64decode(curve) == (ROOT / "docs" / "images" / "training.png").read_bytes()

@@ -147,9 +147,9 @@ class StepRunner:
             asked &= ~batch["replayed"]
         rows, columns = asked[:, 1:].nonzero(as_tuple=True)
         logits = logits_at(self.net, *self._placed(inputs, rows, columns), self.accelerator.autocast)
-        targets = batch["labels"][rows, columns + 1, None]
-        right, rival = logits.gather(1, targets), logits.scatter(1, targets, -math.inf).amax(1, keepdim=True)
-        return int((right - rival <= LEAD * right.abs()).sum())
+        (first, second), likeliest = (each.T for each in logits.topk(2))
+        learnt = (likeliest[0] == batch["labels"][rows, columns + 1]) & (first - second > LEAD * first.abs())
+        return int((~learnt).sum())
 
     def _base(self, inputs: dict, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`base_at` of positions, for which it reads no more of the batch than it has to."""

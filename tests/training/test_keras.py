@@ -194,7 +194,7 @@ def test_what_is_counted_are_the_tokens_that_greedy_decoding_would_miss(tmp_path
 @pytest.mark.parametrize(
     "right, rival, left",
     [
-        (26, 25.979, 1),  # as measured: so it was in float32, and in bfloat16 the rival was ahead
+        (26, 25.979, 1),  # as measured: so it was in float32, and in bfloat16 not ahead
         (26, 26, 1),
         (26, 27, 1),
         (26, 25.7, 1),  # in bfloat16 two steps at that size
